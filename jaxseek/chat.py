@@ -1,0 +1,416 @@
+"""Chat templates as segments, and the parser that takes a reply apart again.
+
+A template yields marks, which it writes itself, and plain strings, which anybody may have written. The
+tokenizer turns a mark into its control token and a string into text, so that no message can forge a role,
+an end of sentence or a tool result. Neighbouring strings are encoded as one run, so the ids are those of the
+whole rendered prompt.
+
+The DeepSeek templates follow the releases' own (spec: model cards and tokenizer_config.json), with three
+faults of those files put right: a single V3 tool call is closed, and a second round of R1 tool calls or tool
+results opens its block again. Any other model is rendered from its own jinja `chat_template`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import jinja2
+from jinja2.ext import Extension
+from jinja2.nodes import Node
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+Message = Mapping[str, Any]
+"""{"role": "system" | "user" | "assistant" | "tool", "content": str, "tool_calls": optional list}"""
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class TokenizerError(ValueError):
+    """A tokenizer file, template or message that cannot be used; says what was given and what to do."""
+
+
+class Mark(str):
+    """The content of a control token, written by a template and by nobody else."""
+
+
+BOS, EOS = Mark("<｜begin▁of▁sentence｜>"), Mark("<｜end▁of▁sentence｜>")
+USER, ASSISTANT = Mark("<｜User｜>"), Mark("<｜Assistant｜>")
+THINK, THINK_END = Mark("<think>"), Mark("</think>")
+CALLS, CALLS_END = Mark("<｜tool▁calls▁begin｜>"), Mark("<｜tool▁calls▁end｜>")
+CALL, CALL_END = Mark("<｜tool▁call▁begin｜>"), Mark("<｜tool▁call▁end｜>")
+OUTPUTS, OUTPUTS_END = Mark("<｜tool▁outputs▁begin｜>"), Mark("<｜tool▁outputs▁end｜>")
+OUTPUT, OUTPUT_END = Mark("<｜tool▁output▁begin｜>"), Mark("<｜tool▁output▁end｜>")
+SEP = Mark("<｜tool▁sep｜>")
+FIM_BEGIN, FIM_HOLE, FIM_END = Mark("<｜fim▁begin｜>"), Mark("<｜fim▁hole｜>"), Mark("<｜fim▁end｜>")
+
+_R1_ZERO = (
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
+    "The assistant first thinks about the reasoning process in the mind and then provides the user with the "
+    "answer. The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> "
+    "tags, respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>. User: "
+)
+
+
+# ---- The DeepSeek templates: (messages, add_generation_prompt, thinking) -> segments.
+
+
+def _v2(messages: Sequence[Message], generate: bool, thinking: bool | None) -> Iterator[str]:
+    """DeepSeek LLM, Math, MoE, V2: plain-text roles (V2 tokenizer_config.json)."""
+    yield BOS
+    for message in messages:
+        match message["role"]:
+            case "system":
+                yield message["content"] + "\n\n"
+            case "user":
+                yield f"User: {message['content']}\n\n"
+            case "assistant":
+                yield f"Assistant: {_plain(message, 'deepseek_v2')}"
+                yield EOS
+            case role:
+                raise TokenizerError(f"deepseek_v2 has no form for a {role!r} message; leave it out")
+    if generate:
+        yield "Assistant:"
+
+
+def _v3(messages: Sequence[Message], generate: bool, thinking: bool | None) -> Iterator[str]:
+    """V3, V3-0324, V2.5."""
+    yield from _roles(messages, generate, opening=(), keep=lambda text: text, between_outputs="\n")
+
+
+def _r1(messages: Sequence[Message], generate: bool, thinking: bool | None) -> Iterator[str]:
+    """R1: as V3, with the thoughts of earlier turns dropped; `thinking` opens `<think>` for the model."""
+    opening = (THINK, "\n") if thinking else ()
+    yield from _roles(messages, generate, opening, keep=_after_last_thought, between_outputs="")
+
+
+def _distill(messages: Sequence[Message], generate: bool, thinking: bool | None) -> Iterator[str]:
+    """R1-Distill and the later R1 releases: R1 that opens `<think>` unless told not to."""
+    yield from _r1(messages, generate, thinking is not False)
+
+
+def _roles(
+    messages: Sequence[Message],
+    generate: bool,
+    opening: Sequence[str],
+    keep: Callable[[str], str],
+    between_outputs: str,
+) -> Iterator[str]:
+    """The shape V3 and R1 share; a reply that follows tool results opens no new turn."""
+    yield BOS
+    yield _system(messages)
+    turns = [message for message in messages if message["role"] != "system"]
+    for before, message, after in zip([None, *turns], turns, [*turns[1:], None]):
+        follows_tool = before is not None and before["role"] == "tool"
+        match message["role"]:
+            case "user":
+                yield from (USER, message["content"])
+            case "assistant":
+                if not follows_tool:
+                    yield ASSISTANT
+                yield keep(message.get("content") or "")
+                for index, (kind, name, arguments) in enumerate(_tool_calls(message)):
+                    yield "\n" if index else CALLS
+                    yield from (CALL, kind, SEP, f"{name}\n```json\n{arguments}\n```", CALL_END)
+                if message.get("tool_calls"):
+                    yield CALLS_END
+                yield EOS
+            case "tool":
+                yield between_outputs if follows_tool else OUTPUTS
+                yield from (OUTPUT, message["content"], OUTPUT_END)
+                if after is None or after["role"] != "tool":
+                    yield OUTPUTS_END
+    if generate and messages[-1]["role"] != "tool":
+        yield from (ASSISTANT, *opening)
+
+
+def _v3_1(messages: Sequence[Message], generate: bool, thinking: bool | None) -> Iterator[str]:
+    """V3.1, V3.1-Terminus, V3.2-Exp: every turn says whether it thinks; history never does."""
+    yield BOS
+    yield _system(messages)
+    role_before = None
+    for message in messages:
+        match message["role"]:
+            case "system":
+                continue
+            case "user":
+                yield from (USER, message["content"])
+            case "assistant":
+                if role_before == "user":
+                    yield from (ASSISTANT, THINK_END)
+                yield (message.get("content") or "").split(THINK_END, 1)[-1]
+                if message.get("tool_calls"):
+                    yield CALLS
+                    for _, name, arguments in _tool_calls(message):
+                        yield from (CALL, name, SEP, arguments, CALL_END)
+                    yield CALLS_END
+                yield EOS
+            case "tool":
+                yield from (OUTPUT, message["content"], OUTPUT_END)
+        role_before = message["role"]
+    if generate and role_before == "user":
+        yield from (ASSISTANT, THINK if thinking else THINK_END)
+
+
+def _r1_zero(messages: Sequence[Message], generate: bool, thinking: bool | None) -> Iterator[str]:
+    """R1-Zero, for a base model: one question in a plain-text conversation (R1 paper, table 1)."""
+    if len(messages) != 1 or messages[0]["role"] != "user":
+        roles = [message["role"] for message in messages]
+        raise TokenizerError(f"r1_zero takes exactly one user message, not {roles}")
+    yield from split_marks(_R1_ZERO, (THINK, THINK_END))
+    yield messages[0]["content"] + (". Assistant:" if generate else "")
+
+
+def _system(messages: Sequence[Message]) -> str:
+    return "\n\n".join(message["content"] for message in messages if message["role"] == "system")
+
+
+def _after_last_thought(text: str) -> str:
+    return text.rsplit(THINK_END, 1)[-1]
+
+
+def _plain(message: Message, template: str) -> str:
+    if message.get("tool_calls"):
+        raise TokenizerError(f"{template} has no form for tool calls; send their text as content instead")
+    return message["content"]
+
+
+def _tool_calls(message: Message) -> Iterator[tuple[str, str, str]]:
+    """(type, name, arguments as JSON text) of each call, in the OpenAI form."""
+    for call in message.get("tool_calls") or ():
+        try:
+            name, arguments = call["function"]["name"], call["function"]["arguments"]
+        except (KeyError, TypeError) as error:
+            raise TokenizerError(
+                f'tool call {call!r} is not of the form {{"type": "function", "function": {{"name": ..., '
+                '"arguments": ...}}}'
+            ) from error
+        if not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        yield call.get("type", "function"), name, arguments
+
+
+# name -> (segments, the values of `thinking` that the model has)
+TEMPLATES: dict[str, tuple[Callable[..., Iterator[str]], tuple[bool | None, ...]]] = {
+    "deepseek_v2": (_v2, (None, False)),
+    "deepseek_v3": (_v3, (None, False)),
+    "deepseek_r1": (_r1, (None, False, True)),
+    "deepseek_distill": (_distill, (None, False, True)),
+    "deepseek_v3_1": (_v3_1, (None, False, True)),
+    "r1_zero": (_r1_zero, (None, True)),
+}
+
+
+def render(
+    template: str,
+    messages: Sequence[Message],
+    add_generation_prompt: bool = True,
+    thinking: bool | None = None,
+) -> list[str]:
+    """The segments of a conversation under a named template; `Mark`s are control tokens, the rest is text."""
+    if template not in TEMPLATES:
+        raise TokenizerError(f"unknown chat template {template!r}; known: {', '.join(TEMPLATES)}, jinja")
+    segments, modes = TEMPLATES[template]
+    if thinking not in modes:
+        raise TokenizerError(f"{template} has no thinking={thinking} mode; it takes {modes}")
+    check_messages(messages)
+    return list(segments(messages, add_generation_prompt, thinking))
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Raises TokenizerError unless each message has a known role and text content."""
+    if not messages:
+        raise TokenizerError("the conversation is empty; give at least one message")
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or message.get("role") not in ROLES:
+            raise TokenizerError(f"message {index} is {message!r}; expected a dict with a role of {ROLES}")
+        content = message.get("content")
+        if content is None and message["role"] == "assistant" and message.get("tool_calls"):
+            continue
+        if not isinstance(content, str):
+            raise TokenizerError(
+                f"message {index} ({message['role']}) has content {content!r}; expected a string "
+                "(only an assistant message with tool_calls may go without)"
+            )
+
+
+def detect(tokens: Collection[str], bos: str | None, chat_template: str | None) -> str | None:
+    """The template a tokenizer calls for, from its control tokens and its jinja `chat_template` if any.
+
+    None where nothing is known of the model; "jinja" where only its own template is.
+    """
+    source = chat_template or ""
+    if bos != BOS:
+        return "jinja" if source else None
+    if "User: " in source or (not source and USER not in tokens):
+        return "deepseek_v2"
+    if USER not in tokens:
+        return "jinja"
+    if THINK not in tokens:
+        return "deepseek_v3"
+    if "thinking" in source or (not source and "<｜search▁begin｜>" in tokens):
+        return "deepseek_v3_1"
+    return "deepseek_distill" if ASSISTANT + THINK in source else "deepseek_r1"
+
+
+# ---- Jinja: the template is trusted, the messages are not.
+
+
+def render_jinja(
+    source: str,
+    messages: Sequence[Message],
+    control: Collection[str],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    **variables: Any,
+) -> list[str]:
+    """The segments of a conversation under a model's own `chat_template`, rendered as transformers does.
+
+    Where a message or tool spells one of the `control` tokens, its first character is swapped for a private
+    one while the template runs, and swapped back in the text that comes out. Messages that spell none reach
+    the template untouched, so its tests, splits and trims behave. In assistant messages `<think>` and
+    `</think>` stay as they are, for templates look for them. Limit: a template that cuts messages up and
+    joins the parts could put a control token together; that template is believed.
+    """
+    check_messages(messages)
+    everything = source + json.dumps([messages, tools], ensure_ascii=False, default=str)
+    private = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in everything)
+    masks = {first: next(private) for first in sorted({token[0] for token in control})}
+    unmask = str.maketrans({mask: first for first, mask in masks.items()})
+    unthinking = set(control) - {THINK, THINK_END}
+    hidden = [_hide(m, unthinking if m["role"] == "assistant" else control, masks) for m in messages]
+    try:
+        template = _environment().from_string(source)
+        tools = _hide(tools, control, masks)
+        text = template.render(messages=hidden, tools=tools, documents=None, **variables)
+    except (jinja2.TemplateError, TypeError) as error:
+        raise TokenizerError(f"the model's chat_template refused the conversation: {error}") from error
+    return [s if isinstance(s, Mark) else s.translate(unmask) for s in split_marks(text, control)]
+
+
+def split_marks(text: str, control: Collection[str]) -> Iterator[str]:
+    """Trusted text as segments: each control token that it spells (the longest at a place) as a Mark."""
+    start = 0
+    for match in re.finditer(_any_of(control), text):
+        yield text[start : match.start()]
+        yield Mark(match[0])
+        start = match.end()
+    yield text[start:]
+
+
+def _any_of(tokens: Collection[str]) -> str:
+    return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)"
+
+
+def _hide(value: Any, tokens: Collection[str], masks: Mapping[str, str]) -> Any:
+    """`value` with the first character of each of `tokens` masked in its strings.
+
+    So is that of a token only begun at the end of a string, which the template's next words might finish.
+    """
+    if isinstance(value, Mapping):
+        return {_hide(k, tokens, masks): _hide(v, tokens, masks) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_hide(item, tokens, masks) for item in value]
+    if not isinstance(value, str):
+        return value
+    spots = {match.start() for match in re.finditer(f"(?={_any_of(tokens)})", value)}
+    end = value.rstrip()
+    tail = range(max(0, len(end) - max(map(len, tokens), default=0)), len(end))
+    spots.update(i for i in tail if value[i] in masks and any(token.startswith(end[i:]) for token in tokens))
+    return "".join(masks[char] if i in spots else char for i, char in enumerate(value)) if spots else value
+
+
+class _Generation(Extension):
+    """`{% generation %}`: transformers marks what to train on with it; for rendering it is transparent."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@functools.cache
+def _environment() -> ImmutableSandboxedEnvironment:
+    """The sandbox and helpers of transformers' `apply_chat_template`."""
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment
+
+
+# ---- Replies.
+
+
+class ReasoningSplitter:
+    """Splits a streamed reply into its reasoning and its answer.
+
+    Text before `</think>` is reasoning and text after it the answer. `<think>` itself is in the reply only if
+    the prompt did not end with it; a reply that does not begin with a thought is all answer. White space next
+    to the tags is dropped. A tag may be split over any number of pieces.
+    """
+
+    def __init__(self, prompt_opened_think: bool):
+        self._state = "reasoning" if prompt_opened_think else "start"
+        self._after_tag = prompt_opened_think
+        self._held = ""
+
+    def feed(self, piece: str) -> list[tuple[str, str]]:
+        """What is certain after `piece`: ("reasoning" | "answer", text) in order."""
+        text, self._held = self._held + piece, ""
+        if self._state == "start":
+            reply = text.lstrip()
+            if reply != THINK and THINK.startswith(reply):
+                self._held = text
+                return []
+            self._after_tag = reply.startswith(THINK)
+            self._state = "reasoning" if self._after_tag else "answer"
+            text = reply.removeprefix(THINK) if self._after_tag else text
+        if self._state == "answer":
+            return self._part(text)
+        thought, closed, answer = text.partition(THINK_END)
+        sure = len(thought[: len(thought) - (0 if closed else _begun(thought, THINK_END))].rstrip())
+        parts = self._part(thought[:sure])
+        if not closed:
+            self._held = thought[sure:]
+            return parts
+        self._state, self._after_tag = "answer", True
+        return parts + self._part(answer)
+
+    def flush(self) -> list[tuple[str, str]]:
+        """What was held back at the end of the reply."""
+        text, self._held = self._held, ""
+        return self._part(text)
+
+    def _part(self, text: str) -> list[tuple[str, str]]:
+        if self._after_tag:
+            text = text.lstrip()
+            self._after_tag = not text
+        return [("reasoning" if self._state == "reasoning" else "answer", text)] if text else []
+
+
+def _begun(text: str, tag: str) -> int:
+    """How many characters at the end of `text` begin `tag`."""
+    return next((n for n in range(len(tag) - 1, 0, -1) if text.endswith(tag[:n])), 0)
+
+
+def split_reasoning(text: str, prompt_opened_think: bool) -> tuple[str, str]:
+    """(reasoning, answer) of a whole reply; see ReasoningSplitter for the rule."""
+    splitter = ReasoningSplitter(prompt_opened_think)
+    parts = splitter.feed(text) + splitter.flush()
+    reasoning, answer = ("".join(t for k, t in parts if k == kind) for kind in ("reasoning", "answer"))
+    return reasoning, answer

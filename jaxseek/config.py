@@ -1,0 +1,522 @@
+"""ModelConfig: one frozen description of every DeepSeek family, with Hugging Face names at the boundary.
+
+`from_hf` reads a `config.json` in either dialect (`rope_scaling` + `rope_theta`, or transformers 5's
+`rope_parameters`); `to_hf` writes the one that transformers 4 and 5 both read. Presets are TOML files
+that hold the same Hugging Face fields. Standard library only, so that reading a config costs nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import logging
+import math
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+log = logging.getLogger("jaxseek")
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1}
+
+_V3_ROUTER = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}
+_HALF_SPLIT = {"rope_interleave": False}  # llama's rotary layout
+# model_type -> (Hugging Face class, what it assumes where config.json is silent, what it does whatever
+# config.json says).
+_FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {}, _HALF_SPLIT),
+    "qwen2": ("Qwen2ForCausalLM", {}, _HALF_SPLIT | {"attention_bias": True, "mlp_bias": False}),
+    "deepseek": ("DeepseekForCausalLM", {}, _HALF_SPLIT | {"mlp_bias": False}),
+    "deepseek_v2": ("DeepseekV2ForCausalLM", {}, {"rope_interleave": True, "norm_topk_prob": False}),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", _V3_ROUTER | {"rope_interleave": True}, {"mlp_bias": False}),
+    "deepseek_v32": ("DeepseekV32ForCausalLM", _V3_ROUTER, {"rope_interleave": True, "mlp_bias": False}),
+}
+_MLA = ("deepseek_v2", "deepseek_v3", "deepseek_v32")
+_HEADS_DIVIDE = (
+    "llama",
+    "deepseek",
+    "deepseek_v2",
+)  # these classes take hidden_size / heads, or insist on it
+_ALIASES = (
+    ("num_local_experts", "n_routed_experts"),
+    ("num_experts", "n_routed_experts"),
+    ("num_mtp_layers", "num_nextn_predict_layers"),
+    ("torch_dtype", "dtype"),
+)
+_SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_MLA_SHAPE = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+_INDEX_SHAPE = ("index_n_heads", "index_head_dim", "index_topk")
+_MOE_SHAPE = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
+_MOE_FIELDS = {
+    *_MOE_SHAPE,
+    "n_shared_experts",
+    "first_k_dense_replace",
+    "moe_layer_freq",
+    "scoring_func",
+    "topk_method",
+    "n_group",
+    "topk_group",
+    "norm_topk_prob",
+    "routed_scaling_factor",
+    "aux_loss_alpha",
+    "seq_aux",
+}
+# rope_type -> (what it needs, what it may have), beside rope_theta.
+_ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate"),
+    ),
+    "llama3": (("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"), ()),
+}
+
+
+class ConfigError(ValueError):
+    """A model or run configuration that cannot be used; the message holds what was given and expected."""
+
+
+def _check_types(config: RopeConfig | ModelConfig) -> None:
+    """Hold every field to its annotation; an integer given for a float becomes one (transformers insists)."""
+    problems = []
+    for name, hint in get_type_hints(type(config)).items():
+        value, options = getattr(config, name), get_args(hint) or (hint,)
+        if float in options and type(value) is int:
+            object.__setattr__(config, name, float(value))
+        elif get_origin(hint) is Literal:
+            if value not in options:
+                problems.append(f"{name} is {value!r}, expected {', '.join(options)}")
+        elif type(value) not in [get_origin(o) or o for o in options]:  # exact: True is not an integer
+            wanted = " or ".join(getattr(o, "__name__", str(o)) for o in options)
+            problems.append(f"{name} is {value!r}, expected {wanted}")
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding; names and meanings are those of transformers' `rope_parameters`."""
+
+    rope_type: Literal["default", "linear", "yarn", "llama3"] = "default"
+    rope_theta: float = 10000.0
+    factor: float = 1.0
+    original_max_position_embeddings: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    attention_factor: float | None = None
+    truncate: bool = True
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        kind, length = self.rope_type, self.original_max_position_embeddings
+        if self.rope_theta <= 0 or self.factor <= 0:
+            raise ConfigError(f"rope_theta {self.rope_theta} and factor {self.factor} must be above 0")
+        if kind in ("yarn", "llama3") and length <= 0:
+            raise ConfigError(
+                f"rope_type {kind!r} has original_max_position_embeddings {length}, expected above 0"
+            )
+        if kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            low, high = self.low_freq_factor, self.high_freq_factor
+            raise ConfigError(f"low_freq_factor {low} is not below high_freq_factor {high}")
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """YaRN's attention temperature `0.1 * mscale * ln(factor) + 1` (DeepSeek-V2 paper, section 3.1.4)."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The whole model. Field names and meanings are those of Hugging Face's `config.json`.
+
+    The one exception is `head_dim`, the width of a query head: `qk_nope_head_dim + qk_rope_head_dim` in
+    latent attention, otherwise `hidden_size / num_attention_heads` where it is not given.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int = 0
+    max_position_embeddings: int = 4096
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    rope_interleave: bool = False
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    # Multi-head latent attention; kv_lora_rank 0 means grouped-query attention.
+    q_lora_rank: int | None = None
+    kv_lora_rank: int = 0
+    qk_nope_head_dim: int = 0
+    qk_rope_head_dim: int = 0
+    v_head_dim: int = 0
+    # DeepSeek sparse attention (V3.2); index_topk 0 means dense attention.
+    index_n_heads: int = 0
+    index_head_dim: int = 0
+    index_topk: int = 0
+    # Mixture of experts; n_routed_experts 0 means dense.
+    n_routed_experts: int = 0
+    n_shared_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    first_k_dense_replace: int = 0
+    moe_layer_freq: int = 1
+    scoring_func: Literal["softmax", "sigmoid"] = "softmax"
+    topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc"] = "greedy"
+    n_group: int = 1
+    topk_group: int = 1
+    norm_topk_prob: bool = False
+    routed_scaling_factor: float = 1.0
+    aux_loss_alpha: float = 0.001
+    seq_aux: bool = True
+    num_nextn_predict_layers: int = 0
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+
+    # ---------------------------------------------------------------- reading and writing
+
+    @classmethod
+    def from_hf(cls, source: str | Path | dict[str, Any]) -> ModelConfig:
+        """Read a Hugging Face `config.json` (a path, its directory, or the parsed dict).
+
+        Raises ConfigError for an unknown `model_type`, missing fields (all named at once) or values that do
+        not fit each other.
+        """
+        if isinstance(source, dict):
+            raw, where = dict(source), "config"
+        else:
+            path = Path(source)
+            path = path / "config.json" if path.is_dir() else path
+            where = str(path)
+            try:
+                raw = json.loads(path.read_text(encoding="utf-8"))
+            except FileNotFoundError:
+                raise ConfigError(f"{where}: no such file; expected a Hugging Face config.json") from None
+            except (json.JSONDecodeError, UnicodeDecodeError) as e:
+                raise ConfigError(f"{where}: not valid JSON ({e}); is the download complete?") from None
+            if not isinstance(raw, dict):
+                raise ConfigError(f"{where}: expected a JSON object, got {type(raw).__name__}")
+        try:
+            return cls._from_hf_dict(raw)
+        except ConfigError as e:
+            raise ConfigError(f"{where}: {e}") from None
+
+    @classmethod
+    def _from_hf_dict(cls, raw: dict[str, Any]) -> ModelConfig:
+        kind = raw.get("model_type")
+        if not isinstance(kind, str) or kind not in _FAMILIES:
+            raise ConfigError(
+                f"model_type is {kind!r}; jaxseek knows {', '.join(sorted(_FAMILIES))}. "
+                "Other architectures are not part of the DeepSeek family."
+            )
+        for alias, name in _ALIASES:
+            if raw.get(name) is None and raw.get(alias) is not None:
+                raw[name] = raw[alias]
+        moe = "deepseek" in kind and bool(raw.get("n_routed_experts"))
+        required = (*_SHAPE, "max_position_embeddings")
+        required += _MLA_SHAPE * (kind in _MLA) + _INDEX_SHAPE * (kind == "deepseek_v32") + _MOE_SHAPE * moe
+        if missing := [k for k in required if raw.get(k) is None]:
+            raise ConfigError(f"missing field(s) {', '.join(missing)} for model_type {kind!r}")
+        if (act := raw.get("hidden_act") or "silu") != "silu":
+            raise ConfigError(f"hidden_act is {act!r}; every DeepSeek model uses 'silu'")
+        if raw.get("use_sliding_window") and raw.get("sliding_window"):
+            raise ConfigError("use_sliding_window is true; no DeepSeek model uses a sliding window")
+        if kind == "deepseek_v32" and isinstance(layer_types := raw.get("mlp_layer_types"), list):
+            raw["first_k_dense_replace"] = _leading_dense(layer_types)
+
+        _, defaults, fixed = _FAMILIES[kind]
+        names = {f.name for f in dataclasses.fields(cls)} - _absent(kind, moe) - {"rope"}
+        given = {k: raw[k] for k in names if raw.get(k) is not None}
+        for name, value in fixed.items():
+            if name in given and given[name] != value:
+                log.warning("%s %r is ignored: %s models always have %r", name, given[name], kind, value)
+        out = {k: v for k, v in (defaults | given | fixed).items() if k in names}
+        out.setdefault("num_key_value_heads", raw["num_attention_heads"])
+        out["rope"] = _rope_from_hf(raw)
+        out["dtype"] = str(out.get("dtype", "bfloat16")).removeprefix("torch.")
+        if isinstance(out.get("eos_token_id"), list):
+            out["eos_token_id"] = tuple(out["eos_token_id"])
+        if out.get("q_lora_rank") == 0:  # the official demo's spelling of null
+            del out["q_lora_rank"]
+        return cls(**out)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The Hugging Face `config.json` of this model, as a dict; `from_hf(to_hf())` is the identity."""
+        absent = _absent(self.model_type, self.n_routed_experts > 0) | {"rope", "dtype"}
+        out = {k: v for k, v in dataclasses.asdict(self).items() if k not in absent}
+        if self.is_mla and not self.n_routed_experts:  # transformers' default is a mixture of experts
+            out |= {"n_routed_experts": 0, "first_k_dense_replace": self.num_hidden_layers}
+        if not self.num_nextn_predict_layers and self.model_type != "deepseek_v3":  # its default is 1
+            del out["num_nextn_predict_layers"]
+        if isinstance(self.eos_token_id, tuple):
+            out["eos_token_id"] = list(self.eos_token_id)
+        return out | {
+            "architectures": [_FAMILIES[self.model_type][0]],
+            "hidden_act": "silu",
+            "torch_dtype": self.dtype,
+            "rope_theta": self.rope.rope_theta,
+            "rope_scaling": _rope_to_hf(self.rope),
+        }
+
+    @classmethod
+    def from_preset(cls, name: str) -> ModelConfig:
+        """A released or tiny model by name, for example `deepseek-r1` or `tiny-v3` (see `presets()`)."""
+        found = presets()
+        if name not in found:
+            near = difflib.get_close_matches(name.rsplit("/", 1)[-1].lower(), found, 3, 0.4)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ConfigError(f"no preset {name!r}{hint} (jaxseek info --list names them all)")
+        raw = _read_preset(found[name])
+        try:
+            return cls._from_hf_dict(raw)
+        except ConfigError as e:
+            raise ConfigError(f"{found[name]}: {e}") from None
+
+    def replace(self, **changes: Any) -> ModelConfig:
+        """A copy with some fields changed; validated again."""
+        return dataclasses.replace(self, **changes)
+
+    # ---------------------------------------------------------------- validation
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        problems: list[str] = []
+
+        def need(ok: bool, text: str) -> None:
+            if not ok:
+                problems.append(text)
+
+        def need_positive(*names: str) -> None:
+            for name in names:
+                need(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, expected above 0")
+
+        if self.model_type not in _FAMILIES:
+            raise ConfigError(f"model_type is {self.model_type!r}; jaxseek knows {', '.join(_FAMILIES)}")
+        for f in dataclasses.fields(self):
+            if f.type == "int":
+                need(getattr(self, f.name) >= 0, f"{f.name} is {getattr(self, f.name)}, expected 0 or more")
+        for name, value in _FAMILIES[self.model_type][2].items():
+            need(getattr(self, name) == value, f"{name} must be {value}, as {self.model_type!r} has it")
+        need_positive(*_SHAPE, "num_key_value_heads", "max_position_embeddings", "rms_norm_eps")
+        kind = self.model_type
+        need_positive(*_MLA_SHAPE * (kind in _MLA), *_INDEX_SHAPE * (kind == "deepseek_v32"))
+        alien = {*_MLA_SHAPE, "q_lora_rank", *_INDEX_SHAPE, *_MOE_SHAPE} & _absent(kind, "deepseek" in kind)
+        for name in sorted(alien):
+            need(not getattr(self, name), f"{name} is {getattr(self, name)}, but {kind!r} models have none")
+        if self.n_routed_experts:
+            need_positive(*_MOE_SHAPE, "moe_layer_freq", "n_group", "topk_group")
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+        D, N, K = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
+        H, R = self.head_dim, self.qk_rope_head_dim
+        own_width = kind not in _HEADS_DIVIDE and (self.is_mla or H > 0)
+        need(D % N == 0 or own_width, f"hidden_size {D} is not divisible by num_attention_heads {N}")
+        H = self.qk_nope_head_dim + R if self.is_mla else H or D // N
+        object.__setattr__(self, "head_dim", H)
+        if self.is_mla:
+            need(K == N, f"num_key_value_heads {K} must equal num_attention_heads {N} in latent attention")
+            need(R % 2 == 0, f"qk_rope_head_dim {R} is odd; rotary embedding needs pairs")
+            need(self.q_lora_rank is None or self.q_lora_rank > 0, f"q_lora_rank is {self.q_lora_rank}")
+        else:
+            need(N % K == 0, f"num_attention_heads {N} is not divisible by num_key_value_heads {K}")
+            need(H % 2 == 0, f"head_dim {H} is odd; rotary embedding needs pairs")
+        if kind == "deepseek":
+            need(H * N == D, f"head_dim {H} x num_attention_heads {N} is not hidden_size {D}")
+        if self.index_topk:
+            width = self.index_head_dim
+            need(self.q_lora_rank is not None, "index_topk needs q_lora_rank: the indexer reads that latent")
+            need(width >= R, f"index_head_dim {width} is below qk_rope_head_dim {R}")
+        if self.n_routed_experts:
+            E, G, Kt = self.n_routed_experts, self.n_group, self.num_experts_per_tok
+            need(Kt <= E, f"num_experts_per_tok {Kt} is above n_routed_experts {E}")
+            if self.topk_method != "greedy":
+                need(E % G == 0, f"n_routed_experts {E} is not divisible by n_group {G}")
+                need(self.topk_group <= G, f"topk_group {self.topk_group} is above n_group {G}")
+                room = self.topk_group * (E // G)
+                need(room >= Kt, f"topk_group x experts per group = {room} is below num_experts_per_tok {Kt}")
+            if self.topk_method == "noaux_tc":
+                need(E // G >= 2, f"noaux_tc needs 2 experts in a group; {E} in n_group {G} leave {E // G}")
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    # ---------------------------------------------------------------- derived
+
+    @property
+    def is_mla(self) -> bool:
+        return self.kv_lora_rank > 0
+
+    @property
+    def attention_out_bias(self) -> bool:
+        """Whether the output projection has a bias too; Qwen2 has it on queries, keys and values only."""
+        return self.attention_bias and self.model_type != "qwen2"
+
+    @property
+    def rope_dim(self) -> int:
+        """How many of a head's dimensions are rotated."""
+        return self.qk_rope_head_dim if self.is_mla else self.head_dim
+
+    @property
+    def softmax_scale(self) -> float:
+        """head_dim^-1/2, times YaRN's mscale squared for latent attention (DeepSeek-V2/V3 modelling code)."""
+        scale = self.head_dim**-0.5
+        rope = self.rope
+        if self.is_mla and rope.rope_type != "default" and rope.mscale_all_dim:
+            scale *= yarn_mscale(rope.factor, rope.mscale_all_dim) ** 2
+        return scale
+
+    @property
+    def has_router_bias(self) -> bool:
+        return self.n_routed_experts > 0 and self.topk_method == "noaux_tc"
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether this layer's feed-forward is a mixture of experts (DeepseekDecoderLayer)."""
+        return (
+            self.n_routed_experts > 0
+            and layer >= self.first_k_dense_replace
+            and layer % self.moe_layer_freq == 0
+        )
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        eos = self.eos_token_id
+        return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+
+    def num_params(self, mtp: bool = False) -> int:
+        """Parameters of the main model; with `mtp`, also those that only the multi-token module has."""
+        return self._count(self.n_routed_experts, mtp)
+
+    def num_active_params(self) -> int:
+        """Parameters that one token uses, embedding and output head included."""
+        return self._count(self.num_experts_per_tok, False)
+
+    def _count(self, experts: int, mtp: bool) -> int:
+        D, N, K, H, I = (
+            self.hidden_size,
+            self.num_attention_heads,
+            self.num_key_value_heads,
+            self.head_dim,
+            self.intermediate_size,
+        )
+        if self.is_mla:
+            C, R, Q = self.kv_lora_rank, self.qk_rope_head_dim, self.q_lora_rank
+            attn = D * Q + Q + Q * N * H if Q else D * N * H
+            attn += (
+                D * (C + R) + C + C * N * (self.qk_nope_head_dim + self.v_head_dim) + N * self.v_head_dim * D
+            )
+            if self.attention_bias:
+                attn += (Q or 0) + C + R
+            if self.index_topk:
+                IN, IH = self.index_n_heads, self.index_head_dim
+                attn += (Q or 0) * IN * IH + D * IH + 2 * IH + D * IN
+        else:
+            attn = 2 * D * N * H + 2 * D * K * H + (self.attention_bias and (N + 2 * K) * H)
+        attn += self.attention_out_bias and D
+
+        def mlp(width: int) -> int:
+            return 3 * D * width + (self.mlp_bias and 2 * width + D)
+
+        dense = attn + 2 * D + mlp(I)
+        E, F = self.n_routed_experts, self.moe_intermediate_size
+        shared = mlp(F * self.n_shared_experts) if self.n_shared_experts else 0
+        sparse = attn + 2 * D + E * D + (self.has_router_bias and E) + 3 * D * F * experts + shared
+        n_sparse = sum(self.is_moe_layer(l) for l in range(self.num_hidden_layers))
+        total = (self.num_hidden_layers - n_sparse) * dense + n_sparse * sparse
+        total += self.vocab_size * D * (1 if self.tie_word_embeddings else 2) + D
+        if mtp:
+            total += self.num_nextn_predict_layers * (
+                (sparse if self.n_routed_experts else dense) + 3 * D + 2 * D * D
+            )
+        return int(total)
+
+    def cache_bytes_per_token(self, dtype: str = "bfloat16") -> int:
+        """Bytes of cache that one token of context takes over all layers (DeepSeek-V2 paper, Table 1)."""
+        if dtype not in _BYTES:
+            raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(_BYTES)}")
+        per_layer = (
+            self.kv_lora_rank + self.qk_rope_head_dim
+            if self.is_mla
+            else 2 * self.num_key_value_heads * self.head_dim
+        )
+        per_layer += self.index_head_dim if self.index_topk else 0
+        return self.num_hidden_layers * per_layer * _BYTES[dtype]
+
+
+def _absent(kind: str, moe: bool) -> set[str]:
+    """The fields that config.json does not have for such a model."""
+    mla = {"head_dim"} if kind in _MLA else {*_MLA_SHAPE, "q_lora_rank", "rope_interleave"}
+    return mla | (set() if kind == "deepseek_v32" else set(_INDEX_SHAPE)) | (set() if moe else _MOE_FIELDS)
+
+
+def _leading_dense(layer_types: list[str]) -> int:
+    """DeepseekV32Config's `mlp_layer_types`, as `first_k_dense_replace`."""
+    k = layer_types.index("sparse") if "sparse" in layer_types else len(layer_types)
+    if layer_types[k:] != ["sparse"] * (len(layer_types) - k):
+        raise ConfigError(
+            f"mlp_layer_types is {layer_types}; expected dense layers first, then sparse ones only"
+        )
+    return k
+
+
+def _rope_from_hf(raw: dict[str, Any]) -> RopeConfig:
+    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(given, dict) or any(isinstance(v, dict) for v in given.values()):
+        raise ConfigError(f"rope parameters are {given!r}, expected one flat table for all layers")
+    given = {k: v for k, v in given.items() if v is not None}
+    kind = given.get("rope_type") or given.get("type") or "default"
+    if not isinstance(kind, str) or kind not in _ROPE_FIELDS:
+        raise ConfigError(f"rope_type is {kind!r}; jaxseek knows {', '.join(_ROPE_FIELDS)}")
+    partial = given.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0
+    if partial != 1.0:
+        raise ConfigError(f"partial_rotary_factor is {partial}; every DeepSeek model rotates whole heads")
+    needs, may_have = _ROPE_FIELDS[kind]
+    if "original_max_position_embeddings" in needs:  # transformers' default, standardize_rope_params
+        given.setdefault("original_max_position_embeddings", raw["max_position_embeddings"])
+    if missing := [k for k in needs if k not in given]:
+        raise ConfigError(f"rope_type {kind!r} needs {', '.join(missing)}")
+    values: dict[str, Any] = {k: given[k] for k in (*needs, *may_have) if k in given}
+    values["rope_theta"] = given.get("rope_theta") or raw.get("rope_theta") or 10000.0
+    values["rope_type"] = kind
+    return RopeConfig(**values)
+
+
+def _rope_to_hf(rope: RopeConfig) -> dict[str, Any] | None:
+    if rope.rope_type == "default":
+        return None
+    out: dict[str, Any] = {"type": rope.rope_type, "rope_type": rope.rope_type}
+    needs, may_have = _ROPE_FIELDS[rope.rope_type]
+    return out | {k: v for k in (*needs, *may_have) if (v := getattr(rope, k)) is not None}
+
+
+# -------------------------------------------------------------------- presets
+
+
+def configs_dir() -> Path:
+    """The folder of shipped TOML files: inside the wheel, or the sibling of the package in a checkout."""
+    inside = Path(__file__).parent / "configs"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def presets() -> dict[str, Path]:
+    """Names and files of the shipped model presets."""
+    return {p.stem: p for p in sorted((configs_dir() / "models").glob("*.toml"))}
+
+
+def _read_preset(path: Path) -> dict[str, Any]:
+    raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    base = raw.pop("same_as", None)
+    return _read_preset(path.with_name(f"{base}.toml")) | raw if base else raw

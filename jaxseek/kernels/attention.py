@@ -1,0 +1,79 @@
+"""Softmax attention with a mask made from positions and segments, in blocks of queries when they are many."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+
+from jaxseek.sharding import Rules
+
+QUERY_BLOCK = 1024  # queries at a time: scores take B * N * QUERY_BLOCK * S floats
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Mask:
+    """Who attends to whom: the same segment, not later; where `chosen_BTS` is given, only the chosen keys.
+
+    In a cache slot s holds position s and all slots belong to the row, so `kv_seg_BS` is None there.
+    """
+
+    q_pos_BT: jax.Array
+    q_seg_BT: jax.Array
+    kv_pos_BS: jax.Array
+    kv_seg_BS: jax.Array | None
+    chosen_BTS: jax.Array | None = None
+
+    def dense(self) -> jax.Array:
+        """The mask as booleans, [B, T, S]."""
+        mask_BTS = self.kv_pos_BS[:, None, :] <= self.q_pos_BT[:, :, None]
+        if self.kv_seg_BS is not None:
+            mask_BTS &= self.kv_seg_BS[:, None, :] == self.q_seg_BT[:, :, None]
+        return mask_BTS if self.chosen_BTS is None else mask_BTS & self.chosen_BTS
+
+
+def attend(
+    q_BTKGH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    mask: Mask,
+    scale: float,
+    rules: Rules,
+    head_axes: tuple[str | None, str | None],
+    key_axis: str | None = None,
+) -> jax.Array:
+    """softmax(scale * q k^T + mask) v with float32 softmax: [B, T, K, G, value width].
+
+    `head_axes` are the logical names of K and G, `key_axis` that of S: over a split S, maximum and sums are
+    reduced across the shards (a log-sum-exp combine).
+    """
+    T, blocks = q_BTKGH.shape[1], q_BTKGH.shape[1] // QUERY_BLOCK
+    if blocks < 2 or T % QUERY_BLOCK or rules.axes("length"):
+        return _attend(q_BTKGH, k_BKSH, v_BKSH, mask, scale, rules, head_axes, key_axis)
+
+    def cut(x):
+        return None if x is None else jnp.moveaxis(x.reshape(x.shape[0], blocks, -1, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def block(args):
+        q, q_pos, q_seg, chosen = args
+        part = replace(mask, q_pos_BT=q_pos, q_seg_BT=q_seg, chosen_BTS=chosen)
+        return _attend(q, k_BKSH, v_BKSH, part, scale, rules, head_axes, key_axis)
+
+    parts = jax.lax.map(block, jax.tree.map(cut, (q_BTKGH, mask.q_pos_BT, mask.q_seg_BT, mask.chosen_BTS)))
+    out = jnp.moveaxis(parts, 0, 1)
+    return out.reshape(out.shape[0], T, *out.shape[3:])
+
+
+def _attend(q_BTKGH, k_BKSH, v_BKSH, mask, scale, rules, head_axes, key_axis):
+    scores_spec = rules.spec("batch", *head_axes, "length", key_axis)
+    scores_BKGTS = jnp.einsum(
+        "BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32, out_sharding=scores_spec
+    )
+    keep = mask.dense()[:, None, None]
+    scores_BKGTS = jnp.where(keep, scale * scores_BKGTS, jnp.finfo(jnp.float32).min)
+    probs_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BKSH.dtype)
+    out_spec = rules.spec("batch", "length", *head_axes, None)
+    return jnp.einsum("BKGTS,BKSH->BTKGH", probs_BKGTS, v_BKSH, out_sharding=out_spec)

@@ -1,0 +1,82 @@
+"""The decoder layer, what all layers of a pass share, and running a stack of layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+from flax import nnx
+
+from jaxseek.cache import Cache
+from jaxseek.config import ModelConfig
+from jaxseek.kernels.attention import Mask
+from jaxseek.layers.gqa import GQA
+from jaxseek.layers.mla import MLA
+from jaxseek.layers.mlp import MLP
+from jaxseek.layers.moe import MoE, Routing
+from jaxseek.layers.norm import RMSNorm
+from jaxseek.layers.rope import Rope
+from jaxseek.sharding import Init, Rules
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every layer of one forward pass shares.
+
+    `fresh`: keys are those of this pass, not of the cache. `slots_BT`: where tokens go in the cache, -1 for
+    padding. `valid_BT`: false for padding, which the experts skip.
+    """
+
+    rules: Rules
+    rope: Rope
+    mask: Mask
+    valid_BT: jax.Array
+    slots_BT: jax.Array
+    fresh: bool
+
+
+class Layer(nnx.Module):
+    """A pre-norm block: attention, then a dense or a mixture-of-experts feed-forward."""
+
+    def __init__(self, cfg: ModelConfig, sparse: bool, init: Init):
+        D, eps = cfg.hidden_size, cfg.rms_norm_eps
+        self.attn_norm = RMSNorm(D, eps, init)
+        self.attn = MLA(cfg, init) if cfg.is_mla else GQA(cfg, init)
+        self.mlp_norm = RMSNorm(D, eps, init)
+        self.mlp = MoE(cfg, init) if sparse else MLP(D, cfg.intermediate_size, cfg.mlp_bias, init)
+
+    def __call__(
+        self, x_BTD: jax.Array, cache: Cache | None, layer: jax.Array | int, ctx: Context
+    ) -> tuple[jax.Array, Cache | None, Routing | None]:
+        """x after the block, the cache with this block's tokens in `layer`, and what the router did."""
+        with jax.named_scope("attention"):
+            y_BTD, cache = self.attn(self.attn_norm(x_BTD), cache, layer, ctx)
+            x_BTD += y_BTD
+        with jax.named_scope("mlp"):
+            if isinstance(self.mlp, MoE):
+                y_BTD, routing = self.mlp(self.mlp_norm(x_BTD), ctx.valid_BT, ctx.rules)
+            else:
+                y_BTD, routing = self.mlp(self.mlp_norm(x_BTD), ctx.rules), None
+        return x_BTD + y_BTD, cache, routing
+
+
+def run_stack(
+    stack: Layer, x_BTD: jax.Array, cache: Cache | None, ctx: Context
+) -> tuple[jax.Array, Cache | None, Routing | None]:
+    """All layers of a stack (parameters have a leading layer axis), by a scan where there are several.
+
+    The cache of the stack is carried and updated in place; routings come back stacked over layers.
+    """
+    L = jax.tree.leaves(stack)[0].shape[0]
+    if L == 1:
+        layer = jax.tree.map(lambda a: a[0], stack)
+        x_BTD, cache, routing = layer(x_BTD, cache, 0, ctx)
+        return x_BTD, cache, jax.tree.map(lambda a: a[None], routing)
+
+    def body(carry, xs):
+        (x_BTD, cache), (layer, l) = carry, xs
+        x_BTD, cache, routing = layer(x_BTD, cache, l, ctx)
+        return (x_BTD, cache), routing
+
+    (x_BTD, cache), routing = jax.lax.scan(body, (x_BTD, cache), (stack, jax.numpy.arange(L)))
+    return x_BTD, cache, routing

@@ -1,0 +1,126 @@
+"""Bringing tokens to their experts and back, by name: `local`, `replicated`, `all_to_all`.
+
+All three are dropless and give the same result. `local` keeps every expert on every device. `replicated`
+splits the experts and gives each shard all tokens of its expert group: it computes the local experts' part
+and sums over the shards (decode). `all_to_all` sends each token's row to the shards of its experts (training).
+With a capacity factor c, an expert takes at most ceil(c * tokens * K / E) rows of those that one shard
+dispatches, those of the largest gates first; the rest are dropped and counted.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jaxseek.kernels.grouped_mlp import grouped_mlp, sort_by_expert
+from jaxseek.kernels.ragged_all_to_all import ragged_all_to_all
+from jaxseek.sharding import Rules
+
+
+def dispatch(
+    x_BTD: jax.Array,
+    ids_BTK: jax.Array,
+    gates_BTK: jax.Array,
+    valid_BT: jax.Array,
+    experts: list[jax.Array],
+    rules: Rules,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Sum of gate times expert output over each token's experts: ([B, T, D], load [E], dropped []).
+
+    `experts` are gate [E, D, F], up [E, D, F] and down [E, F, D]; rows with `valid` false reach none.
+    """
+    E = experts[0].shape[0]
+    expert_axes, width_axes = rules.axes("expert"), rules.axes("expert_mlp")
+    exchange = rules.dispatch == "all_to_all" and expert_axes
+    batch_axes = rules.axes("batch")
+    if not exchange:  # every shard of the expert axis sees the same tokens
+        batch_axes = tuple(a for a in batch_axes if a not in expert_axes)
+    length_axes = tuple(a for a in rules.axes("length") if a not in expert_axes)
+    token_spec = jax.sharding.PartitionSpec(batch_axes or None, length_axes or None, None)
+    token_axes = batch_axes + length_axes
+
+    def local(x_BTD, ids_BTK, gates_BTK, valid_BT1, *experts):
+        D, K = x_BTD.shape[-1], ids_BTK.shape[-1]
+        x_ND, gates_NK = x_BTD.reshape(-1, D), gates_BTK.reshape(-1, K)
+        ids_NK = jnp.where(valid_BT1.reshape(-1, 1), ids_BTK.reshape(-1, K), E)
+        load_E, dropped = jnp.bincount(ids_NK.reshape(-1), length=E), jnp.zeros((), jnp.int32)
+        capacity = None
+        if rules.capacity_factor is not None:
+            capacity = math.ceil(rules.capacity_factor * ids_NK.size / E)
+            ids_NK, dropped = _limit(ids_NK, gates_NK, E, capacity)
+        if exchange:
+            y_ND = _all_to_all(x_ND, ids_NK, gates_NK, experts, expert_axes[0], capacity)
+        else:
+            y_ND = _local(x_ND, ids_NK, gates_NK, experts, expert_axes)
+        sum_axes = width_axes + (() if exchange else expert_axes)
+        y_ND = jax.lax.psum(y_ND, sum_axes) if sum_axes else y_ND
+        if token_axes:
+            load_E, dropped = jax.lax.psum((load_E, dropped), token_axes)
+        return y_ND.reshape(x_BTD.shape), load_E, dropped
+
+    token_args = [jax.sharding.reshard(a, token_spec) for a in (x_BTD, ids_BTK, gates_BTK, valid_BT[..., None])]
+    wide = rules.spec("expert", None, "expert_mlp")
+    y_BTD, load_E, dropped = jax.shard_map(
+        local,
+        in_specs=(*(token_spec,) * 4, wide, wide, rules.spec("expert", "expert_mlp", None)),
+        out_specs=(token_spec, jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec()),
+        check_vma=False,  # the TPU grouped matmul does not declare over which axes its result varies
+    )(*token_args, *experts)
+    return rules.shard(y_BTD, "batch", "length", None), load_E, dropped
+
+
+def _limit(ids_NK, gates_NK, E, capacity):
+    """Ids with the assignments beyond an expert's capacity replaced by E (none), and how many there were."""
+    ids_M = ids_NK.reshape(-1)
+    order_M = jnp.lexsort((-gates_NK.reshape(-1), ids_M))
+    sorted_M, load_E = ids_M[order_M], jnp.bincount(ids_M, length=E)
+    first_E = jnp.cumsum(load_E) - load_E
+    rank_M = jnp.arange(ids_M.size) - first_E[jnp.minimum(sorted_M, E - 1)]
+    over_M = (sorted_M < E) & (rank_M >= capacity)
+    kept_M = jnp.zeros_like(ids_M).at[order_M].set(jnp.where(over_M, E, sorted_M))
+    return kept_M.reshape(ids_NK.shape), over_M.sum()
+
+
+def _combine(y_MD, order_M, gates_NK):
+    """Rows in sorted order back to their tokens, weighted and summed in float32: [N, D]."""
+    N, K = gates_NK.shape
+    y_NKD = y_MD[jnp.argsort(order_M)].reshape(N, K, -1)
+    return jnp.einsum("NKD,NK->ND", y_NKD.astype(jnp.float32), gates_NK).astype(y_MD.dtype)
+
+
+def _local(x_ND, ids_NK, gates_NK, experts, expert_axes):
+    """The part of the experts that this shard holds, for all the tokens it sees."""
+    E = experts[0].shape[0]
+    first = E * jax.lax.axis_index(expert_axes) if expert_axes else 0
+    ids_M = ids_NK.reshape(-1) - first
+    ids_M = jnp.where((ids_M >= 0) & (ids_M < E), ids_M, E)
+    order_M, sizes_E = sort_by_expert(ids_M, E)
+    y_MD = grouped_mlp(x_ND[order_M // ids_NK.shape[1]], *experts, sizes_E)
+    return _combine(y_MD, order_M, gates_NK)
+
+
+def _all_to_all(x_ND, ids_NK, gates_NK, experts, axis, capacity):
+    """Rows to the shards of their experts and the results back, by two ragged exchanges."""
+    (N, K), P, E_local = ids_NK.shape, jax.lax.axis_size(axis), experts[0].shape[0]
+    me = jax.lax.axis_index(axis)
+    order_M, sizes_E = sort_by_expert(ids_NK.reshape(-1), P * E_local)
+    sizes_SPE = jax.lax.all_gather(sizes_E.reshape(P, E_local), axis)  # rows from source S to shard P, expert E
+    rows_SP = sizes_SPE.sum(-1)
+    sent_SP = jnp.cumsum(rows_SP, axis=1) - rows_SP  # where the rows for P start at source S
+    got_SP = jnp.cumsum(rows_SP, axis=0) - rows_SP  # where the rows of S start at shard P
+    most = P * N * min(K, E_local)
+    most = most if capacity is None else min(most, P * E_local * capacity)
+
+    there = (sent_SP[me], rows_SP[me], got_SP[me], rows_SP[:, me])
+    got_MD = ragged_all_to_all(x_ND[order_M // K], most, *there, axis)
+    expert_of_run = jnp.tile(jnp.arange(E_local), P)
+    run_end = jnp.cumsum(sizes_SPE[:, me].reshape(-1))
+    run_M = jnp.searchsorted(run_end, jnp.arange(most), side="right")
+    ids_M = jnp.where(run_M < P * E_local, expert_of_run[jnp.minimum(run_M, P * E_local - 1)], E_local)
+    by_expert_M, local_sizes_E = sort_by_expert(ids_M, E_local)
+    y_MD = grouped_mlp(got_MD[by_expert_M], *experts, local_sizes_E)[jnp.argsort(by_expert_M)]
+
+    back = (got_SP[:, me], rows_SP[:, me], sent_SP[:, me], rows_SP[me])
+    return _combine(ragged_all_to_all(y_MD, N * K, *back, axis), order_M, gates_NK)

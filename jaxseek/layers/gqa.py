@@ -1,0 +1,66 @@
+"""Grouped-query attention of DeepSeek LLM, MoE-16B and the R1 distills (HF LlamaAttention, Qwen2Attention)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxseek.cache import KVCache, update, write_slots
+from jaxseek.config import ModelConfig
+from jaxseek.kernels.attention import attend
+from jaxseek.layers.rope import rotate
+from jaxseek.sharding import Init
+
+if TYPE_CHECKING:
+    from jaxseek.layers.block import Context
+
+
+class GQA(nnx.Module):
+    """Queries in groups G that share one of K key-value heads; biases as the family has them."""
+
+    def __init__(self, cfg: ModelConfig, init: Init):
+        self.cfg = cfg
+        D, K, H = cfg.hidden_size, cfg.num_key_value_heads, cfg.head_dim
+        G = cfg.num_attention_heads // K
+        self.q_DKGH = init((D, K, G, H), ("embed", "kv_heads", "q_groups", None))
+        self.k_DKH = init((D, K, H), ("embed", "kv_heads", None))
+        self.v_DKH = init((D, K, H), ("embed", "kv_heads", None))
+        self.o_KGHD = init((K, G, H, D), ("kv_heads", "q_groups", None, "embed"))
+        bias, out_bias = cfg.attention_bias, cfg.attention_out_bias
+        self.q_bias_KGH = init((K, G, H), ("kv_heads", "q_groups", None), fill=0.0) if bias else None
+        self.k_bias_KH = init((K, H), ("kv_heads", None), fill=0.0) if bias else None
+        self.v_bias_KH = init((K, H), ("kv_heads", None), fill=0.0) if bias else None
+        self.o_bias_D = init((D,), ("embed",), fill=0.0) if out_bias else None
+
+    def __call__(
+        self, x_BTD: jax.Array, cache: KVCache | None, layer: jax.Array | int, ctx: Context
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Attention of normed x; the cache, where given, gets this block's keys and values in `layer`."""
+        cfg, rules, dtype, heads = self.cfg, ctx.rules, x_BTD.dtype, ("kv_heads", "q_groups")
+        q_spec, kv_spec = (rules.spec("batch", "length", *h, None) for h in (heads, heads[:1]))
+        q_BTKGH = jnp.einsum("BTD,DKGH->BTKGH", x_BTD, rules.use(self.q_DKGH, dtype), out_sharding=q_spec)
+        k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, rules.use(self.k_DKH, dtype), out_sharding=kv_spec)
+        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, rules.use(self.v_DKH, dtype), out_sharding=kv_spec)
+        if cfg.attention_bias:
+            q_BTKGH += rules.use(self.q_bias_KGH, dtype)
+            k_BTKH += rules.use(self.k_bias_KH, dtype)
+            v_BTKH += rules.use(self.v_bias_KH, dtype)
+        q_BTKGH, k_BTKH = rotate(q_BTKGH, ctx.rope, False), rotate(k_BTKH, ctx.rope, False)
+        if cache is not None:
+            k_LBKSH = write_slots(cache.k_LBKSH, layer, ctx.slots_BT, k_BTKH, rules)
+            v_LBKSH = write_slots(cache.v_LBKSH, layer, ctx.slots_BT, v_BTKH, rules)
+            cache = update(cache, k_LBKSH=k_LBKSH, v_LBKSH=v_LBKSH)
+        if ctx.fresh:
+            k_BKSH, v_BKSH = (
+                jnp.swapaxes(rules.shard(a, "batch", None, "kv_heads", None), 1, 2) for a in (k_BTKH, v_BTKH)
+            )
+            out_BTKGH = attend(q_BTKGH, k_BKSH, v_BKSH, ctx.mask, cfg.softmax_scale, rules, heads)
+        else:
+            k_BKSH, v_BKSH = (a[layer].astype(dtype) for a in (cache.k_LBKSH, cache.v_LBKSH))
+            out_BTKGH = attend(q_BTKGH, k_BKSH, v_BKSH, ctx.mask, cfg.softmax_scale, rules, heads, "cache_length")
+        narrow = rules.spec("batch", "length", None)
+        y_BTD = jnp.einsum("BTKGH,KGHD->BTD", out_BTKGH, rules.use(self.o_KGHD, dtype), out_sharding=narrow)
+        return (y_BTD if self.o_bias_D is None else y_BTD + rules.use(self.o_bias_D, dtype)), cache

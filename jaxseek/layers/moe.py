@@ -1,0 +1,101 @@
+"""DeepSeekMoE: router and experts (DeepSeekMoE paper, section 3; V2 section 2.2; V3 section 2.1.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxseek.config import ModelConfig
+from jaxseek.layers.dispatch import dispatch
+from jaxseek.layers.mlp import MLP
+from jaxseek.sharding import Init, Rules
+
+
+class RouterBias(nnx.Variable):
+    """V3's `e_score_correction_bias`: moved by the load of the experts, not by a gradient."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Routing:
+    """What the router did: chosen experts per token, assignments per expert, and assignments dropped."""
+
+    ids_BTK: jax.Array
+    load_E: jax.Array
+    dropped: jax.Array
+
+
+class MoE(nnx.Module):
+    """Routed experts of which each token uses K, plus shared experts that every token uses."""
+
+    def __init__(self, cfg: ModelConfig, init: Init):
+        self.cfg = cfg
+        D, E, F = cfg.hidden_size, cfg.n_routed_experts, cfg.moe_intermediate_size
+        self.router_DE = init((D, E), ("embed", None))
+        biased = cfg.has_router_bias
+        self.router_bias_E = init((E,), (None,), 0.0, jnp.float32, RouterBias) if biased else None
+        self.gate_EDF = init((E, D, F), ("expert", "embed", "expert_mlp"))
+        self.up_EDF = init((E, D, F), ("expert", "embed", "expert_mlp"))
+        self.down_EFD = init((E, F, D), ("expert", "expert_mlp", "embed"))
+        self.shared = MLP(D, F * cfg.n_shared_experts, cfg.mlp_bias, init) if cfg.n_shared_experts else None
+
+    def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array, rules: Rules) -> tuple[jax.Array, Routing]:
+        """Returns ([B, T, D], Routing). Padding (not valid) reaches no expert."""
+        dtype = x_BTD.dtype
+        with jax.named_scope("router"):
+            ids_BTK, gates_BTK = self.route(x_BTD, rules)
+        with jax.named_scope("experts"):
+            experts = [rules.use(w, dtype) for w in (self.gate_EDF, self.up_EDF, self.down_EFD)]
+            y_BTD, load_E, dropped = dispatch(x_BTD, ids_BTK, gates_BTK, valid_BT, experts, rules)
+        if self.shared is not None:
+            with jax.named_scope("shared_experts"):
+                y_BTD += self.shared(x_BTD, rules)
+        return y_BTD, Routing(ids_BTK, load_E, dropped)
+
+    def route(self, x_BTD: jax.Array, rules: Rules) -> tuple[jax.Array, jax.Array]:
+        """Chosen experts and their gates, [B, T, K] int32 and float32.
+
+        float32 throughout: the bias is around 5 in released checkpoints, where bfloat16 steps by 1/32.
+        """
+        logits_BTE = jnp.einsum(
+            "BTD,DE->BTE",
+            x_BTD.astype(jnp.float32),
+            rules.use(self.router_DE, jnp.float32),
+            precision=jax.lax.Precision.HIGHEST,
+            out_sharding=rules.spec("batch", "length", None),
+        )
+        bias_E = None if self.router_bias_E is None else self.router_bias_E[...]
+        return choose_experts(self.cfg, logits_BTE, bias_E)
+
+
+def choose_experts(
+    cfg: ModelConfig, logits: jax.Array, bias_E: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """The family's router on logits [..., E]: expert ids and gates, each [..., K].
+
+    V1 greedy, V2 group_limited_greedy (a group scores its best expert), V3 noaux_tc (a group scores its two
+    best biased experts; the bias selects but does not weigh). Unkept groups are masked with -inf: a kept
+    score made negative by its bias must still beat them. Ties go to the lower id.
+    """
+    scores = jax.nn.sigmoid(logits) if cfg.scoring_func == "sigmoid" else jax.nn.softmax(logits, axis=-1)
+    choice = scores if bias_E is None else scores + bias_E
+    if cfg.topk_method != "greedy" and cfg.n_group > 1:
+        choice = _keep_best_groups(cfg, choice)
+    ids = jax.lax.top_k(choice, cfg.num_experts_per_tok)[1]
+    # take_along_axis by comparison: a gather would need the layout of its result spelled out
+    chosen = ids[..., None] == jnp.arange(scores.shape[-1])
+    gates = jnp.where(chosen, scores[..., None, :], 0).sum(axis=-1)
+    if cfg.norm_topk_prob:
+        gates = gates / (gates.sum(axis=-1, keepdims=True) + 1e-20)
+    return ids, gates * cfg.routed_scaling_factor
+
+
+def _keep_best_groups(cfg: ModelConfig, choice: jax.Array) -> jax.Array:
+    groups = choice.reshape(*choice.shape[:-1], cfg.n_group, -1)
+    best = jax.lax.top_k(groups, 2)[0].sum(-1) if cfg.topk_method == "noaux_tc" else groups.max(-1)
+    kept = jax.lax.top_k(best, cfg.topk_group)[1]
+    keep = (kept[..., None] == jnp.arange(cfg.n_group)).any(axis=-2)
+    return jnp.where(keep[..., None], groups, -jnp.inf).reshape(choice.shape)

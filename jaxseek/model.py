@@ -1,0 +1,215 @@
+"""DeepSeek: one decoder for the whole family. `forward` is the model; the rest prepares its arguments.
+
+Consecutive layers of one kind form a stack with a leading layer axis, which is scanned (a dense and a sparse
+stack in the released models). `unrolled` is the same model with stacks of one layer: it decodes faster on
+CPU, where a scan copies the weights of every layer at every step.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxseek.cache import Cache, init_cache
+from jaxseek.config import ModelConfig
+from jaxseek.kernels.attention import Mask
+from jaxseek.layers.block import Context, Layer, run_stack
+from jaxseek.layers.moe import Routing
+from jaxseek.layers.norm import RMSNorm
+from jaxseek.layers.rope import rope_table
+from jaxseek.mtp import MTP
+from jaxseek.sharding import Init, Rules, Strategy, fill, random_values
+
+Caches = tuple[Cache, ...]  # one per stack
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Output:
+    """Of a forward pass: final-norm hidden states, the caches, and per sparse stack what its routers did."""
+
+    hidden_BTD: jax.Array
+    caches: Caches | None
+    routing: tuple[Routing, ...]
+
+
+def layer_runs(cfg: ModelConfig) -> list[tuple[bool, int]]:
+    """The stacks: (is a mixture of experts, number of layers), in order."""
+    kinds = (cfg.is_moe_layer(l) for l in range(cfg.num_hidden_layers))
+    return [(sparse, len(list(run))) for sparse, run in itertools.groupby(kinds)]
+
+
+class DeepSeek(nnx.Module):
+    """Token embedding, stacks of layers, final norm, output head, and the multi-token module where configured."""
+
+    def __init__(self, cfg: ModelConfig, strategy: Strategy, dtype: Any):
+        self.cfg, self.strategy = cfg, strategy
+        D, V, init = cfg.hidden_size, cfg.vocab_size, Init(strategy, dtype)
+
+        def stack(sparse: bool, count: int) -> Layer:
+            return jax.vmap(lambda _: Layer(cfg, sparse, init))(jnp.arange(count))
+
+        self.embed_VD = init((V, D), ("vocab", "embed"))
+        self.stacks = nnx.List([stack(sparse, count) for sparse, count in layer_runs(cfg)])
+        self.norm = RMSNorm(D, cfg.rms_norm_eps, init)
+        self.head_DV = None if cfg.tie_word_embeddings else init((D, V), ("embed", "vocab"))
+        self.mtp = nnx.List([MTP(cfg, depth, init) for depth in range(cfg.num_nextn_predict_layers)])
+
+    # ---------------------------------------------------------------- the model
+
+    def forward(
+        self, tokens_BT: jax.Array, ctx: Context, caches: Caches | None = None
+    ) -> Output:
+        """Hidden states after the final norm; `logits` turns them into logits."""
+        with jax.named_scope("embed"):
+            x_BTD = self.embed(tokens_BT, ctx.rules)
+        new_caches, routing = [], []
+        for i, stack in enumerate(self.stacks):
+            x_BTD, cache, routed = run_stack(stack, x_BTD, caches[i] if caches else None, ctx)
+            new_caches.append(cache)
+            routing += [routed] if routed is not None else []
+        return Output(self.norm(x_BTD), tuple(new_caches) if caches else None, tuple(routing))
+
+    def embed(self, tokens_BT: jax.Array, rules: Rules) -> jax.Array:
+        """Embeddings of tokens: [B, T, D]."""
+        table_VD = rules.use(self.embed_VD, self.embed_VD[...].dtype)
+        return table_VD.at[tokens_BT].get(out_sharding=rules.spec("batch", "length", None))
+
+    def logits(self, hidden_BTD: jax.Array, rules: Rules) -> jax.Array:
+        """float32 logits [B, T, V] of final-norm hidden states, main or multi-token."""
+        with jax.named_scope("head"):
+            dtype, spec = hidden_BTD.dtype, rules.spec("batch", "length", "vocab")
+            out = dict(preferred_element_type=jnp.float32, out_sharding=spec)
+            if self.head_DV is None:
+                return jnp.einsum("BTD,VD->BTV", hidden_BTD, rules.use(self.embed_VD, dtype), **out)
+            return jnp.einsum("BTD,DV->BTV", hidden_BTD, rules.use(self.head_DV, dtype), **out)
+
+    def context(
+        self,
+        rules: Rules,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segment_ids_BT: jax.Array | None = None,
+        caches: Caches | None = None,
+        fresh: bool = True,
+    ) -> Context:
+        """What the layers share. Segment 0 is padding; positions count from 0 in every segment unless given.
+
+        Without `fresh`, queries attend to the caches, whose slots are positions; `positions_BT` must be given.
+        """
+        ones_BT = jnp.ones(tokens_BT.shape, jnp.int32)
+        segment_ids_BT = ones_BT if segment_ids_BT is None else segment_ids_BT
+        if positions_BT is None:
+            positions_BT = positions_in_segments(segment_ids_BT)
+        valid_BT = segment_ids_BT > 0
+        keys = (positions_BT, segment_ids_BT)
+        if not fresh:
+            slots_1S = jnp.arange(jax.tree.leaves(caches)[0].shape[-2])[None]
+            keys = (rules.shard(slots_1S, None, "cache_length"), None)
+        kv_pos, kv_seg = (None if k is None else rules.shard(k, "batch" if fresh else None, *([None] if fresh else ["cache_length"])) for k in keys)
+        slots_BT = jnp.where(valid_BT, positions_BT, -1)
+        pos_BT, seg_BT, valid_BT = (rules.shard(a, "batch", "length") for a in (positions_BT, segment_ids_BT, valid_BT))
+        mask = Mask(pos_BT, seg_BT, kv_pos, kv_seg)
+        return Context(rules, rope_table(self.cfg, pos_BT), mask, valid_BT, slots_BT, fresh)
+
+    def __call__(
+        self,
+        tokens_BT: Any,
+        positions_BT: Any = None,
+        segment_ids_BT: Any = None,
+    ) -> jax.Array:
+        """float32 logits [B, T, V] of int32 tokens [B, T], numpy or JAX.
+
+        `segment_ids` separate packed sequences; 0 marks padding. Rows and columns are padded to what the mesh
+        divides, and cut off again. Raises ValueError for tokens outside the vocabulary, and for sequences
+        longer than `max_position_embeddings`.
+        """
+        self.check_tokens(tokens_BT)
+        rows, columns = (self.strategy.parts(self.strategy.train, a) for a in ("batch", "length"))
+        (B, T), inputs = np.shape(tokens_BT), [tokens_BT, positions_BT, segment_ids_BT]
+        pad = ((0, -B % rows), (0, -T % columns))
+        if pad != ((0, 0), (0, 0)) and segment_ids_BT is None:
+            inputs[2] = np.ones((B, T), np.int32)
+        inputs = [None if a is None else jnp.pad(jnp.asarray(a, jnp.int32), pad) for a in inputs]
+        with self.on_mesh():
+            return _logits(self, *inputs, shape=(B, T))
+
+    # ---------------------------------------------------------------- around it
+
+    @classmethod
+    def abstract(cls, cfg: ModelConfig, mesh: Any = None, dtype: Any = jnp.float32) -> DeepSeek:
+        """Shapes and shardings only: costs nothing at any size, and needs no devices."""
+        strategy = Strategy.parse(mesh)
+        strategy.check_fits(cfg)
+        with jax.sharding.use_abstract_mesh(strategy.abstract_mesh()):
+            return jax.eval_shape(lambda: cls(cfg, strategy, dtype))
+
+    @classmethod
+    def init(cls, cfg: ModelConfig, mesh: Any = None, seed: int = 0, dtype: Any = jnp.float32) -> DeepSeek:
+        """Random weights, the same on every mesh."""
+        model = cls.abstract(cfg, mesh, dtype)
+        return fill(model, model.strategy.make_mesh(), random_values(seed, cfg.initializer_range))
+
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh that the weights live on."""
+        return self.embed_VD[...].sharding.mesh
+
+    def on_mesh(self):
+        """A context in which the model's phases may be traced and run; inside a trace the mesh is already set."""
+        traced = isinstance(self.embed_VD[...], jax.core.Tracer)
+        return nullcontext() if traced else jax.set_mesh(self.mesh)
+
+    def unrolled(self) -> DeepSeek:
+        """The same model with every layer a stack of its own; the layers' weights are copied."""
+        graph = nnx.clone(self, variables=False)
+        cut = jax.jit(lambda stack, l: jax.tree.map(lambda a: a[l][None], stack), static_argnums=1)
+        with self.on_mesh():
+            graph.stacks = nnx.List(
+                [cut(s, l) for s in self.stacks for l in range(jax.tree.leaves(s)[0].shape[0])]
+            )
+        return graph
+
+    def init_caches(self, batch: int, capacity: int, dtype: Any, rules: Rules) -> Caches:
+        """Empty caches, one per stack."""
+        counts = (jax.tree.leaves(s)[0].shape[0] for s in self.stacks)
+        return tuple(init_cache(self.cfg, batch, capacity, dtype, rules, n) for n in counts)
+
+    def check_tokens(self, tokens_BT: Any) -> None:
+        """Raise ValueError for a wrong shape, a token outside the vocabulary, or too long a sequence."""
+        if np.ndim(tokens_BT) != 2:
+            raise ValueError(f"tokens have shape {np.shape(tokens_BT)}, expected [batch, length]")
+        longest = self.cfg.max_position_embeddings
+        if np.shape(tokens_BT)[1] > longest:
+            raise ValueError(f"{np.shape(tokens_BT)[1]} tokens are more than the context of {longest}")
+        if isinstance(tokens_BT, jax.core.Tracer) or not np.size(tokens_BT):
+            return
+        low, high = int(np.min(tokens_BT)), int(np.max(tokens_BT))
+        if low < 0 or high >= self.cfg.vocab_size:
+            raise ValueError(f"token ids span {low}..{high}, outside the vocabulary 0..{self.cfg.vocab_size - 1}")
+
+
+def positions_in_segments(segment_ids_BT: jax.Array) -> jax.Array:
+    """Each token's index within its run of equal segment ids, [B, T] int32."""
+    index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
+    starts_BT = segment_ids_BT != jnp.pad(segment_ids_BT, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    return index_T - jax.lax.cummax(jnp.where(starts_BT, index_T, 0), axis=1)
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _logits(model: DeepSeek, tokens_BT, positions_BT, segment_ids_BT, shape):
+    rules = model.strategy.train
+    ctx = model.context(rules, tokens_BT, positions_BT, segment_ids_BT)
+    logits_BTV = model.logits(model.forward(tokens_BT, ctx).hidden_BTD, rules)
+    if tokens_BT.shape == shape:
+        return logits_BTV
+    return rules.shard(logits_BTV, None, None, "vocab")[: shape[0], : shape[1]]

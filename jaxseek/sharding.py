@@ -1,0 +1,331 @@
+"""Where arrays live: the shape legend, mesh axes, and the tables from logical names to mesh axes.
+
+Shape legend (suffix letters are einsum letters, for arrays and parameters of the whole project):
+
+    B batch      T query tokens   S cache slots / key tokens   D model width   V vocabulary
+    N heads      K kv heads       G query heads per kv head    H head width    P head width without rope
+    Q q-lora     C kv-lora        R rope width                 A = C + R       L layers
+    E experts    F feed-forward width                          M rows sorted by expert
+
+A *strategy* is a TOML file: sizes of the mesh axes, where weights rest (`[weights]`), and how each phase
+(`[train]`, `[prefill]`, `[decode]`) lays out its activations and the weights it computes with. Layers know
+logical names only; this file alone knows mesh axes. One sharding mode everywhere: Explicit.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+import os
+import tomllib
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxseek.config import ConfigError, ModelConfig, configs_dir
+
+MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
+DISPATCHES = ("local", "replicated", "all_to_all")
+PHASES = ("train", "prefill", "decode")
+LOGICAL_AXES = (
+    "batch",
+    "length",
+    "cache_length",
+    "embed",
+    "vocab",
+    "heads",
+    "kv_heads",
+    "q_groups",
+    "q_lora",
+    "mlp",
+    "expert",
+    "expert_mlp",
+)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """One table of a strategy: logical axis name to mesh axes, and the expert dispatch of the phase."""
+
+    table: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    dispatch: str = "local"
+    capacity_factor: float | None = None
+    unroll: bool = False
+
+    def axes(self, name: str | None) -> tuple[str, ...]:
+        """Mesh axes (of size above one) that this logical axis is split over."""
+        return dict(self.table).get(name, ()) if name else ()
+
+    def spec(self, *names: str | None) -> P:
+        """The PartitionSpec of an array whose dimensions have these logical names."""
+        return P(*(axes if len(axes) > 1 else axes[0] if axes else None for axes in map(self.axes, names)))
+
+    def shard(self, x: jax.Array, *names: str | None) -> jax.Array:
+        """Move `x` to the layout of these logical names (no operation where it already is)."""
+        return jax.sharding.reshard(x, self.spec(*names))
+
+    def use(self, param: nnx.Variable, dtype: Any) -> jax.Array:
+        """A parameter as this phase computes with it: cast first, so that a gather moves fewer bytes."""
+        value = param[...].astype(dtype)
+        return self.shard(value, *param.get_metadata("axes"))
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """Mesh sizes and rule tables; hashable, so that compiled functions are keyed by it."""
+
+    sizes: tuple[tuple[str, int], ...]
+    weights: Rules
+    train: Rules
+    prefill: Rules
+    decode: Rules
+
+    @property
+    def num_devices(self) -> int:
+        return math.prod(n for _, n in self.sizes)
+
+    def parts(self, rules: Rules, name: str) -> int:
+        """Into how many parts these rules split a logical axis."""
+        return math.prod(dict(self.sizes)[a] for a in rules.axes(name))
+
+    def make_mesh(self, devices: list[Any] | None = None) -> Mesh:
+        """A mesh of Explicit axes over the first devices (all hosts' devices, in JAX's topology order).
+
+        Raises ConfigError when there are fewer devices than the strategy needs.
+        """
+        available = jax.devices() if devices is None else devices
+        if self.num_devices > len(available):
+            given = " x ".join(f"{a}={n}" for a, n in self.sizes if n > 1)
+            raise ConfigError(
+                f"the mesh {given} needs {self.num_devices} devices, but {len(available)} are available "
+                f"({available[0].platform}); lower an axis, or set jax_num_cpu_devices to simulate more"
+            )
+        sizes = tuple(n for _, n in self.sizes)
+        explicit = (AxisType.Explicit,) * len(sizes)
+        return jax.make_mesh(sizes, MESH_AXES, axis_types=explicit, devices=available[: self.num_devices])
+
+    def abstract_mesh(self) -> AbstractMesh:
+        """The same mesh with no devices, for shapes and shardings alone."""
+        explicit = (AxisType.Explicit,) * len(MESH_AXES)
+        return AbstractMesh(tuple(n for _, n in self.sizes), MESH_AXES, axis_types=explicit)
+
+    def check_fits(self, cfg: ModelConfig) -> None:
+        """Raise ConfigError, naming every axis that does not divide what it splits."""
+        size = dict(self.sizes)
+        dims = {
+            "vocab": cfg.vocab_size,
+            "embed": cfg.hidden_size,
+            "kv_heads": 0 if cfg.is_mla else cfg.num_key_value_heads,
+            "q_groups": 0 if cfg.is_mla else cfg.num_attention_heads // cfg.num_key_value_heads,
+            "heads": cfg.num_attention_heads if cfg.is_mla else 0,
+            "q_lora": cfg.q_lora_rank or 0,
+            "mlp": math.gcd(cfg.intermediate_size, cfg.moe_intermediate_size * cfg.n_shared_experts),
+            "expert": cfg.n_routed_experts,
+            "expert_mlp": cfg.moe_intermediate_size,
+        }
+        problems = []
+        for where in ("weights", *PHASES):
+            for name, axes in getattr(self, where).table:
+                parts = math.prod(size[a] for a in axes)
+                if name in dims and dims[name] % parts:
+                    over = " x ".join(f"{a}={size[a]}" for a in axes)
+                    problems.append(f"{name} {dims[name]} is not divisible by {over} ([{where}])")
+        if cfg.n_routed_experts == 0 and size["expert"] > 1:
+            problems.append(f"expert={size['expert']}, but the model has no routed experts")
+        if problems:
+            unique = "; ".join(dict.fromkeys(problems))
+            raise ConfigError(
+                f"the mesh does not fit the model: {unique}. Choose another size, or free the axis "
+                "by a rule such as kv_heads = [] in the strategy's TOML"
+            )
+
+    @classmethod
+    def from_toml(cls, path: str | Path, **sizes: int) -> Strategy:
+        """Read a strategy file; tables it leaves out come from the default strategy."""
+        path = Path(path)
+        try:
+            raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"{path}: no such strategy file") from None
+        except tomllib.TOMLDecodeError as e:
+            raise ConfigError(f"{path}: not valid TOML ({e})") from None
+        try:
+            default = _default_tables()
+            _check_keys(raw, ("mesh", "weights", *PHASES), "table")
+            tables = {k: default[k] | raw.get(k, {}) for k in ("weights", *PHASES)}
+            return cls._build(raw.get("mesh", {}) | sizes, tables)
+        except ConfigError as e:
+            raise ConfigError(f"{path}: {e}") from None
+
+    @classmethod
+    def default(cls, **sizes: int) -> Strategy:
+        """The default rule tables with these mesh sizes, for example `default(fsdp=4, tensor=2)`."""
+        return cls._build(sizes, _default_tables())
+
+    @classmethod
+    def parse(cls, mesh: Strategy | dict[str, int] | str | Path | None) -> Strategy:
+        """A strategy from what a user writes: None, sizes, `"tensor=4,data=2"`, a TOML path or shipped name."""
+        if isinstance(mesh, Strategy):
+            return mesh
+        if mesh is None:
+            return cls.default()
+        if isinstance(mesh, dict):
+            return cls.default(**mesh)
+        text = str(mesh)
+        if "=" in text and not text.endswith(".toml"):
+            try:
+                return cls.default(**{k.strip(): int(v) for k, v in (kv.split("=") for kv in text.split(","))})
+            except ValueError as e:
+                if isinstance(e, ConfigError):
+                    raise
+                raise ConfigError(f"mesh is {text!r}, expected sizes such as tensor=4,data=2") from None
+        shipped = configs_dir() / "meshes" / f"{text}.toml"
+        return cls.from_toml(shipped if shipped.is_file() else text)
+
+    @classmethod
+    def _build(cls, sizes: dict[str, int], tables: dict[str, dict[str, Any]]) -> Strategy:
+        _check_keys(sizes, MESH_AXES, "mesh axis")
+        for axis, n in sizes.items():
+            if not isinstance(n, int) or n < 1:
+                raise ConfigError(f"mesh axis {axis} has size {n!r}, expected a positive integer")
+        full = tuple((a, sizes.get(a, 1)) for a in MESH_AXES)
+        return cls(full, **{k: _rules(k, tables[k], dict(full)) for k in ("weights", *PHASES)})
+
+
+def _check_keys(given: dict[str, Any], known: tuple[str, ...], what: str) -> None:
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
+            raise ConfigError(f"unknown {what} {key!r}{hint}")
+
+
+def _rules(where: str, raw: dict[str, Any], sizes: dict[str, int]) -> Rules:
+    raw = dict(raw)
+    extra = {k: raw.pop(k) for k in ("dispatch", "capacity_factor", "unroll") if k in raw}
+    _check_keys(raw, LOGICAL_AXES, f"logical axis in [{where}]")
+    table = []
+    for name, axes in raw.items():
+        axes = (axes,) if isinstance(axes, str) else tuple(axes)
+        for axis in axes:
+            if axis not in MESH_AXES:
+                raise ConfigError(f"[{where}] {name} names mesh axis {axis!r}; known: {', '.join(MESH_AXES)}")
+        table.append((name, tuple(a for a in axes if sizes[a] > 1)))
+    rules = Rules(tuple(table), **extra)
+    if rules.dispatch not in DISPATCHES:
+        raise ConfigError(f"[{where}] dispatch is {rules.dispatch!r}, expected one of {', '.join(DISPATCHES)}")
+    if rules.capacity_factor is not None and not rules.capacity_factor > 0:
+        raise ConfigError(f"[{where}] capacity_factor is {rules.capacity_factor}, expected above 0")
+    if where != "weights" and rules.dispatch == "local" and rules.axes("expert"):
+        raise ConfigError(f"[{where}] dispatch 'local' keeps all experts, but expert is split; use 'replicated'")
+    if rules.dispatch == "all_to_all" and not set(rules.axes("expert")) <= set(rules.axes("batch")):
+        raise ConfigError(f"[{where}] dispatch 'all_to_all' needs batch split over the axes of expert")
+    return rules
+
+
+@functools.cache
+def _default_tables() -> dict[str, dict[str, Any]]:
+    return tomllib.loads((configs_dir() / "meshes" / "default.toml").read_text(encoding="utf-8"))
+
+
+class Init:
+    """Declares parameters: shape, logical axes and initial values stand on one line in the layers.
+
+    Layers are only ever built under `jax.eval_shape`; `fill` then gives every parameter its values, be they
+    random, converted or restored.
+    """
+
+    def __init__(self, strategy: Strategy, dtype: Any):
+        self.rules, self.dtype = strategy.weights, dtype
+
+    def __call__(
+        self,
+        shape: tuple[int, ...],
+        axes: tuple[str | None, ...],
+        fill: float | None = None,
+        dtype: Any = None,
+        kind: type[nnx.Variable] = nnx.Param,
+    ) -> nnx.Variable:
+        """A parameter that starts as the constant `fill`, or else normal with the config's standard deviation."""
+        if len(shape) != len(axes):
+            raise ValueError(f"shape {shape} and axes {axes} differ in length")
+        value = jnp.zeros(shape, dtype or self.dtype, out_sharding=self.rules.spec(*axes))
+        return kind(value, axes=axes, fill=fill)
+
+
+def parameters(model: nnx.Module) -> dict[str, nnx.Variable]:
+    """Every parameter by its dotted path, in a fixed order."""
+    flat, _ = jax.tree.flatten_with_path(model, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    return {".".join(str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in path): v for path, v in flat}
+
+
+def fill(model: Any, mesh: Mesh, make: Callable[[str, nnx.Variable, NamedSharding], jax.Array]) -> Any:
+    """An abstract model with every parameter's value made by `make(path, abstract parameter, sharding)`."""
+    made = []
+    for path, param in parameters(model).items():
+        made.append(make(path, param, NamedSharding(mesh, param.get_value().sharding.spec)))
+    return jax.tree.unflatten(jax.tree.structure(model), made)
+
+
+def random_values(seed: int, std: float) -> Callable[[str, nnx.Variable, NamedSharding], jax.Array]:
+    """For `fill`: initial values drawn on the host, each layer's and expert's from a stream of its own.
+
+    They are the same on every mesh, and a shard draws only the matrices that it holds.
+    """
+
+    def make(path: str, param: nnx.Variable, sharding: NamedSharding) -> jax.Array:
+        abstract, axes = param.get_value(), param.get_metadata("axes")
+        shape, dtype = abstract.shape, abstract.dtype
+        constant = param.get_metadata("fill")
+        lead = len(shape) - len(axes) + (axes[0] == "expert")
+        name = zlib.crc32(path.encode())
+
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            sizes = [len(range(n)[i]) for n, i in zip(shape, index)]
+            if constant is not None:
+                return np.full(sizes, constant, dtype)
+            out = np.empty(sizes, dtype)
+            for at in np.ndindex(*sizes[:lead]):
+                which = [range(n)[i][j] for n, i, j in zip(shape, index, at)]
+                rng = np.random.default_rng([seed, name, *which])
+                out[at] = (std * rng.standard_normal(shape[lead:], np.float32))[index[lead:]]
+            return out
+
+        return jax.make_array_from_callback(shape, sharding, shard)
+
+    return make
+
+
+def platform() -> str:
+    """Of the devices of the mesh in use ("cpu", "tpu", ...), also while compiling for devices that are not here.
+
+    Kernels choose their implementation by it: `jax.lax.platform_dependent` would trace them all.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def initialize_distributed() -> None:
+    """Join all hosts of a slice, from the same script on every worker.
+
+    On Cloud TPU VMs everything is detected. Elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID say where to meet. Does nothing on a single host.
+    """
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        jax.distributed.initialize(
+            os.environ["JAX_COORDINATOR_ADDRESS"],
+            int(os.environ["JAX_NUM_PROCESSES"]),
+            int(os.environ["JAX_PROCESS_ID"]),
+        )
+    elif len([h for h in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if h]) > 1:
+        jax.distributed.initialize()
