@@ -202,7 +202,7 @@ def positions_in_segments(segment_ids_BT: jax.Array) -> jax.Array:
     """Each token's index within its run of equal segment ids, [B, T] int32."""
     index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
     starts_BT = segment_ids_BT != jnp.pad(segment_ids_BT, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
-    return index_T - jax.lax.cummax(jnp.where(starts_BT, index_T, 0), axis=1)
+    return index_T[None] - jax.lax.cummax(jnp.where(starts_BT, index_T[None], 0), axis=1)
 
 
 @functools.partial(jax.jit, static_argnames="shape")

@@ -65,7 +65,7 @@ def _tiles(M: int, E: int, sizes_E: jax.Array):
     i = jnp.arange(n)
     e = jnp.minimum(jnp.searchsorted(last_E, i, side="right"), E - 1)
     first_row = (row_end_E - sizes_E)[e] + (i - (last_E - tiles_E)[e]) * tile
-    rows = first_row[:, None] + jnp.arange(tile)
+    rows = first_row[:, None] + jnp.arange(tile)[None]
     return e, jnp.where(rows < row_end_E[e][:, None], rows, M), last_E[-1]
 
 

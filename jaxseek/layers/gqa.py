@@ -45,9 +45,9 @@ class GQA(nnx.Module):
         k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, rules.use(self.k_DKH, dtype), out_sharding=kv_spec)
         v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, rules.use(self.v_DKH, dtype), out_sharding=kv_spec)
         if cfg.attention_bias:
-            q_BTKGH += rules.use(self.q_bias_KGH, dtype)
-            k_BTKH += rules.use(self.k_bias_KH, dtype)
-            v_BTKH += rules.use(self.v_bias_KH, dtype)
+            q_BTKGH += rules.use(self.q_bias_KGH, dtype)[None, None]
+            k_BTKH += rules.use(self.k_bias_KH, dtype)[None, None]
+            v_BTKH += rules.use(self.v_bias_KH, dtype)[None, None]
         q_BTKGH, k_BTKH = rotate(q_BTKGH, ctx.rope, False), rotate(k_BTKH, ctx.rope, False)
         if cache is not None:
             k_LBKSH = write_slots(cache.k_LBKSH, layer, ctx.slots_BT, k_BTKH, rules)
@@ -63,4 +63,4 @@ class GQA(nnx.Module):
             out_BTKGH = attend(q_BTKGH, k_BKSH, v_BKSH, ctx.mask, cfg.softmax_scale, rules, heads, "cache_length")
         narrow = rules.spec("batch", "length", None)
         y_BTD = jnp.einsum("BTKGH,KGHD->BTD", out_BTKGH, rules.use(self.o_KGHD, dtype), out_sharding=narrow)
-        return (y_BTD if self.o_bias_D is None else y_BTD + rules.use(self.o_bias_D, dtype)), cache
+        return (y_BTD if self.o_bias_D is None else y_BTD + rules.use(self.o_bias_D, dtype)[None, None]), cache

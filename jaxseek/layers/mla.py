@@ -77,7 +77,7 @@ class MLA(nnx.Module):
             out_BTNH = self._absorbed(qn_BTNP, qr_BTNR, latent_BSA, mask, rules)
         narrow = rules.spec("batch", "length", None)
         y_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, rules.use(self.o_NHD, dtype), out_sharding=narrow)
-        return (y_BTD if self.o_bias_D is None else y_BTD + rules.use(self.o_bias_D, dtype)), cache
+        return (y_BTD if self.o_bias_D is None else y_BTD + rules.use(self.o_bias_D, dtype)[None, None]), cache
 
     def _query_latent(self, x_BTD, rules):
         if self.q_a_DQ is None:
@@ -100,7 +100,7 @@ class MLA(nnx.Module):
         narrow = rules.spec("batch", "length", None)
         a_BTA = jnp.einsum("BTD,DA->BTA", x_BTD, rules.use(self.kv_a_DA, dtype), out_sharding=narrow)
         if self.kv_a_bias_A is not None:
-            a_BTA += rules.use(self.kv_a_bias_A, dtype)
+            a_BTA += rules.use(self.kv_a_bias_A, dtype)[None, None]
         k_BTR = rotate(a_BTA[..., C:], ctx.rope, self.cfg.rope_interleave)
         return jnp.concatenate([self.kv_norm(a_BTA[..., :C]), k_BTR], axis=-1)
 
@@ -180,7 +180,8 @@ class Indexer(nnx.Module):
     def _layer_norm(self, x):
         x32 = x.astype(jnp.float32)
         x32 = (x32 - x32.mean(-1, keepdims=True)) * jax.lax.rsqrt(x32.var(-1, keepdims=True) + 1e-6)
-        return (x32 * self.k_norm_H[...] + self.k_norm_bias_H[...]).astype(x.dtype)
+        scale_H, bias_H = (p[...][None, None] for p in (self.k_norm_H, self.k_norm_bias_H))
+        return (x32 * scale_H + bias_H).astype(x.dtype)
 
     def _choose(self, scores_BTS, mask, key_axis, rules):
         S, k = scores_BTS.shape[-1], self.cfg.index_topk

@@ -26,9 +26,9 @@ class MLP(nnx.Module):
         gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, rules.use(self.gate_DF, dtype), out_sharding=wide)
         up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, rules.use(self.up_DF, dtype), out_sharding=wide)
         if self.gate_bias_F is not None:
-            gate_BTF += rules.use(self.gate_bias_F, dtype)
-            up_BTF += rules.use(self.up_bias_F, dtype)
+            gate_BTF += rules.use(self.gate_bias_F, dtype)[None, None]
+            up_BTF += rules.use(self.up_bias_F, dtype)[None, None]
         hidden_BTF = jax.nn.silu(gate_BTF) * up_BTF
         narrow = rules.spec("batch", "length", None)
         y_BTD = jnp.einsum("BTF,FD->BTD", hidden_BTF, rules.use(self.down_FD, dtype), out_sharding=narrow)
-        return y_BTD if self.down_bias_D is None else y_BTD + rules.use(self.down_bias_D, dtype)
+        return y_BTD if self.down_bias_D is None else y_BTD + rules.use(self.down_bias_D, dtype)[None, None]

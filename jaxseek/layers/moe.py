@@ -81,12 +81,12 @@ def choose_experts(
     score made negative by its bias must still beat them. Ties go to the lower id.
     """
     scores = jax.nn.sigmoid(logits) if cfg.scoring_func == "sigmoid" else jax.nn.softmax(logits, axis=-1)
-    choice = scores if bias_E is None else scores + bias_E
+    choice = scores if bias_E is None else scores + jnp.broadcast_to(bias_E, scores.shape)
     if cfg.topk_method != "greedy" and cfg.n_group > 1:
         choice = _keep_best_groups(cfg, choice)
     ids = jax.lax.top_k(choice, cfg.num_experts_per_tok)[1]
     # take_along_axis by comparison: a gather would need the layout of its result spelled out
-    chosen = ids[..., None] == jnp.arange(scores.shape[-1])
+    chosen = jax.nn.one_hot(ids, scores.shape[-1], dtype=bool)
     gates = jnp.where(chosen, scores[..., None, :], 0).sum(axis=-1)
     if cfg.norm_topk_prob:
         gates = gates / (gates.sum(axis=-1, keepdims=True) + 1e-20)
@@ -97,5 +97,5 @@ def _keep_best_groups(cfg: ModelConfig, choice: jax.Array) -> jax.Array:
     groups = choice.reshape(*choice.shape[:-1], cfg.n_group, -1)
     best = jax.lax.top_k(groups, 2)[0].sum(-1) if cfg.topk_method == "noaux_tc" else groups.max(-1)
     kept = jax.lax.top_k(best, cfg.topk_group)[1]
-    keep = (kept[..., None] == jnp.arange(cfg.n_group)).any(axis=-2)
+    keep = jax.nn.one_hot(kept, cfg.n_group, dtype=bool).any(axis=-2)
     return jnp.where(keep[..., None], groups, -jnp.inf).reshape(choice.shape)

@@ -19,4 +19,5 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)  # the mean of squares overflows and cancels in bfloat16
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return self.scale_D[...].astype(x.dtype) * x32.astype(x.dtype)
+        scale = self.scale_D[...].reshape(*(1,) * (x.ndim - 1), -1)
+        return scale.astype(x.dtype) * x32.astype(x.dtype)

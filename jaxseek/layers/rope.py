@@ -61,7 +61,7 @@ def attention_factor(rope: RopeConfig) -> float:
 def rope_table(cfg: ModelConfig, positions_BT: jax.Array) -> Rope:
     """cos and sin of every position and pair, float32: angles of long contexts need all its digits."""
     freq = jnp.asarray(frequencies(cfg.rope, cfg.rope_dim), jnp.float32)
-    angles_BTR = positions_BT.astype(jnp.float32)[..., None] * freq
+    angles_BTR = positions_BT.astype(jnp.float32)[..., None] * freq[None, None]
     factor = attention_factor(cfg.rope)
     return jnp.cos(angles_BTR) * factor, jnp.sin(angles_BTR) * factor
 

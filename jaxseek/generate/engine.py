@@ -1,0 +1,251 @@
+"""Prefill and decode as two compiled programs: one dispatch for a prompt batch, one for many new tokens."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxseek.cache import split_layers
+from jaxseek.generate.sampling import Mode, Sampling, SamplingArrays, batch_mode, sample
+from jaxseek.model import Caches, DeepSeek
+
+CAPACITY_STEP = 256  # cache slots are allotted in steps, so that few programs serve all lengths
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """Between dispatches: caches, each row's last token and its position, and which rows have ended."""
+
+    caches: Caches
+    token_B: jax.Array
+    position_B: jax.Array  # of token_B, which is not in the cache yet
+    done_B: jax.Array
+
+
+@dataclass
+class Completion:
+    """Of one request: new token ids (the stop token included), their log-probabilities, and why it ended."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: str | None = None  # "stop" or "length"
+
+
+@dataclass
+class Timing:
+    """Seconds and tokens of a batch; compilation counts in the first of each."""
+
+    prefill_seconds: float = 0.0
+    prefill_tokens: int = 0
+    decode_seconds: float = 0.0
+    decode_tokens: int = 0
+
+    @property
+    def decode_rate(self) -> float:
+        """New tokens per second over the batch, the first of each row (made by prefill) not counted."""
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+
+class Engine:
+    """Generates for batches of prompts with one model on its mesh.
+
+    `unroll` decodes with one module per layer, at the cost of a second copy of the weights; by default on CPU,
+    where a scan over layers copies every layer's weights at every token.
+    """
+
+    def __init__(self, model: DeepSeek, cache_dtype: Any = None, unroll: bool | None = None):
+        self.model = model
+        self.cache_dtype = cache_dtype or model.embed_VD[...].dtype
+        on_cpu = model.mesh.devices.flat[0].platform == "cpu"
+        self.decoder = model.unrolled() if (on_cpu if unroll is None else unroll) else model
+        self.timing = Timing()
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling | list[Sampling]) -> list[Completion]:
+        """All completions of a batch of tokenised prompts."""
+        completions: list[Completion] = []
+        for completions in self.stream(prompts, sampling):  # noqa: B007 - the last state is the result
+            pass
+        return completions
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling | list[Sampling],
+        tokens_per_dispatch: int = 32,
+    ) -> Iterator[list[Completion]]:
+        """Yield the growing completions after prefill and after every dispatch.
+
+        The caller may set a completion's `finish_reason` (a stop string, say) to end its row. Raises ValueError
+        for an empty prompt, a prompt as long as the context, or a token outside the vocabulary.
+        """
+        requests = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
+        if not prompts:
+            return
+        context = self.model.cfg.max_position_embeddings
+        for i, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise ValueError(f"prompt {i} has no tokens")
+            if len(prompt) >= context:
+                raise ValueError(
+                    f"prompt {i} has {len(prompt)} tokens, which leaves no room in the context of {context}"
+                )
+            self.model.check_tokens([prompt])
+        budgets = [min(r.max_new_tokens, context - len(p)) for p, r in zip(prompts, requests)]
+        completions = [Completion() for _ in prompts]
+        self.timing = Timing(prefill_tokens=sum(map(len, prompts)))
+
+        start = time.perf_counter()
+        state, params, stops = self._prefill(prompts, requests, budgets, completions)
+        self.timing.prefill_seconds = time.perf_counter() - start
+        yield completions
+
+        mode, rows = batch_mode(requests), len(prompts)
+        while True:
+            left = [b - len(c.tokens) if c.finish_reason is None else 0 for b, c in zip(budgets, completions)]
+            if not any(left):
+                return
+            start = time.perf_counter()
+            done_B = np.ones(state.done_B.shape[0], bool)
+            done_B[:rows] = [c.finish_reason is not None for c in completions]
+            steps = min(tokens_per_dispatch, max(left))
+            with self.decoder.on_mesh():
+                state, tokens_BN, logprobs_BN, taken = _decode(
+                    self.decoder, state, done_B, params, stops, steps, tokens_per_dispatch, mode
+                )
+            tokens_BN, logprobs_BN = _fetch(tokens_BN), _fetch(logprobs_BN)
+            for i, completion in enumerate(completions):
+                if completion.finish_reason is None:
+                    n = min(int(taken), left[i])
+                    self._take(completion, tokens_BN[i, :n], logprobs_BN[i, :n], stops[i], budgets[i])
+            self.timing.decode_seconds += time.perf_counter() - start
+            self.timing.decode_tokens = sum(len(c.tokens) - 1 for c in completions)
+            yield completions
+
+    def _prefill(self, prompts, requests, budgets, completions):
+        model, rules = self.model, self.model.strategy.prefill
+        longest, rows, columns = max(map(len, prompts)), *(model.strategy.parts(rules, a) for a in ("batch", "length"))
+        B = len(prompts) + -len(prompts) % np.lcm(rows, model.strategy.parts(model.strategy.decode, "batch"))
+        T = max(16, 1 << (longest - 1).bit_length())
+        T += -T % columns
+        need = max(len(p) + b for p, b in zip(prompts, budgets))
+        step = np.lcm(CAPACITY_STEP, model.strategy.parts(rules, "cache_length"))
+        capacity = int(-(-need // step) * step)
+
+        tokens_BT, lengths_B = np.zeros((B, T), np.int32), np.ones(B, np.int32)
+        for i, prompt in enumerate(prompts):
+            tokens_BT[i, : len(prompt)], lengths_B[i] = prompt, len(prompt)
+        padded = requests + [requests[-1]] * (B - len(requests))
+        stops = [tuple(r.stop_ids) for r in padded]
+        width = max(1, *map(len, stops))
+        stops_BK = np.array([s + (-1,) * (width - len(s)) for s in stops], np.int32)
+        params = SamplingArrays.of(padded)
+        with model.on_mesh():
+            state, logprob_B = _prefill(
+                model, tokens_BT, lengths_B, params, capacity, jnp.dtype(self.cache_dtype).name, batch_mode(requests)
+            )
+            if self.decoder is not model:
+                state = State(_split(state.caches), state.token_B, state.position_B, state.done_B)
+        first_B, logprob_B = _fetch(state.token_B), _fetch(logprob_B)
+        for i, completion in enumerate(completions):
+            self._take(completion, first_B[i : i + 1], logprob_B[i : i + 1], stops_BK[i], budgets[i])
+        return state, params, stops_BK
+
+    @staticmethod
+    def _take(completion: Completion, tokens, logprobs, stops, budget: int) -> None:
+        for token, logprob in zip(tokens.tolist(), logprobs.tolist()):
+            completion.tokens.append(token)
+            completion.logprobs.append(logprob)
+            if token in stops:
+                completion.finish_reason = "stop"
+                return
+        if len(completion.tokens) >= budget:
+            completion.finish_reason = "length"
+
+
+def _fetch(x: jax.Array) -> np.ndarray:
+    """A small device array on the host, also where other hosts hold parts of it."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+@functools.partial(jax.jit, static_argnames=("capacity", "cache_dtype", "mode"))
+def _prefill(model: DeepSeek, tokens_BT, lengths_B, params, capacity: int, cache_dtype: str, mode: Mode):
+    """Caches of right-padded prompts, and their first new token with its log-probability."""
+    B, T = tokens_BT.shape
+    rules, decode = model.strategy.prefill, model.strategy.decode
+    segment_ids_BT = (jnp.arange(T)[None] < lengths_B[:, None]).astype(jnp.int32)
+    caches = model.init_caches(B, capacity, cache_dtype, rules)
+    ctx = model.context(rules, tokens_BT, None, segment_ids_BT, caches)
+    out = model.forward(tokens_BT, ctx, caches)
+    hidden_BTD = rules.shard(out.hidden_BTD, "batch", None, None)
+    last_BT = rules.shard((jnp.arange(T)[None] == lengths_B[:, None] - 1).astype(hidden_BTD.dtype), "batch", None)
+    last_BD = jnp.einsum("BTD,BT->BD", hidden_BTD, last_BT)
+    logits_BV = model.logits(decode.shard(last_BD, "batch", None)[:, None], decode)[:, 0]
+    token_B, logprob_B = _sample(logits_BV, lengths_B, params, mode, decode)
+    token_B, logprob_B = (decode.shard(a, "batch") for a in (token_B, logprob_B))
+    caches = jax.tree.map(lambda a: _as_in_decode(a, decode), out.caches)
+    position_B = decode.shard(lengths_B, "batch")
+    return State(caches, token_B, position_B, jnp.zeros_like(position_B, dtype=bool)), logprob_B
+
+
+def _as_in_decode(cache: jax.Array, rules) -> jax.Array:
+    inner = ("kv_heads",) if cache.ndim == 5 else ()
+    return rules.shard(cache, None, "batch", *inner, "cache_length", None)
+
+
+@jax.jit
+def _split(caches: Caches) -> Caches:
+    return tuple(part for cache in caches for part in split_layers(cache))
+
+
+def _sample(logits_BV, position_B, params, mode, rules):
+    """Sampling with the rows where their caches are and the vocabulary whole."""
+    logits_BV, position_B = rules.shard(logits_BV, "batch", None), rules.shard(position_B, "batch")
+    params = jax.tree.map(lambda a: rules.shard(a, "batch", *(None,) * (a.ndim - 1)), params)
+    return sample(logits_BV, position_B, params, mode)
+
+
+@functools.partial(jax.jit, static_argnames=("width", "mode"), donate_argnames="state")
+def _decode(model: DeepSeek, state: State, done_B, params, stops_BK, steps, width: int, mode: Mode):
+    """Up to `steps` (at most `width`) further tokens: (state, tokens [B, width], log-probabilities, steps taken).
+
+    Ends early when every row has ended.
+    """
+    rules = model.strategy.decode
+    B = state.token_B.shape[0]
+    stops_BK = rules.shard(stops_BK, "batch", None)
+
+    def step(carry):
+        state, tokens_BN, logprobs_BN, i = carry
+        token_B1, position_B1 = state.token_B[:, None], state.position_B[:, None]
+        live_B1 = (~state.done_B)[:, None].astype(jnp.int32)
+        ctx = model.context(rules, token_B1, position_B1, live_B1, state.caches, fresh=False)
+        out = model.forward(token_B1, ctx, state.caches)
+        logits_BV = model.logits(out.hidden_BTD, rules)[:, 0]
+        token_B, logprob_B = _sample(logits_BV, state.position_B + 1, params, mode, rules)
+        done_B = state.done_B | (token_B[:, None] == stops_BK).any(axis=1)
+        tokens_BN = jax.lax.dynamic_update_index_in_dim(tokens_BN, token_B, i, 1)
+        logprobs_BN = jax.lax.dynamic_update_index_in_dim(logprobs_BN, logprob_B, i, 1)
+        position_B = state.position_B + (~state.done_B).astype(jnp.int32)
+        return State(out.caches, token_B, position_B, done_B), tokens_BN, logprobs_BN, i + 1
+
+    def going(carry):
+        state, _, _, i = carry
+        return (i < steps) & ~state.done_B.all()
+
+    spec = rules.spec("batch", None)
+    start = State(state.caches, state.token_B, state.position_B, rules.shard(done_B, "batch"))
+    tokens_BN = jnp.zeros((B, width), jnp.int32, out_sharding=spec)
+    logprobs_BN = jnp.zeros((B, width), jnp.float32, out_sharding=spec)
+    return jax.lax.while_loop(going, step, (start, tokens_BN, logprobs_BN, jnp.zeros((), jnp.int32)))

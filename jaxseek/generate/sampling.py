@@ -1,0 +1,126 @@
+"""Choosing the next token: greedy, temperature, top-k, top-p and min-p, per request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Mode = Literal["greedy", "plain", "filtered"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one request is sampled. Temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 filter nothing.
+
+    Filters apply in the order temperature, top_k, top_p, min_p (transformers' order). `stop` are strings and
+    `stop_ids` tokens that end the text besides the tokenizer's end of sequence.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.6
+    top_k: int = 0
+    top_p: float = 0.95
+    min_p: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for ok, text in (
+            (self.max_new_tokens >= 1, f"max_new_tokens is {self.max_new_tokens}, expected 1 or more"),
+            (0 <= self.temperature < float("inf"), f"temperature is {self.temperature}, expected 0 or more"),
+            (self.top_k >= 0, f"top_k is {self.top_k}, expected 0 (off) or more"),
+            (0 < self.top_p <= 1, f"top_p is {self.top_p}, expected within (0, 1]"),
+            (0 <= self.min_p <= 1, f"min_p is {self.min_p}, expected within [0, 1]"),
+            (0 <= self.seed < 2**63, f"seed is {self.seed}, expected within 0..2^63-1"),
+            (all(self.stop), "a stop string is empty"),
+        ):
+            if not ok:
+                raise ValueError(text)
+
+    @property
+    def mode(self) -> Mode:
+        """The cheapest program that serves this request."""
+        if self.temperature == 0:
+            return "greedy"
+        return "filtered" if self.top_k or self.top_p < 1 or self.min_p > 0 else "plain"
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SamplingArrays:
+    """Of a batch of requests, one value per row."""
+
+    key_B: jax.Array
+    temperature_B: jax.Array
+    top_k_B: jax.Array
+    top_p_B: jax.Array
+    min_p_B: jax.Array
+
+    @classmethod
+    def of(cls, requests: list[Sampling]) -> SamplingArrays:
+        def column(name: str, dtype: Any) -> np.ndarray:
+            return np.array([getattr(r, name) for r in requests], dtype)
+
+        seeds = [np.random.SeedSequence(r.seed).generate_state(2, np.uint32) for r in requests]
+        return cls(
+            np.stack(seeds),
+            column("temperature", np.float32),
+            column("top_k", np.int32),
+            column("top_p", np.float32),
+            column("min_p", np.float32),
+        )
+
+
+def batch_mode(requests: list[Sampling]) -> Mode:
+    """The cheapest program that serves all of these requests."""
+    modes = {r.mode for r in requests}
+    return next(m for m in ("filtered", "plain", "greedy") if m in modes)
+
+
+def sample(
+    logits_BV: jax.Array, position_B: jax.Array, params: SamplingArrays, mode: Mode
+) -> tuple[jax.Array, jax.Array]:
+    """Next tokens [B] and their log-probabilities under the unfiltered model at temperature 1, [B] float32.
+
+    Randomness is a function of the request's seed and the position alone: the same request gives the same
+    text in any batch.
+    """
+    greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    if mode == "greedy":
+        token_B = greedy_B
+    else:
+        warm_B = params.temperature_B > 0
+        scaled_BV = logits_BV / jnp.where(warm_B, params.temperature_B, 1.0)[:, None]
+        if mode == "filtered":
+            scaled_BV = jnp.where(scaled_BV >= _threshold(scaled_BV, params)[:, None], scaled_BV, -jnp.inf)
+
+        def draw(key, position, logits_V):
+            key = jax.random.fold_in(jax.random.wrap_key_data(key), position)
+            return jax.random.categorical(key, logits_V)
+
+        drawn_B = jax.vmap(draw)(params.key_B, position_B, scaled_BV).astype(jnp.int32)
+        token_B = jnp.where(warm_B, drawn_B, greedy_B)
+    chosen_BV = jax.nn.one_hot(token_B, logits_BV.shape[-1], dtype=bool)
+    chosen_B = jnp.where(chosen_BV, logits_BV, 0).sum(-1)
+    return token_B, chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+
+
+def _threshold(scaled_BV: jax.Array, params: SamplingArrays) -> jax.Array:
+    """The smallest logit that survives all filters, [B]."""
+    V = scaled_BV.shape[-1]
+    sorted_BV = -jnp.sort(-scaled_BV, axis=-1)
+    rank_1V = jnp.arange(V)[None]
+    top_k_B1 = jnp.where(params.top_k_B > 0, params.top_k_B, V)[:, None]
+    sorted_BV = jnp.where(rank_1V < top_k_B1, sorted_BV, -jnp.inf)
+    probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
+    before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV  # mass of the more likely ones
+    keep_BV = (before_BV < params.top_p_B[:, None]) & (rank_1V < top_k_B1)
+    # min-p is relative to the most likely token, after renormalisation: the ratio does not see it
+    keep_BV &= probs_BV >= params.min_p_B[:, None] * probs_BV[:, :1]
+    keep_BV |= rank_1V == 0
+    return jnp.min(jnp.where(keep_BV, sorted_BV, jnp.inf), axis=-1)
