@@ -125,7 +125,7 @@ def _roles(
                 yield from (OUTPUT, message["content"], OUTPUT_END)
                 if after is None or after["role"] != "tool":
                     yield OUTPUTS_END
-    if generate and messages[-1]["role"] != "tool":
+    if generate and not (turns and turns[-1]["role"] == "tool"):
         yield from (ASSISTANT, *opening)
 
 
@@ -183,16 +183,14 @@ def _plain(message: Message, template: str) -> str:
 def _tool_calls(message: Message) -> Iterator[tuple[str, str, str]]:
     """(type, name, arguments as JSON text) of each call, in the OpenAI form."""
     for call in message.get("tool_calls") or ():
-        try:
-            name, arguments = call["function"]["name"], call["function"]["arguments"]
-        except (KeyError, TypeError) as error:
-            raise TokenizerError(
-                f'tool call {call!r} is not of the form {{"type": "function", "function": {{"name": ..., '
-                '"arguments": ...}}}'
-            ) from error
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            expected = '{"type": "function", "function": {"name": ..., "arguments": ...}}'
+            raise TokenizerError(f"tool call {call!r} is not of the form {expected}")
+        arguments = function.get("arguments", "{}")
         if not isinstance(arguments, str):
             arguments = json.dumps(arguments, ensure_ascii=False)
-        yield call.get("type", "function"), name, arguments
+        yield str(call.get("type", "function")), function["name"], arguments
 
 
 # name -> (segments, the values of `thinking` that the model has)
@@ -277,6 +275,7 @@ def render_jinja(
     joins the parts could put a control token together; that template is believed.
     """
     check_messages(messages)
+    messages = [{key: value for key, value in m.items() if value is not None} for m in messages]
     everything = source + json.dumps([messages, tools], ensure_ascii=False, default=str)
     private = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in everything)
     masks = {first: next(private) for first in sorted({token[0] for token in control})}
@@ -284,9 +283,8 @@ def render_jinja(
     unthinking = set(control) - {THINK, THINK_END}
     hidden = [_hide(m, unthinking if m["role"] == "assistant" else control, masks) for m in messages]
     try:
-        template = _environment().from_string(source)
         tools = _hide(tools, control, masks)
-        text = template.render(messages=hidden, tools=tools, documents=None, **variables)
+        text = _compiled(source).render(messages=hidden, tools=tools, documents=None, **variables)
     except (jinja2.TemplateError, TypeError) as error:
         raise TokenizerError(f"the model's chat_template refused the conversation: {error}") from error
     return [s if isinstance(s, Mark) else s.translate(unmask) for s in split_marks(text, control)]
@@ -315,13 +313,15 @@ def _hide(value: Any, tokens: Collection[str], masks: Mapping[str, str]) -> Any:
         return {_hide(k, tokens, masks): _hide(v, tokens, masks) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_hide(item, tokens, masks) for item in value]
-    if not isinstance(value, str):
+    if not isinstance(value, str) or masks.keys().isdisjoint(value):
         return value
-    spots = {match.start() for match in re.finditer(f"(?={_any_of(tokens)})", value)}
-    end = value.rstrip()
-    tail = range(max(0, len(end) - max(map(len, tokens), default=0)), len(end))
-    spots.update(i for i in tail if value[i] in masks and any(token.startswith(end[i:]) for token in tokens))
-    return "".join(masks[char] if i in spots else char for i, char in enumerate(value)) if spots else value
+    whole, end, longest = re.compile(_any_of(tokens)), value.rstrip(), max(map(len, tokens), default=0)
+
+    def spelled(i: int) -> bool:
+        begun = len(end) - i < longest and any(token.startswith(end[i:]) for token in tokens)
+        return begun or whole.match(value, i) is not None
+
+    return "".join(masks[char] if char in masks and spelled(i) else char for i, char in enumerate(value))
 
 
 class _Generation(Extension):
@@ -334,9 +334,9 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-@functools.cache
-def _environment() -> ImmutableSandboxedEnvironment:
-    """The sandbox and helpers of transformers' `apply_chat_template`."""
+@functools.lru_cache(maxsize=8)
+def _compiled(source: str) -> jinja2.Template:
+    """A template in the sandbox, and with the helpers, of transformers' `apply_chat_template`."""
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -350,7 +350,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment
+    return environment.from_string(source)
 
 
 # ---- Replies.

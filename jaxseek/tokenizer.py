@@ -50,9 +50,10 @@ class Tokenizer:
         self._files = dict(files)
         models = sorted(name for name in files if name.endswith(".model"))
         source = next(name for name in ("tokenizer.json", "tokenizer.model", *models) if name in files)
-        config = _read_json(files, "special_tokens_map.json") | _read_json(files, "tokenizer_config.json")
+        special_map = _read_json(files, "special_tokens_map.json")
+        config = _read_json(files, "tokenizer_config.json")
         generation = _read_json(files, "generation_config.json")
-        names = {key: _content(config[key]) for key in _NAMED if config.get(key)}
+        names = {key: _content(c[key]) for c in (special_map, config) for key in _NAMED if c.get(key)}
         try:
             if source == "tokenizer.json":
                 backend = _HuggingFace(_read_json(files, source), names.values())
@@ -112,6 +113,11 @@ class Tokenizer:
     def encode_trusted(self, text: str, *, bos: bool = True) -> list[int]:
         """Ids of a text of ours: the control tokens that it spells are parsed. BOS is never doubled."""
         return self._encode(list(chat.split_marks(text, self._backend.control)), bos)
+
+    def encode_reply(self, text: str) -> list[int]:
+        """Ids that a model should learn to write: thinking tags parsed, all else text, the EOS at the end."""
+        tags = self._backend.control.keys() & {chat.THINK, chat.THINK_END}
+        return self._encode(list(chat.split_marks(text, tags)), bos=False) + list(self.eos_ids[:1])
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of `ids`; unused ids (embedding padding) give nothing, broken UTF-8 gives U+FFFD.
@@ -307,6 +313,8 @@ class _SentencePiece:
 
     def __init__(self, blob: bytes, added: Mapping[str, Mapping[str, Any]]):
         proto = sentencepiece_model_pb2.ModelProto.FromString(blob)  # pyright: ignore
+        if not proto.pieces:
+            raise ValueError("it holds no pieces")
         kinds = proto.SentencePiece
         self.control: dict[str, int] = {}
         for i, piece in enumerate(proto.pieces):
@@ -325,7 +333,7 @@ class _SentencePiece:
         self.named = {key: proto.pieces[i].piece for key, i in own.items() if i >= 0}
         special = {int(i) for i, token in added.items() if token.get("special")}
         self.special = frozenset(special | {i for i in own.values() if i >= 0})
-        self.size = max(len(proto.pieces), *self.control.values(), -1) + 1
+        self.size = max(len(proto.pieces) - 1, *self.control.values()) + 1
         self._marks = {i: name for name, i in self.control.items()}
 
     def adds_bos(self, bos: str | None) -> bool:
@@ -341,7 +349,7 @@ class _SentencePiece:
     def decode(self, ids: Sequence[int]) -> str:
         text = ""
         for is_mark, group in itertools.groupby(ids, key=self._marks.__contains__):
-            run = list(group)
+            run = [i for i in group if is_mark or i < len(self._sp)]
             text += "".join(self._marks[i] for i in run) if is_mark else self._sp.decode(run)
         return text
 

@@ -1,12 +1,16 @@
 """ModelConfig: presets against the published numbers, both Hugging Face dialects, and unusable input."""
 
+import ast
 import json
+import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import jaxseek.config
 from jaxseek.config import ConfigError, ModelConfig, RopeConfig, presets, yarn_mscale
 
 PRESETS = sorted(presets())
@@ -232,6 +236,13 @@ def test_a_misspelt_preset_suggests_the_nearest(typo, nearest):
 def test_a_preset_that_resembles_none_is_refused_without_a_suggestion():
     with pytest.raises(ConfigError, match="no preset 'xyz' "):
         ModelConfig.from_preset("xyz")
+
+
+def test_reading_a_config_needs_only_the_standard_library():
+    tree = ast.parse(Path(jaxseek.config.__file__).read_text(encoding="utf-8"))
+    names = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+    names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names
 
 
 # -------------------------------------------------------------------- Hugging Face dialects

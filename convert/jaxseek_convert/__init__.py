@@ -1,0 +1,1 @@
+"""Hugging Face safetensors to jaxseek checkpoints and back, by one weight table."""

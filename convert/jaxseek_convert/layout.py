@@ -1,0 +1,77 @@
+"""How one tensor on disk holds one or more parameters, in the letters of the shape legend.
+
+`"NH Q -> QNH"` says: two dimensions on disk, rows counted by head and within it by H; the parameter is
+[Q, N, H]. `"N[P|H] C -> CNP, CNH"` says: the rows of every head are first P of one parameter, then H of
+another. Both directions follow from that one line. Reading is made of views, so a part of a parameter touches
+just its own part of the file.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+Index = tuple[slice, ...]  # of start and stop, both given
+
+
+class Layout:
+    """A layout line with the sizes of its letters, which the parameters' shapes give."""
+
+    def __init__(self, line: str, shapes: Sequence[tuple[int, ...]]):
+        disk, held = line.split(" -> ")
+        self.held = held.split(", ")
+        choice = re.search(r"\[(.*)\]", disk)
+        self.options = choice[1].split("|") if choice else []
+        sizes = [dict(zip(letters, shape, strict=True)) for letters, shape in zip(self.held, shapes)]
+        self.dims, self.total, self.offset = [], [], []
+        widths = [sizes[i][letter] for i, letter in enumerate(self.options)]
+        for i in range(len(self.held)):
+            option = {self.options[i]: sum(widths)} if choice else {}
+            self.dims.append((disk.replace(choice[0], self.options[i]) if choice else disk).split())
+            self.total.append(sizes[i] | option)
+            self.offset.append(dict.fromkeys(option, sum(widths[:i])))
+        self.shape = tuple(math.prod(self.total[0][c] for c in dim) for dim in self.dims[0])
+
+    def read(self, which: int, index: Index, fetch: Callable[[Index], np.ndarray]) -> np.ndarray:
+        """A view of the part `index` of parameter `which`; `fetch(index)` gives that part of the tensor.
+
+        Of every dimension on disk the major letter bounds what is fetched.
+        """
+        total, offset = self.total[which], self.offset[which]
+        at = {c: slice(s.start + offset.get(c, 0), s.stop + offset.get(c, 0)) for c, s in zip(self.held[which], index)}
+        outer, shape, inner = [], [], []
+        for major, *minor in self.dims[which]:
+            stride = math.prod(total[c] for c in minor)
+            outer.append(slice(at[major].start * stride, at[major].stop * stride))
+            shape += [at[major].stop - at[major].start, *(total[c] for c in minor)]
+            inner += [slice(None), *(at[c] for c in minor)]
+        block = fetch(tuple(outer)).reshape(shape)[tuple(inner)]
+        letters = "".join(self.dims[which])
+        return block.transpose([letters.index(c) for c in self.held[which]])
+
+    def join(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        """The tensor on disk from its parameters, whole; a view where that is possible."""
+        parts = [
+            value.transpose([held.index(c) for c in "".join(dims)])
+            for value, held, dims in zip(values, self.held, self.dims)
+        ]
+        if len(parts) == 1 and parts[0].flags.c_contiguous:
+            return parts[0].reshape(self.shape)
+        out = np.empty([self.total[0][c] for c in "".join(self.dims[0])], values[0].dtype)
+        for i, part in enumerate(parts):
+            where = [slice(None)] * out.ndim
+            for letter, start in self.offset[i].items():
+                axis = "".join(self.dims[i]).index(letter)
+                where[axis] = slice(start, start + part.shape[axis])
+            copy(out[tuple(where)], part)
+        return out.reshape(self.shape)
+
+
+def copy(out: np.ndarray, view: np.ndarray) -> None:
+    """`out[...] = view`, cast where they differ; three times faster for a transposed view, which it walks in strips."""
+    strip = out.shape[-1] if view.strides[-1] == view.itemsize else 32
+    for i in range(0, out.shape[-1], strip or 1):
+        out[..., i : i + strip] = view[..., i : i + strip]

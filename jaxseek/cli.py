@@ -1,0 +1,390 @@
+"""`jaxseek VERB`: the command line. Verbs import what they need when they run, so that --help costs nothing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a verb. Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong use."""
+    args = _parser().parse_args(argv)
+    _set_up_jax()
+    from jaxseek.config import ConfigError
+
+    try:
+        return args.run(args) or 0
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of our output has left: no error of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ConfigError, ValueError, OSError) as e:
+        if os.environ.get("JAXSEEK_TRACEBACK"):
+            raise
+        print(f"jaxseek {args.verb}: error: {e}", file=sys.stderr)
+        return 1
+
+
+def _set_up_jax() -> None:
+    """Keep compiled programs between runs, unless the user has chosen a place."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxseek" / "xla"
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+def _parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="jaxseek", description="The DeepSeek family in JAX: convert, generate, chat, inspect."
+    )
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, run: Any, text: str, example: str) -> argparse.ArgumentParser:
+        p = verbs.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        p.set_defaults(run=run)
+        return p
+
+    p = verb(
+        "convert",
+        _convert,
+        "Hugging Face safetensors (or a GGUF file) to a sharded Orbax checkpoint, or back with --to hf.",
+        "jaxseek convert DeepSeek-V2-Lite/ v2-lite/   &&   jaxseek convert v2-lite/ back/ --to hf",
+    )
+    p.add_argument("src", help="Hugging Face directory, jaxseek checkpoint, .gguf file or package:NAME of one")
+    p.add_argument("dst", help="directory to write; must not exist")
+    p.add_argument("--to", choices=("jaxseek", "hf"), default="jaxseek", help="format of DST")
+    p.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), help="default: as in SRC")
+    p.add_argument("--no-mtp", action="store_true", help="leave the multi-token module out")
+    p.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    p.add_argument("--json", action="store_true", help="end with one line of JSON")
+
+    def model_arguments(p: argparse.ArgumentParser) -> None:
+        p.add_argument("model", help="checkpoint directory, Hugging Face directory, or preset such as tiny-v3")
+        p.add_argument("--mesh", help="axis sizes (tensor=4,data=2), a strategy TOML, or the name of a shipped one")
+        p.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: float32 on CPU, else bfloat16")
+
+    def sampling_arguments(p: argparse.ArgumentParser, max_new_tokens: int) -> None:
+        p.add_argument("-n", "--max-new-tokens", type=int, default=max_new_tokens, metavar="N")
+        p.add_argument("-t", "--temperature", type=float, default=0.6, help="0 is greedy (default 0.6)")
+        p.add_argument("--top-k", type=int, default=0, help="0 is off")
+        p.add_argument("--top-p", type=float, default=0.95)
+        p.add_argument("--min-p", type=float, default=0.0)
+        p.add_argument("--seed", type=int, default=0)
+        p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; repeatable")
+        p.add_argument("--no-think", action="store_true", help="ask a thinking model to answer at once")
+
+    p = verb(
+        "generate",
+        _generate,
+        "Continue prompts, one or a file of them, streaming to the terminal.",
+        'jaxseek generate v2-lite/ -p "The capital of France is" -n 32 --temperature 0',
+    )
+    model_arguments(p)
+    p.add_argument("-p", "--prompt", action="append", default=[], help="repeatable; - reads standard input")
+    p.add_argument("-f", "--file", help='prompts: a line each, or .jsonl with "prompt" or "messages"')
+    p.add_argument("--chat", action="store_true", help="a prompt is a user's message: render the chat template")
+    p.add_argument("--system", help="system message, with --chat")
+    p.add_argument("--samples", type=int, default=1, help="replies per prompt, with seeds SEED, SEED+1, ...")
+    p.add_argument("--batch-size", type=int, default=16)
+    p.add_argument("--json", action="store_true", help="one line of JSON per reply")
+    sampling_arguments(p, 256)
+
+    p = verb(
+        "chat",
+        _chat,
+        "Talk to a model in the terminal; its thinking is shown apart. /reset forgets, /exit leaves.",
+        "jaxseek chat r1-distill-qwen-1.5b/",
+    )
+    model_arguments(p)
+    p.add_argument("--system", help="system message")
+    sampling_arguments(p, 2048)
+
+    p = verb(
+        "info",
+        _info,
+        "Config, parameters, cache and memory per chip; nothing is loaded.",
+        "jaxseek info deepseek-r1 --mesh expert=16,tensor=4 --context 8192 --batch 128",
+    )
+    p.add_argument("model", nargs="?", help="preset, checkpoint or Hugging Face directory, or config.json")
+    p.add_argument("--list", action="store_true", help="name every preset")
+    p.add_argument("--mesh", help="axis sizes (tensor=4,data=2) or a strategy TOML")
+    p.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    p.add_argument("--context", type=int, default=4096, help="tokens per sequence in the cache")
+    p.add_argument("--batch", type=int, default=1, help="sequences in the cache")
+    p.add_argument("--json", action="store_true")
+
+    p = verb(
+        "bench",
+        _bench,
+        "Prefill and decode speed here, with the fraction of the machine's memory bandwidth.",
+        "jaxseek bench tiny-v3 --batch 1 8 --against transformers",
+    )
+    model_arguments(p)
+    p.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    p.add_argument("--prompt-tokens", type=int, default=64)
+    p.add_argument("--new-tokens", type=int, default=64)
+    p.add_argument("--repeats", type=int, default=5, help="interleaved runs; the median is reported")
+    p.add_argument("--against", choices=("transformers",), help="time the reference too (needs the parity extra)")
+    p.add_argument("--json", action="store_true")
+    return top
+
+
+# -------------------------------------------------------------------- verbs
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from jaxseek_convert import convert
+
+    summary = convert(
+        args.src, args.dst, to=args.to, dtype=args.dtype, mtp=not args.no_mtp, overwrite=args.overwrite
+    )
+    if args.json:
+        print(json.dumps(summary))
+
+
+def _load(args: argparse.Namespace) -> tuple[Any, Any]:
+    from jaxseek.load import load
+
+    model, tokenizer = load(args.model, mesh=args.mesh, dtype=args.dtype)
+    if tokenizer is None and not getattr(args, "json", False):
+        print("no tokenizer beside the weights: prompts and replies are token ids", file=sys.stderr)
+    return model, tokenizer
+
+
+def _sampling(args: argparse.Namespace, seed: int) -> Any:
+    from jaxseek.generate.sampling import Sampling
+
+    return Sampling(
+        args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_p, seed, tuple(args.stop)
+    )
+
+
+def _prompts(args: argparse.Namespace) -> list[Any]:
+    """Texts or chats from -p, -f or standard input."""
+    prompts: list[Any] = [sys.stdin.read() if p == "-" else p for p in args.prompt]
+    if args.file:
+        lines = Path(args.file).read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate((l for l in lines if l.strip()), 1):
+            if not args.file.endswith(".jsonl"):
+                prompts.append(line)
+                continue
+            try:
+                row = json.loads(line)
+                prompts.append(row["messages"] if "messages" in row else row["prompt"])
+            except (json.JSONDecodeError, KeyError, TypeError):
+                raise ValueError(
+                    f'{args.file}, line {number}: expected JSON with "prompt" or "messages"'
+                ) from None
+    if not prompts:
+        raise ValueError('no prompt: give -p "text", -p - for standard input, or -f FILE')
+    if args.chat:
+        system = [{"role": "system", "content": args.system}] if args.system else []
+        prompts = [[*system, {"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+    return prompts
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from jaxseek.chat import split_reasoning
+    from jaxseek.generate.text import TextStream, encode, engine_for
+
+    prompts = _prompts(args)
+    model, tokenizer = _load(args)
+    thinking = False if args.no_think else None
+    if tokenizer is None:
+        prompts = [[int(i) for i in p.split()] if isinstance(p, str) else p for p in prompts]
+    jobs = [(p, encode(tokenizer, p, thinking), args.seed + s) for p in prompts for s in range(args.samples)]
+    engine, out = engine_for(model), _Writer()
+    for start in range(0, len(jobs), args.batch_size):
+        part = jobs[start : start + args.batch_size]
+        requests = [_sampling(args, seed) for _, _, seed in part]
+        alone = len(jobs) == 1 and not args.json
+        stream = TextStream(engine, tokenizer, [ids for _, ids, _ in part], requests, 8 if alone else 32)
+        opened = bool(tokenizer) and tokenizer.opened_think(part[0][1])
+        if alone and not args.chat:
+            out.prompt(part[0][0])
+        show = out.reasoning(opened) if args.chat else out.plain
+        for pieces in stream:
+            if alone:
+                show(pieces[0])
+        if alone:
+            out.end()
+        for (prompt, ids, seed), reply in zip(part, stream.replies()):
+            text = reply.text if tokenizer else " ".join(map(str, reply.tokens))
+            if args.json:
+                reasoning, answer = split_reasoning(text, bool(tokenizer) and tokenizer.opened_think(ids))
+                row = {"prompt": prompt, "text": text, "seed": seed, "finish_reason": reply.finish_reason}
+                if args.chat:
+                    row |= {"reasoning": reasoning, "answer": answer}
+                print(json.dumps(row | {"tokens": len(reply.tokens)}, ensure_ascii=False), flush=True)
+            elif not alone:
+                print(f"--- {prompt if isinstance(prompt, str) else prompt[-1]['content'] if args.chat else ids}")
+                print(text, flush=True)
+            elif not tokenizer:
+                print(text)
+        _rates(engine.timing)
+
+
+def _chat(args: argparse.Namespace) -> None:
+    from jaxseek.chat import split_reasoning
+    from jaxseek.generate.text import TextStream, encode, engine_for
+
+    model, tokenizer = _load(args)
+    if tokenizer is None:
+        raise ValueError(f"{args.model} has no tokenizer; chat needs one")
+    engine, out = engine_for(model), _Writer()
+    first = [{"role": "system", "content": args.system}] if args.system else []
+    messages, turn = list(first), 0
+    print("/reset forgets the conversation, /exit leaves", file=sys.stderr)
+    while True:
+        try:
+            text = input("> ")
+        except EOFError:
+            return
+        if text.strip() in ("/exit", "/quit"):
+            return
+        if text.strip() == "/reset":
+            messages = list(first)
+            continue
+        if not text.strip():
+            continue
+        messages.append({"role": "user", "content": text})
+        ids = encode(tokenizer, messages, False if args.no_think else None)
+        opened = tokenizer.opened_think(ids)
+        show = out.reasoning(opened)
+        try:
+            stream = TextStream(engine, tokenizer, [ids], [_sampling(args, args.seed + turn)], 8)
+            for pieces in stream:
+                show(pieces[0])
+        except ValueError as e:
+            messages.pop()
+            print(f"{e}; /reset starts anew", file=sys.stderr)
+            continue
+        except KeyboardInterrupt:
+            print(" [stopped]", file=sys.stderr)
+        out.end()
+        reply = stream.replies()[0].text
+        messages.append({"role": "assistant", "content": split_reasoning(reply, opened)[1]})
+        turn += 1
+        _rates(engine.timing)
+
+
+class _Writer:
+    """Streams text to standard output; reasoning is dim where the terminal can show it."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.console = Console(highlight=False, markup=False, soft_wrap=True)
+        self.flush: Any = None
+
+    def plain(self, piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    def prompt(self, prompt: Any) -> None:
+        if isinstance(prompt, str) and self.console.is_terminal:
+            self.console.print(prompt, end="", style="bold")
+
+    def reasoning(self, opened: bool) -> Any:
+        """A function that writes pieces of a reply, its thinking between [thinking] marks and dimmed."""
+        from jaxseek.chat import ReasoningSplitter
+
+        splitter, state = ReasoningSplitter(opened), {"kind": "answer"}
+
+        def parts(parts: list[tuple[str, str]]) -> None:
+            for kind, text in parts:
+                if kind != state["kind"]:
+                    self.console.print("[thinking] " if kind == "reasoning" else "\n\n", end="", style="dim")
+                    state["kind"] = kind
+                self.console.print(text, end="", style="dim" if kind == "reasoning" else None)
+            sys.stdout.flush()
+
+        self.flush = lambda: parts(splitter.flush())
+        return lambda piece: parts(splitter.feed(piece))
+
+    def end(self) -> None:
+        if self.flush:
+            self.flush()
+            self.flush = None
+        print(flush=True)
+
+
+def _rates(timing: Any) -> None:
+    prefill = timing.prefill_tokens / timing.prefill_seconds
+    print(
+        f"[{timing.prefill_tokens} prompt tokens in {timing.prefill_seconds:.2f} s ({prefill:.0f} tok/s); "
+        f"{timing.decode_tokens} new at {timing.decode_rate:.1f} tok/s, compilation included]",
+        file=sys.stderr,
+    )
+
+
+def _info(args: argparse.Namespace) -> int | None:
+    from jaxseek.config import presets
+
+    if args.list:
+        print(json.dumps(list(presets())) if args.json else "\n".join(presets()))
+        return None
+    if not args.model:
+        print("jaxseek info: error: give a MODEL, or --list", file=sys.stderr)
+        return 2
+    from jaxseek.info import describe, read_config
+
+    cfg = read_config(args.model)
+    found = describe(cfg, args.mesh, args.dtype, args.context, args.batch)
+    if args.json:
+        print(json.dumps(found | {"config": cfg.to_hf()}))
+        return None
+    from rich.console import Console
+    from rich.table import Table
+
+    mesh = " x ".join(f"{a}={n}" for a, n in found["mesh"].items()) or "one chip"
+    gib = 2**30
+    rows = {
+        "architecture": f"{found['model_type']}, {found['attention']}, {found['layers']} layers of "
+        f"{found['hidden_size']}, {found['heads']} heads",
+        "experts": f"{found['experts']}, {found['experts_per_token']} per token" if found["experts"] else "none (dense)",
+        "vocabulary, context": f"{found['vocab_size']:,}, {found['context']:,} tokens",
+        "parameters": f"{found['parameters']:,}",
+        "active per token": f"{found['active_parameters']:,}",
+        "multi-token module": f"{found['mtp_parameters']:,}" if found["mtp_parameters"] else "none",
+        "cache per token": f"{found['cache_bytes_per_token']:,} bytes in {args.dtype}",
+        f"weights per chip ({mesh})": f"{found['weight_bytes_per_chip'] / gib:.3f} GiB in {args.dtype}",
+        f"cache per chip ({args.batch} x {args.context:,} tokens)": f"{found['cache_bytes_per_chip'] / gib:.3f} GiB",
+    }
+    table = Table(show_header=False, title=args.model)
+    for row in rows.items():
+        table.add_row(*row)
+    Console().print(table)
+    return None
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from jaxseek.bench import bench
+
+    bench(
+        args.model,
+        mesh=args.mesh,
+        dtype=args.dtype,
+        batches=args.batch,
+        prompt_tokens=args.prompt_tokens,
+        new_tokens=args.new_tokens,
+        repeats=args.repeats,
+        against=args.against,
+        as_json=args.json,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""What a model is and what it takes: parameters, cache, and bytes per chip on a mesh; nothing is loaded."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxseek.config import ConfigError, ModelConfig, presets
+from jaxseek.model import DeepSeek
+from jaxseek.sharding import Strategy, parameters
+
+
+def read_config(model: str) -> ModelConfig:
+    """The config of a preset name, a checkpoint or Hugging Face directory, or a config.json."""
+    path = Path(model)
+    if path.exists():
+        return ModelConfig.from_hf(path)
+    if model in presets() or not ("/" in model or model.endswith(".json")):
+        return ModelConfig.from_preset(model)
+    raise ConfigError(f"{model}: neither a preset (jaxseek info --list) nor a directory with a config.json")
+
+
+def describe(
+    cfg: ModelConfig, mesh: Any = None, dtype: str = "bfloat16", context: int = 4096, batch: int = 1
+) -> dict[str, Any]:
+    """Counts and bytes of a model in `dtype`, and its weights and cache on one chip of a mesh."""
+    strategy = Strategy.parse(mesh)
+    model = DeepSeek.abstract(cfg, strategy, jnp.dtype(dtype))
+    size = dict(strategy.sizes)
+    weights = 0
+    for param in parameters(model).values():
+        value = param.get_value()
+        split = [a for axes in value.sharding.spec if axes for a in ((axes,) if isinstance(axes, str) else axes)]
+        weights += value.size * value.dtype.itemsize // math.prod(size[a] for a in split)
+    rules = strategy.decode
+    rows = -(-batch // strategy.parts(rules, "batch"))
+    slots = -(-context // strategy.parts(rules, "cache_length"))
+    heads = 1 if cfg.is_mla else strategy.parts(rules, "kv_heads")
+    return {
+        "model_type": cfg.model_type,
+        "attention": "latent (MLA)" if cfg.is_mla else "grouped-query (GQA)",
+        "layers": cfg.num_hidden_layers,
+        "hidden_size": cfg.hidden_size,
+        "heads": cfg.num_attention_heads,
+        "experts": cfg.n_routed_experts,
+        "experts_per_token": cfg.num_experts_per_tok,
+        "vocab_size": cfg.vocab_size,
+        "context": cfg.max_position_embeddings,
+        "parameters": cfg.num_params(),
+        "active_parameters": cfg.num_active_params(),
+        "mtp_parameters": cfg.num_params(mtp=True) - cfg.num_params(),
+        "cache_bytes_per_token": cfg.cache_bytes_per_token(dtype),
+        "dtype": dtype,
+        "mesh": {a: n for a, n in strategy.sizes if n > 1},
+        "chips": strategy.num_devices,
+        "weight_bytes_per_chip": weights,
+        "cache_bytes_per_chip": rows * slots * cfg.cache_bytes_per_token(dtype) // heads,
+        "cache_for": {"batch": batch, "context": context},
+    }
