@@ -5,20 +5,20 @@
     jaxseek.json    format version, every parameter's shape and dtype, and where the weights came from
     tokenizer files, where there is a tokenizer
 
-A checkpoint is written beside its destination as `NAME.partial` and renamed when it is whole, so a directory
-that has its name is complete.
+A checkpoint is written beside its destination and gets its name when it is whole, so a directory with
+that name is complete.
 """
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import json
 import math
-import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -26,16 +26,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, Sharding
 
-from jaxseek.config import ModelConfig
+from jaxseek.config import ModelConfig, presets
 from jaxseek.model import DeepSeek
 from jaxseek.sharding import fill, parameters
 
 FORMAT = 1
 MANIFEST = "jaxseek.json"
+_PARTIAL, _OLD = ".jaxseek-partial", ".jaxseek-old"  # siblings: what is being written, what is being replaced
+_HUB = "huggingface.co/deepseek-ai"
 DTYPES = ("bfloat16", "float16", "float32")
-_CHUNK_BYTES = 64 << 20  # what a restore onto another mesh reads at least
+_CHUNK_BYTES = 64 << 20  # of storage: the least that is read at a time, and that replicas share in writing
 
 
 class CheckpointError(ValueError):
@@ -62,11 +64,13 @@ def save(
     tokenizer: Savable | None = None,
     origin: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    check: bool = False,
 ) -> None:
     """Write a checkpoint, each parameter in the dtype that it has. On several hosts, all call it.
 
     `origin` is kept for `read_manifest`. With `overwrite`, an older checkpoint is replaced once this one is
-    whole. Raises CheckpointError where the destination is taken or the disk is full.
+    whole; with `check`, only after every parameter was read back and found equal. Raises CheckpointError
+    where the destination is taken or the disk is full.
     """
     arrays = {p: v.get_value() for p, v in parameters(model).items()}
     if arrays.keys() != parameters(DeepSeek.abstract(model.cfg)).keys():
@@ -78,9 +82,10 @@ def save(
     }
     with new_directory(path, sum(a.nbytes for a in arrays.values()), overwrite) as partial:
         _orbax_save(partial / "params", arrays)
+        if check:
+            _check(partial / "params", arrays)
         if jax.process_index() == 0:
-            cfg = model.cfg.replace(dtype=main_dtype({p: (a.shape, a.dtype) for p, a in arrays.items()}))
-            write_json(partial / "config.json", cfg.to_hf())
+            write_json(partial / "config.json", model.cfg.replace(dtype=stored_dtype(model)).to_hf())
             if tokenizer is not None:
                 tokenizer.save(partial)
             write_json(partial / MANIFEST, manifest)
@@ -89,8 +94,8 @@ def save(
 def restore(path: str | Path, mesh: Any = None, dtype: Any = None, mtp: bool = True) -> DeepSeek:
     """The model of a checkpoint, on any mesh; `dtype` casts all but what is float32 by design.
 
-    Without `mtp` the multi-token module is left out. Raises CheckpointError where the directory is no checkpoint,
-    an interrupted or a newer one, or does not fit its config.
+    Without `mtp` the multi-token module is left out. Raises CheckpointError where the directory is no
+    checkpoint, an interrupted or a newer one, or does not fit its config.
     """
     path = Path(path)
     held = read_manifest(path)["params"]
@@ -106,17 +111,19 @@ def restore(path: str | Path, mesh: Any = None, dtype: Any = None, mtp: bool = T
         {p: a.shape for p, a in expected.items()},
         "they were written together: restore the original config.json",
     )
-    on, dtypes = model.strategy.make_mesh(), {p: param_dtype(a, dtype, held[p]["dtype"]) for p, a in expected.items()}
-    shardings = {p: NamedSharding(on, a.sharding.spec) for p, a in expected.items()}
-    arrays = _orbax_restore(path / "params", expected, shardings, dtypes)
-    return fill(model, on, lambda p, *_: arrays[p])
+    mesh = model.strategy.make_mesh()
+    shapes = {p: a.shape for p, a in expected.items()}
+    shardings = {p: NamedSharding(mesh, a.sharding.spec) for p, a in expected.items()}
+    dtypes = {p: param_dtype(a, dtype, held[p]["dtype"]) for p, a in expected.items()}
+    arrays = _orbax_restore(path / "params", shapes, shardings, dtypes)
+    return fill(model, mesh, lambda p, *_: arrays[p])
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """`jaxseek.json` of a checkpoint. Raises CheckpointError, as `restore` does."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        version, _, _ = manifest["format"], manifest["params"], manifest["origin"]
+        version, *_ = (manifest[key] for key in ("format", "params", "origin"))
     except FileNotFoundError:
         raise CheckpointError(_why_not(path)) from None
     except (ValueError, KeyError, TypeError) as e:
@@ -126,42 +133,82 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def not_a_checkpoint(path_or_preset: str | Path) -> CheckpointError:
+    """What to tell a user who named something that has no weights."""
+    path, known = Path(path_or_preset), presets()
+    name = path.name.lower()
+    if name in known and not path.exists():
+        if name.startswith("tiny-"):
+            return CheckpointError(f"{name}: is a preset with random weights, so there is nothing to convert")
+        source = known[name].read_text(encoding="utf-8").partition("\n")[0].removeprefix("# deepseek-ai/")
+        return CheckpointError(
+            f"{name}: is the name of a released model, whose weights are not part of jaxseek. Download "
+            f"{_HUB}/{source} into a directory DIR, then run: jaxseek convert DIR {name}/"
+        )
+    if path.name.endswith(".gguf") and path.is_file():
+        return CheckpointError(f"{path}: is a GGUF file; convert it first: jaxseek convert {path} DST")
+    what = "exists, but is none" if path.exists() else "does not exist"
+    near = difflib.get_close_matches(name, known, 3, 0.4)
+    hint = (
+        f"; presets with a similar name: {', '.join(near)}"
+        if near
+        else "; jaxseek info --list names the presets"
+    )
+    return CheckpointError(
+        f"{path}: expected a jaxseek checkpoint (a directory with {MANIFEST}), a Hugging Face directory "
+        f"(with config.json) or the name of a preset; this {what}{hint}"
+    )
+
+
 def _why_not(path: Path) -> str:
-    if (path / "params").is_dir() or path.name.endswith(".partial"):
+    if (path / "params").is_dir() or path.name.endswith(_PARTIAL):
         return f"{path}: has no {MANIFEST}, so the save was interrupted; save it again"
     if kind_of(path) == "hf":
         return f"{path}: is a Hugging Face checkpoint; convert it first (jaxseek convert {path} DST)"
     if not path.exists():
-        unfinished = _partial(path).exists()
-        hint = f"; {_partial(path)} is one that was interrupted: save it again" if unfinished else ""
-        return f"{path}: no such checkpoint{hint}"
+        left = [p for p in (path.with_name(path.name + s) for s in (_PARTIAL, _OLD)) if p.exists()]
+        return f"{path}: no such checkpoint" + "".join(f"; {p} was left by an interrupted save" for p in left)
     return f"{path}: is no checkpoint; expected a directory with {MANIFEST}, config.json and params/"
 
 
 # -------------------------------------------------------------------- shared with the converter
 
 
+def parse_dtype(dtype: Any) -> np.dtype:
+    """A dtype that weights may have. Raises CheckpointError for any other."""
+    with contextlib.suppress(TypeError):
+        if jnp.dtype(dtype).name in DTYPES:
+            return jnp.dtype(dtype)
+    raise CheckpointError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+
+
 def param_dtype(abstract: jax.ShapeDtypeStruct, dtype: Any, source: Any) -> np.dtype:
-    """A parameter's dtype: float32 by design (of a model made in bfloat16), else as asked, else its source's."""
+    """A parameter's dtype: float32 by design (in a model made for bfloat16), or as asked, or its source's."""
     if abstract.dtype == jnp.float32:
         return np.dtype(np.float32)
-    if dtype is None:
-        return jnp.dtype(source)
-    try:
-        name = jnp.dtype(dtype).name
-    except TypeError:
-        name = dtype
-    if name not in DTYPES:
-        raise CheckpointError(f"dtype is {name!r}, expected one of {', '.join(DTYPES)}")
-    return jnp.dtype(name)
+    return parse_dtype(source if dtype is None else dtype)
 
 
-def main_dtype(specs: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> str:
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether dtype, shape and every bit are equal."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    bits = f"u{a.itemsize}"
+    return np.array_equal(a.view(bits), b.view(bits))
+
+
+def main_dtype(specs: Iterable[tuple[tuple[int, ...], np.dtype]]) -> str:
     """The dtype that most elements have, which config.json names."""
     count = Counter()
-    for shape, dtype in specs.values():
+    for shape, dtype in specs:
         count[dtype.name] += math.prod(shape)
     return count.most_common(1)[0][0]
+
+
+def stored_dtype(model: DeepSeek) -> str:
+    """The dtype of most of a model's weights."""
+    values = (v.get_value() for v in parameters(model).values())
+    return main_dtype((v.shape, v.dtype) for v in values)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -190,10 +237,6 @@ def raise_mismatch(
         raise CheckpointError("\n".join([f"{what}:", *lines, f"  {advice}"]))
 
 
-def _partial(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
-
-
 @contextlib.contextmanager
 def new_directory(path: str | Path, needed: int, overwrite: bool = False) -> Iterator[Path]:
     """A directory to write into, which becomes `path` when all went well and vanishes when not.
@@ -201,7 +244,7 @@ def new_directory(path: str | Path, needed: int, overwrite: bool = False) -> Ite
     `needed` bytes must be free. With `overwrite`, `path` may be a checkpoint, which is removed at the end.
     """
     path = Path(path).absolute()
-    partial, old = _partial(path), path.with_name(path.name + ".old")
+    partial, old = path.with_name(path.name + _PARTIAL), path.with_name(path.name + _OLD)
     taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     if taken and not overwrite:
         raise CheckpointError(f"{path}: already exists; choose another name, or overwrite it")
@@ -231,8 +274,8 @@ def new_directory(path: str | Path, needed: int, overwrite: bool = False) -> Ite
         if _is_full(e):
             free = shutil.disk_usage(parent).free
             raise CheckpointError(
-                f"{path}: the disk of {parent} is full; {_size(needed)} are needed, {_size(free)} are free now that "
-                "what was written is removed"
+                f"{path}: the disk of {parent} is full; {_size(needed)} are needed, {_size(free)} are free "
+                "now that what was written is removed"
             ) from e
         raise
 
@@ -257,25 +300,37 @@ def _is_full(e: BaseException | None) -> bool:
 # -------------------------------------------------------------------- Orbax
 
 
+def _check(path: Path, arrays: dict[str, jax.Array]) -> None:
+    """Read parameters back, one at a time. Raises CheckpointError unless each has the same bits."""
+    for p, a in arrays.items():
+        back = _orbax_restore(path, {p: a.shape}, {p: a.sharding}, {p: a.dtype})[p]
+        shards = zip(a.addressable_shards, back.addressable_shards)
+        if not all(same_bits(np.asarray(x.data), np.asarray(y.data)) for x, y in shards):
+            raise CheckpointError(f"{path.parent}: {p} was read back with other values; is the disk sound?")
+
+
 def _orbax_save(path: Path, arrays: dict[str, jax.Array]) -> None:
     import orbax.checkpoint as ocp  # a third of a second to import
 
-    args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), arrays)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    args = {p: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for p in arrays}
+    # Without a minimum every small array is cut between its replicas by a program compiled for the purpose.
+    writer = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_CHUNK_BYTES)
+    writers = ocp.type_handlers.create_type_handler_registry((jax.Array, writer))
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=writers)) as checkpointer:
         checkpointer.save(path, args=ocp.args.PyTreeSave(arrays, save_args=args))
 
 
 def _orbax_restore(
     path: Path,
-    expected: Mapping[str, jax.ShapeDtypeStruct],
-    shardings: Mapping[str, NamedSharding],
+    shapes: Mapping[str, tuple[int, ...]],
+    shardings: Mapping[str, Sharding],
     dtypes: Mapping[str, np.dtype],
 ) -> dict[str, jax.Array]:
     import orbax.checkpoint as ocp
 
     args = {
-        p: ocp.ArrayRestoreArgs(sharding=shardings[p], global_shape=a.shape, dtype=dtypes[p])
-        for p, a in expected.items()
+        p: ocp.ArrayRestoreArgs(sharding=shardings[p], global_shape=shape, dtype=dtypes[p])
+        for p, shape in shapes.items()
     }
     wanted = ocp.args.PyTreeRestore(dict.fromkeys(args, 0), restore_args=args, partial_restore=True)
     try:

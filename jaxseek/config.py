@@ -239,6 +239,8 @@ class ModelConfig:
             raw["first_k_dense_replace"] = _leading_dense(layer_types)
 
         _, defaults, fixed = _FAMILIES[kind]
+        if kind in _MLA:  # latent attention has no key-value heads; transformers' default is V3's 128
+            fixed = fixed | {"num_key_value_heads": raw["num_attention_heads"]}
         names = {f.name for f in dataclasses.fields(cls)} - _absent(kind, moe) - {"rope"}
         given = {k: raw[k] for k in names if raw.get(k) is not None}
         for name, value in fixed.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -133,6 +134,26 @@ class DeepSeek(nnx.Module):
         divides, and cut off again. Raises ValueError for tokens outside the vocabulary, and for sequences
         longer than `max_position_embeddings`.
         """
+        return self._run(_logits, tokens_BT, positions_BT, segment_ids_BT)
+
+    def expert_ids(self, tokens_BT: Any, positions_BT: Any = None, segment_ids_BT: Any = None) -> jax.Array:
+        """Chosen experts of every sparse layer, int32 [sparse layers, B, T, K]; arguments as of a call."""
+        if not any(sparse for sparse, _ in layer_runs(self.cfg)):
+            raise ValueError(f"this {self.cfg.model_type} model has no mixture-of-experts layer")
+        return self._run(_expert_ids, tokens_BT, positions_BT, segment_ids_BT)
+
+    def predict_ahead(self, tokens_BT: Any, depth: int = 0) -> jax.Array:
+        """float32 logits [B, T - 1 - depth, V] for t_{i+2+depth}, of the multi-token module `depth`.
+
+        A module reads the hidden states of the one before it, the first those of the main model.
+        """
+        if not 0 <= depth < len(self.mtp):
+            raise ValueError(f"depth is {depth}, but the model has {len(self.mtp)} multi-token module(s)")
+        ahead_BTV = self._run(functools.partial(_ahead, depth=depth), tokens_BT, None, None)
+        return ahead_BTV[:, : -1 - depth]
+
+    def _run(self, phase: Callable[..., jax.Array], tokens_BT: Any, positions_BT: Any, segment_ids_BT: Any):
+        """One compiled pass over checked tokens, padded to what the mesh divides and cut to `shape` again."""
         self.check_tokens(tokens_BT)
         rows, columns = (self.strategy.parts(self.strategy.train, a) for a in ("batch", "length"))
         (B, T), inputs = np.shape(tokens_BT), [tokens_BT, positions_BT, segment_ids_BT]
@@ -141,7 +162,7 @@ class DeepSeek(nnx.Module):
             inputs[2] = np.ones((B, T), np.int32)
         inputs = [None if a is None else jnp.pad(jnp.asarray(a, jnp.int32), pad) for a in inputs]
         with self.on_mesh():
-            return _logits(self, *inputs, shape=(B, T))
+            return phase(self, *inputs, shape=(B, T))
 
     # ---------------------------------------------------------------- around it
 
@@ -210,6 +231,30 @@ def _logits(model: DeepSeek, tokens_BT, positions_BT, segment_ids_BT, shape):
     rules = model.strategy.train
     ctx = model.context(rules, tokens_BT, positions_BT, segment_ids_BT)
     logits_BTV = model.logits(model.forward(tokens_BT, ctx).hidden_BTD, rules)
-    if tokens_BT.shape == shape:
-        return logits_BTV
-    return rules.shard(logits_BTV, None, None, "vocab")[: shape[0], : shape[1]]
+    return _cut(logits_BTV, shape, rules, "vocab")
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _expert_ids(model: DeepSeek, tokens_BT, positions_BT, segment_ids_BT, shape):
+    rules = model.strategy.train
+    ctx = model.context(rules, tokens_BT, positions_BT, segment_ids_BT)
+    routing = model.forward(tokens_BT, ctx).routing
+    return jnp.stack([_cut(ids_BTK, shape, rules, None) for r in routing for ids_BTK in r.ids_BTK])
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "depth"))
+def _ahead(model: DeepSeek, tokens_BT, positions_BT, segment_ids_BT, shape, depth):
+    rules = model.strategy.train
+    ctx = model.context(rules, tokens_BT, positions_BT, segment_ids_BT)
+    hidden_BTD = model.forward(tokens_BT, ctx).hidden_BTD
+    for k, module in enumerate(model.mtp[: depth + 1]):
+        next_BT = jnp.pad(tokens_BT[:, k + 1 :], ((0, 0), (0, k + 1)))
+        hidden_BTD, _, _ = module(hidden_BTD, model.embed(next_BT, rules), None, ctx)
+    return _cut(model.logits(hidden_BTD, rules), shape, rules, "vocab")
+
+
+def _cut(x_BTX: jax.Array, shape: tuple[int, int], rules: Rules, last: str | None) -> jax.Array:
+    """Without the padding that made it divisible by the mesh."""
+    if x_BTX.shape[:2] == shape:
+        return x_BTX
+    return rules.shard(x_BTX, None, None, last)[: shape[0], : shape[1]]

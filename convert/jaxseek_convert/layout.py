@@ -41,7 +41,10 @@ class Layout:
         Of every dimension on disk the major letter bounds what is fetched.
         """
         total, offset = self.total[which], self.offset[which]
-        at = {c: slice(s.start + offset.get(c, 0), s.stop + offset.get(c, 0)) for c, s in zip(self.held[which], index)}
+        at = {
+            c: slice(s.start + offset.get(c, 0), s.stop + offset.get(c, 0))
+            for c, s in zip(self.held[which], index)
+        }
         outer, shape, inner = [], [], []
         for major, *minor in self.dims[which]:
             stride = math.prod(total[c] for c in minor)
@@ -71,7 +74,7 @@ class Layout:
 
 
 def copy(out: np.ndarray, view: np.ndarray) -> None:
-    """`out[...] = view`, cast where they differ; three times faster for a transposed view, which it walks in strips."""
+    """`out[...] = view`, with a cast; three times faster for a transposed view, which it walks in strips."""
     strip = out.shape[-1] if view.strides[-1] == view.itemsize else 32
     for i in range(0, out.shape[-1], strip or 1):
         out[..., i : i + strip] = view[..., i : i + strip]

@@ -47,16 +47,21 @@ Spec = tuple[tuple[int, ...], np.dtype]  # of a tensor to be written
 
 
 def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
-    """Every tensor of a file, or of a directory with an index or with files, as read-only memory-mapped arrays.
+    """Every tensor of a file, or of a directory with an index or with files, as read-only memory-mapped
+    arrays.
 
-    Raises CheckpointError for a directory without safetensors, a truncated or damaged file, an index that names
-    files or tensors which are not there, and a tensor that two files hold.
+    Raises CheckpointError for a directory without safetensors, a truncated or damaged file, an index that
+    names files or tensors which are not there, and a tensor that two files hold.
     """
     path = Path(path)
     if path.is_file():
         return _read_file(path)
     index = _read_index(path) if (path / INDEX).is_file() else None
-    files = sorted(set(index.values())) if index is not None else sorted(f.name for f in path.glob("*.safetensors"))
+    files = (
+        sorted(set(index.values()))
+        if index is not None
+        else sorted(f.name for f in path.glob("*.safetensors"))
+    )
     if not files:
         torch = sorted(f.name for f in path.glob("*.bin"))
         hint = f"; it holds {torch[0]}: save it as safetensors with transformers first" if torch else ""
@@ -72,8 +77,8 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
         found = _read_file(path / file)
         if twice := sorted(found.keys() & tensors.keys()):
             raise CheckpointError(
-                f"{path}: {len(twice)} tensors stand in two files, such as {twice[0]} in {home[twice[0]]} and {file}; "
-                "remove the files that do not belong to this checkpoint"
+                f"{path}: {len(twice)} tensors stand in two files, such as {twice[0]} in {home[twice[0]]} "
+                f"and {file}; remove the files that do not belong to this checkpoint"
             )
         tensors |= found
         home |= dict.fromkeys(found, file)
@@ -81,8 +86,8 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
         wrong = sorted(name for name in home.keys() | index.keys() if home.get(name) != index.get(name))
         name = wrong[0]
         raise CheckpointError(
-            f"{path / INDEX}: does not fit its files in {len(wrong)} tensors, such as {name}: the index has it in "
-            f"{index.get(name, 'no file')}, it is in {home.get(name, 'none of them')}; fetch index and files again"
+            f"{path / INDEX}: does not fit its files in {len(wrong)} tensors, such as {name}: the index has "
+            f"it in {index.get(name, 'no file')}, it is in {home.get(name, 'no file')}; fetch them all again"
         )
     return tensors
 
@@ -99,7 +104,9 @@ def _read_index(path: Path) -> dict[str, str]:
             return index
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
-    raise CheckpointError(f'{where}: expected JSON with "weight_map", tensor names to file names; fetch it again')
+    raise CheckpointError(
+        f'{where}: expected JSON with "weight_map", tensor names to file names; fetch it again'
+    )
 
 
 def _read_file(path: Path) -> dict[str, np.ndarray]:
@@ -107,18 +114,26 @@ def _read_file(path: Path) -> dict[str, np.ndarray]:
     with path.open("rb") as file:
         head = int.from_bytes(file.read(8), "little")
         if size < 8 or head > min(size - 8, _MAX_HEADER):
-            raise CheckpointError(f"{path}: the header should have {head} bytes, the file has {size}; {_AGAIN}")
+            raise CheckpointError(
+                f"{path}: the header should have {head} bytes, the file has {size}; {_AGAIN}"
+            )
         raw = file.read(head)
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
-        entries = sorted((tuple(e["data_offsets"]), name, e["dtype"], tuple(e["shape"])) for name, e in header.items())
+        entries = sorted(
+            (tuple(e["data_offsets"]), name, e["dtype"], tuple(e["shape"])) for name, e in header.items()
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise CheckpointError(f"{path}: the header cannot be read ({type(e).__name__}: {e}); {_AGAIN}") from None
+        raise CheckpointError(
+            f"{path}: the header cannot be read ({type(e).__name__}: {e}); {_AGAIN}"
+        ) from None
     body = 8 + head
     expected = body + max((stop for (_, stop), *_ in entries), default=0)
     if size != expected:
-        raise CheckpointError(f"{path}: the header describes {expected:,} bytes, the file has {size:,}; {_AGAIN}")
+        raise CheckpointError(
+            f"{path}: the header describes {expected:,} bytes, the file has {size:,}; {_AGAIN}"
+        )
     data = np.memmap(path, np.uint8, "r").view(np.ndarray)
     tensors, end = {}, 0
     for (start, stop), name, kind, shape in entries:
@@ -143,10 +158,10 @@ def write_safetensors(
 ) -> None:
     """Write tensors in the order of `specs`, into `model.safetensors` or into shards with an index.
 
-    `arrays` gives the same names in the same order. Each file gets its name when it is whole; the index is last.
+    `arrays` gives the same names in the same order. Each file gets its name when it is whole; the index is
+    last.
     """
     shards = _plan(specs, max_shard_bytes)
-    total = sum(_nbytes(spec) for spec in specs.values())
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     stream = iter(arrays)
     for shard, file in zip(shards, [SINGLE] if len(shards) == 1 else names):
@@ -160,8 +175,13 @@ def write_safetensors(
         os.replace(partial, directory / file)
     if len(shards) > 1:
         where = {name: file for shard, file in zip(shards, names) for name in shard}
-        index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": where}
+        index: dict[str, Any] = {"metadata": {"total_size": bytes_of(specs)}, "weight_map": where}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def bytes_of(specs: Mapping[str, Spec]) -> int:
+    """Bytes of all these tensors."""
+    return sum(map(_nbytes, specs.values()))
 
 
 def _nbytes(spec: Spec) -> int:

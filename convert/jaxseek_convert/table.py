@@ -1,8 +1,8 @@
 """The weight table: which tensors of a Hugging Face checkpoint hold which parameters. It is read both ways.
 
 A row stands for a kind of tensor; a model has it where it has the parameters. `{l}` and `{e}` in a name are
-the leading axes of the parameter: the layer (counted through all stacks) and the expert. Layouts are explained
-in layout.py. Rotary rows stay as they are on disk; the layers know which pairs they form.
+the leading axes of the parameter: the layer (counted through all stacks) and the expert. Layouts are
+explained in layout.py. Rotary rows stay as they are on disk; the layers know which pairs they form.
 
 Sources: transformers' modelling classes; the tensor map of DeepSeek-R1; DeepSeek-V3's README_WEIGHTS.md.
 """
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxseek.config import ModelConfig
@@ -118,7 +119,9 @@ class Tensors:
     `path` are the parameters' paths. `lead` are the indices of their leading axes, as the names count them.
     """
 
-    def __init__(self, name: str, row: Row, paths: Sequence[str], shapes: Sequence[tuple[int, ...]], first: int):
+    def __init__(
+        self, name: str, row: Row, paths: Sequence[str], shapes: Sequence[tuple[int, ...]], first: int
+    ):
         self.name, self.kind, self.paths = name, row.kind, tuple(paths)
         letters = [c for c in "le" if f"{{{c}}}" in name]
         self.first = tuple(first if c == "l" else 0 for c in letters)
@@ -143,11 +146,11 @@ class Tensors:
 
 
 class Table:
-    """All tensors of a model: sections (the model's own, each stack, each multi-token module) of `Tensors`."""
+    """All tensors of a model, in sections: the model itself, each stack, each multi-token module."""
 
     def __init__(self, cfg: ModelConfig):
         self.cfg = cfg
-        params = parameters(DeepSeek.abstract(cfg, dtype=np.float32))
+        params = parameters(DeepSeek.abstract(cfg, dtype=jnp.bfloat16))  # so that float32 by design shows
         self.params: dict[str, jax.ShapeDtypeStruct] = {p: v.get_value() for p, v in params.items()}
         self.sections = [self._section(MODEL, "", "")]
         first, prefix = 0, "model.layers.{l}."
@@ -161,10 +164,10 @@ class Table:
         assert own == self.params.keys(), f"no row for {sorted(self.params.keys() - own)}"
 
     def _section(self, rows: Sequence[Row], prefix: str, module: str, first: int = 0) -> list[Tensors]:
-        out: dict[tuple[str, bool], Tensors] = {}
+        out: dict[str, Tensors] = {}
         for row in rows:
             paths = [p if row.kind == "copy" else module + p for p in row.paths]
-            if (row.name not in out) and all(p in self.params for p in paths):
+            if row.name not in out and all(p in self.params for p in paths):
                 shapes = [self.params[p].shape for p in paths]
                 out[row.name] = Tensors(prefix + row.name, row, paths, shapes, first)
         return list(out.values())

@@ -68,12 +68,22 @@ def attend(
 
 
 def _attend(q_BTKGH, k_BKSH, v_BKSH, mask, scale, rules, head_axes, key_axis):
-    scores_spec = rules.spec("batch", *head_axes, "length", key_axis)
-    scores_BKGTS = jnp.einsum(
-        "BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32, out_sharding=scores_spec
+    # dot_general, not einsum: with heads before tokens on both sides no operand is transposed for it
+    q_BKGTH = jnp.moveaxis(q_BTKGH, 1, 3)
+    scores_BKGTS = jax.lax.dot_general(
+        q_BKGTH,
+        k_BKSH,
+        (((4,), (3,)), ((0, 1), (0, 1))),
+        preferred_element_type=jnp.float32,
+        out_sharding=rules.spec("batch", *head_axes, "length", key_axis),
     )
     keep = mask.dense()[:, None, None]
     scores_BKGTS = jnp.where(keep, scale * scores_BKGTS, jnp.finfo(jnp.float32).min)
     probs_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BKSH.dtype)
-    out_spec = rules.spec("batch", "length", *head_axes, None)
-    return jnp.einsum("BKGTS,BKSH->BTKGH", probs_BKGTS, v_BKSH, out_sharding=out_spec)
+    out_BKGTH = jax.lax.dot_general(
+        probs_BKGTS,
+        v_BKSH,
+        (((4,), (2,)), ((0, 1), (0, 1))),
+        out_sharding=rules.spec("batch", *head_axes, "length", None),
+    )
+    return jnp.moveaxis(out_BKGTH, 3, 1)

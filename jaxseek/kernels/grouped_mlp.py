@@ -94,10 +94,13 @@ def _tiled_bwd(args, dy_MD):
         dy_TD = dy_MD.at[rows[i]].get(mode="fill", fill_value=0)
         dx_TD, *dw = jax.vjp(_tile_mlp, x_TD, *(w[e[i]] for w in weights))[1](dy_TD)
         dx_MD, *dws = grads
-        return dx_MD.at[rows[i]].set(dx_TD, mode="drop"), *(a.at[e[i]].add(d) for a, d in zip(dws, dw))
+        dws = (a.at[e[i]].add(d.astype(a.dtype)) for a, d in zip(dws, dw))
+        return dx_MD.at[rows[i]].set(dx_TD, mode="drop"), *dws
 
-    zeros = jax.tree.map(jnp.zeros_like, (x_MD, *weights))
-    return *jax.lax.fori_loop(0, count, body, zeros), None
+    # float32: a bfloat16 sum over many tiles loses the later ones
+    zeros = (jnp.zeros_like(x_MD), *(jnp.zeros(w.shape, jnp.float32) for w in weights))
+    dx_MD, *dws = jax.lax.fori_loop(0, count, body, zeros)
+    return dx_MD, *(d.astype(w.dtype) for d, w in zip(dws, weights)), None
 
 
 _tiled_mlp.defvjp(_tiled_fwd, _tiled_bwd)

@@ -19,29 +19,29 @@ def ragged_all_to_all(
     send_sizes_P: jax.Array,
     output_offsets_P: jax.Array,
     recv_sizes_P: jax.Array,
-    axis: str,
+    axes: str | tuple[str, ...],
 ) -> jax.Array:
     """Send rows [input_offsets[p], + send_sizes[p]) to shard p, which stores them from output_offsets[p] on.
 
-    Returns [rows, D]; rows that nobody wrote are zero. Call inside shard_map over `axis` of P shards.
+    Returns [rows, D]; rows that nobody wrote are zero. Call inside shard_map over `axes` of P shards in all.
     Source: jax.lax.ragged_all_to_all.
     """
     args = (operand_MD, input_offsets_P, send_sizes_P, output_offsets_P, recv_sizes_P)
 
     def native(operand, *sizes):
         out = jnp.zeros_like(operand, shape=(rows, *operand.shape[1:]))
-        return jax.lax.ragged_all_to_all(operand, out, *sizes, axis_name=axis)
+        return jax.lax.ragged_all_to_all(operand, out, *sizes, axis_name=axes)
 
     def gathered(operand, inputs, sends, outputs, _):
-        me = jax.lax.axis_index(axis)
+        me = jax.lax.axis_index(axes)
         all_MD, inputs, sends, outputs = (
-            jax.lax.all_gather(a, axis) for a in (operand, inputs, sends, outputs)
+            jax.lax.all_gather(a, axes) for a in (operand, inputs, sends, outputs)
         )
         start_P, size_P = outputs[:, me, None], sends[:, me, None]  # per source, for this receiver
-        row = jnp.arange(rows)
-        mine_PM = (row >= start_P) & (row < start_P + size_P)
+        row_M = jnp.arange(rows)
+        mine_PM = (row_M[None] >= start_P) & (row_M[None] < start_P + size_P)
         source_M = jnp.argmax(mine_PM, axis=0)
-        index_M = inputs[source_M, me] + row - outputs[source_M, me]
+        index_M = inputs[source_M, me] + row_M - outputs[source_M, me]
         index_M = jnp.where(mine_PM.any(axis=0), index_M, operand.shape[0])
         return all_MD.at[source_M, index_M].get(mode="fill", fill_value=0)
 

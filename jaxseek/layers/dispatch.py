@@ -51,7 +51,7 @@ def dispatch(
             capacity = math.ceil(rules.capacity_factor * ids_NK.size / E)
             ids_NK, dropped = _limit(ids_NK, gates_NK, E, capacity)
         if exchange:
-            y_ND = _all_to_all(x_ND, ids_NK, gates_NK, experts, expert_axes[0], capacity)
+            y_ND = _all_to_all(x_ND, ids_NK, gates_NK, experts, expert_axes, capacity)
         else:
             y_ND = _local(x_ND, ids_NK, gates_NK, experts, expert_axes)
         sum_axes = width_axes + (() if exchange else expert_axes)
@@ -101,12 +101,12 @@ def _local(x_ND, ids_NK, gates_NK, experts, expert_axes):
     return _combine(y_MD, order_M, gates_NK)
 
 
-def _all_to_all(x_ND, ids_NK, gates_NK, experts, axis, capacity):
+def _all_to_all(x_ND, ids_NK, gates_NK, experts, axes, capacity):
     """Rows to the shards of their experts and the results back, by two ragged exchanges."""
-    (N, K), P, E_local = ids_NK.shape, jax.lax.axis_size(axis), experts[0].shape[0]
-    me = jax.lax.axis_index(axis)
+    (N, K), P, E_local = ids_NK.shape, jax.lax.axis_size(axes), experts[0].shape[0]
+    me = jax.lax.axis_index(axes)
     order_M, sizes_E = sort_by_expert(ids_NK.reshape(-1), P * E_local)
-    sizes_SPE = jax.lax.all_gather(sizes_E.reshape(P, E_local), axis)  # rows from source S to shard P, expert E
+    sizes_SPE = jax.lax.all_gather(sizes_E.reshape(P, E_local), axes)  # rows from source S to shard P, expert E
     rows_SP = sizes_SPE.sum(-1)
     sent_SP = jnp.cumsum(rows_SP, axis=1) - rows_SP  # where the rows for P start at source S
     got_SP = jnp.cumsum(rows_SP, axis=0) - rows_SP  # where the rows of S start at shard P
@@ -114,7 +114,7 @@ def _all_to_all(x_ND, ids_NK, gates_NK, experts, axis, capacity):
     most = most if capacity is None else min(most, P * E_local * capacity)
 
     there = (sent_SP[me], rows_SP[me], got_SP[me], rows_SP[:, me])
-    got_MD = ragged_all_to_all(x_ND[order_M // K], most, *there, axis)
+    got_MD = ragged_all_to_all(x_ND[order_M // K], most, *there, axes)
     expert_of_run = jnp.tile(jnp.arange(E_local), P)
     run_end = jnp.cumsum(sizes_SPE[:, me].reshape(-1))
     run_M = jnp.searchsorted(run_end, jnp.arange(most), side="right")
@@ -123,4 +123,4 @@ def _all_to_all(x_ND, ids_NK, gates_NK, experts, axis, capacity):
     y_MD = grouped_mlp(got_MD[by_expert_M], *experts, local_sizes_E)[jnp.argsort(by_expert_M)]
 
     back = (got_SP[:, me], rows_SP[:, me], sent_SP[:, me], rows_SP[me])
-    return _combine(ragged_all_to_all(y_MD, N * K, *back, axis), order_M, gates_NK)
+    return _combine(ragged_all_to_all(y_MD, N * K, *back, axes), order_M, gates_NK)

@@ -62,5 +62,5 @@ class GQA(nnx.Module):
             k_BKSH, v_BKSH = (a[layer].astype(dtype) for a in (cache.k_LBKSH, cache.v_LBKSH))
             out_BTKGH = attend(q_BTKGH, k_BKSH, v_BKSH, ctx.mask, cfg.softmax_scale, rules, heads, "cache_length")
         narrow = rules.spec("batch", "length", None)
-        y_BTD = jnp.einsum("BTKGH,KGHD->BTD", out_BTKGH, rules.use(self.o_KGHD, dtype), out_sharding=narrow)
+        y_BTD = jnp.tensordot(out_BTKGH, rules.use(self.o_KGHD, dtype), 3, out_sharding=narrow)
         return (y_BTD if self.o_bias_D is None else y_BTD + rules.use(self.o_bias_D, dtype)[None, None]), cache

@@ -76,7 +76,7 @@ class MLA(nnx.Module):
             latent_BSA = cache.latent_LBSA[layer].astype(dtype)
             out_BTNH = self._absorbed(qn_BTNP, qr_BTNR, latent_BSA, mask, rules)
         narrow = rules.spec("batch", "length", None)
-        y_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, rules.use(self.o_NHD, dtype), out_sharding=narrow)
+        y_BTD = jnp.tensordot(out_BTNH, rules.use(self.o_NHD, dtype), 2, out_sharding=narrow)
         return (y_BTD if self.o_bias_D is None else y_BTD + rules.use(self.o_bias_D, dtype)[None, None]), cache
 
     def _query_latent(self, x_BTD, rules):
@@ -86,7 +86,7 @@ class MLA(nnx.Module):
         weight_DQ = rules.shard(rules.use(self.q_a_DQ, dtype), None, None)  # its norm needs the whole latent
         cq_BTQ = jnp.einsum("BTD,DQ->BTQ", x_BTD, weight_DQ, out_sharding=narrow)
         if self.q_a_bias_Q is not None:
-            cq_BTQ += rules.shard(rules.use(self.q_a_bias_Q, dtype), None)
+            cq_BTQ += rules.shard(rules.use(self.q_a_bias_Q, dtype), None)[None, None]
         return self.q_norm(cq_BTQ)
 
     def _queries(self, x_BTD, cq_BTQ, rules):

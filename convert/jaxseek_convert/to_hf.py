@@ -1,0 +1,122 @@
+"""Models to Hugging Face checkpoints, tensor by tensor: one layer of one parameter is copied at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxseek.checkpoint import (
+    CheckpointError,
+    Savable,
+    main_dtype,
+    new_directory,
+    param_dtype,
+    same_bits,
+    write_json,
+)
+from jaxseek.model import DeepSeek
+from jaxseek.sharding import parameters
+from jaxseek_convert.safetensors_io import (
+    MAX_SHARD_BYTES,
+    Spec,
+    bytes_of,
+    read_safetensors,
+    write_safetensors,
+)
+from jaxseek_convert.table import Table
+
+
+def save_hf(
+    model: DeepSeek,
+    path: str | Path,
+    dtype: Any = None,
+    tokenizer: Savable | None = None,
+    *,
+    origin: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    check: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Callable[[int], Any] = lambda _: None,
+) -> None:
+    """Write a directory that transformers and others load: safetensors, config.json, tokenizer files.
+
+    Without `dtype` tensors have their parameters' dtype, or where `origin` (HFCheckpoint.origin) is given
+    that of the source. The multi-token module's copies of embedding and head are written unless the source
+    had none. With `check` every tensor is read back and compared before the directory gets its name. Raises
+    CheckpointError where the destination is taken or the disk is full.
+    """
+    table, specs = Table(model.cfg), hf_specs(model, dtype, origin)
+
+    def cast() -> Iterator[tuple[str, np.ndarray]]:
+        for name, value in hf_arrays(model, table, specs.keys()):
+            value = value.astype(specs[name][1], copy=False)
+            progress(value.nbytes)
+            yield name, value
+
+    with new_directory(path, bytes_of(specs), overwrite) as partial:
+        write_safetensors(partial, specs, cast(), max_shard_bytes)
+        if check:
+            back = read_safetensors(partial)
+            for name, value in cast():
+                if not same_bits(back[name], value):
+                    raise CheckpointError(
+                        f"{path}: {name} was read back with other values; is the disk sound?"
+                    )
+        write_json(partial / "config.json", model.cfg.replace(dtype=main_dtype(specs.values())).to_hf())
+        if tokenizer is not None:
+            tokenizer.save(partial)
+
+
+def hf_specs(model: DeepSeek, dtype: Any = None, origin: Mapping[str, Any] | None = None) -> dict[str, Spec]:
+    """Shapes and dtypes of the tensors that `save_hf` writes, in their order."""
+    origin, table = origin or {}, Table(model.cfg)
+    held = {path: param.get_value().dtype for path, param in parameters(model).items()}
+    if held.keys() != table.params.keys():
+        raise ValueError("this model has other stacks than its config: save the one it was unrolled from")
+    own = {name for name, row, _ in table if row.kind == "own"}
+    names = own.union(origin["copies"]) if "copies" in origin else table.names()
+    kept = origin.get("dtypes", {}) if dtype is None else {}
+
+    def kind(name: str, path: str) -> np.dtype:
+        return jnp.dtype(kept.get(name, param_dtype(table.params[path], dtype, held[path])))
+
+    return {name: (row.layout.shape, kind(name, row.paths[0])) for name, row, _ in table if name in names}
+
+
+def hf_arrays(model: DeepSeek, table: Table, names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Those tensors of a Hugging Face checkpoint of the model that `names` holds, in the table's order."""
+    arrays = {path: v.get_value() for path, v in parameters(model).items()}
+    for section in table.sections:
+        for layer in np.ndindex(section[0].counts[:1]):
+            for row in section:
+                rests = [r for r in np.ndindex(row.counts[1:]) if row.name_at(layer + r) in names]
+                values = [on_host(arrays[p], layer if row.counts else ()) for p in row.paths] if rests else []
+                for rest in rests:
+                    yield row.name_at(layer + rest), row.layout.join([v[rest] for v in values])
+
+
+def on_host(array: jax.Array, layer: tuple[int, ...]) -> np.ndarray:
+    """One layer of a parameter (all of it where `layer` is empty), put together from the devices."""
+    if not array.is_fully_addressable:
+        raise CheckpointError(
+            "the model is spread over several hosts; save a checkpoint and export that on one host"
+        )
+    out = np.empty(array.shape[len(layer) :], array.dtype)
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            # layers are never split; a CPU's array is host memory, elsewhere just the layer should travel
+            piece = shard.data
+            if layer and shard.device.platform != "cpu":
+                piece = jax.lax.dynamic_index_in_dim(piece, layer[0], keepdims=False)
+                value = np.asarray(piece)
+            else:
+                value = np.asarray(piece)[layer]
+            if value.shape == out.shape:
+                return value
+            out[shard.index[len(layer) :]] = value
+    return out

@@ -1,0 +1,210 @@
+"""Expert dispatch by name on many meshes: the same sums, gradients and loads as a dense loop over experts."""
+
+import functools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracles import (
+    assert_close,
+    expert,
+    quick_compilation,  # noqa: F401
+)
+
+from jaxseek.layers.dispatch import dispatch
+from jaxseek.sharding import Strategy
+
+B, T, D, F, E, K = 8, 4, 8, 8, 8, 3
+ALL_TO_ALL = [
+    "expert=2",
+    "expert=8",
+    "expert=4,tensor=2",
+    "data=2,fsdp=2,expert=2",
+    "expert=2,context=2,tensor=2",
+]
+REPLICATED = ["expert=4", "expert=2,tensor=2,data=2", "expert=4,context=2"]
+LOCAL = ["", "data=2", "tensor=2", "fsdp=2,context=2,tensor=2"]
+CASES = (
+    [("train", m) for m in ALL_TO_ALL] + [("decode", m) for m in REPLICATED] + [("prefill", m) for m in LOCAL]
+)
+
+
+def strategy_of(mesh, folder=None, **train):
+    """The default strategy with these sizes; entries of its train table may be replaced, by way of a file."""
+    sizes = {a: int(n) for a, n in (kv.split("=") for kv in mesh.split(",") if kv)}
+    if not train:
+        return Strategy.default(**sizes)
+    file = folder / "strategy.toml"
+    file.write_text("\n".join(["[train]", *(f"{k} = {json.dumps(v)}" for k, v in train.items())]))
+    return Strategy.from_toml(file, **sizes)
+
+
+@functools.cache
+def program(strategy, phase):
+    """(mesh, compiled function of global arrays to output, load, dropped, gradients)."""
+    rules = getattr(strategy, phase)
+
+    def run(x_BTD, gates_BTK, experts, ids_BTK, valid_BT, dy_BTD):
+        def forward(x_BTD, gates_BTK, experts):
+            wide = (
+                ("expert", None, "expert_mlp"),
+                ("expert", None, "expert_mlp"),
+                ("expert", "expert_mlp", None),
+            )
+            experts = [rules.shard(w, *names) for w, names in zip(experts, wide)]
+            x_BTD = rules.shard(x_BTD, "batch", "length", None)
+            y_BTD, load_E, dropped = dispatch(x_BTD, ids_BTK, gates_BTK, valid_BT, experts, rules)
+            y_BTD = jax.sharding.reshard(y_BTD, jax.P())
+            return (y_BTD * dy_BTD).sum(), (y_BTD, load_E, dropped)
+
+        grads, out = jax.grad(forward, (0, 1, 2), has_aux=True)(x_BTD, gates_BTK, experts)
+        return *out, grads
+
+    return strategy.make_mesh(), jax.jit(run)
+
+
+@functools.cache
+def inputs(routing):
+    """x, gates, experts, ids, valid, dy of one routing."""
+    rng = np.random.default_rng(7)
+    x, dy = rng.standard_normal((2, B, T, D)).astype(np.float32)
+    gates = rng.random((B, T, K)).astype(np.float32) + 0.1
+    ids = np.argsort(rng.random((B, T, E)), axis=-1)[..., :K].astype(np.int32)
+    valid = np.ones((B, T), bool)
+    if routing == "skewed":
+        ids[:] = [6, 7, 1]
+    if routing == "padded":
+        valid = rng.random((B, T)) < 0.6
+        valid[3] = False
+    experts = tuple(rng.standard_normal(s).astype(np.float32) / 3 for s in ((E, D, F), (E, D, F), (E, F, D)))
+    return x, gates, experts, ids, valid, dy
+
+
+def kept_by_capacity(ids, gates, valid, capacity_factor, shards):
+    """Shard by shard and expert by expert: which assignments are among the largest gates that fit."""
+    kept = np.repeat(valid[..., None], K, -1)
+    for rows in np.split(np.arange(B), shards):
+        capacity = math.ceil(capacity_factor * len(rows) * T * K / E)
+        for e in range(E):
+            asking = [
+                (b, t, k) for b in rows for t, k in np.ndindex(T, K) if valid[b, t] and ids[b, t, k] == e
+            ]
+            asking.sort(key=lambda at: -gates[at])
+            for at in asking[capacity:]:
+                kept[at] = False
+    return kept
+
+
+def dense_loop(x, gates, experts, ids, kept):
+    y = np.zeros((B, T, D))
+    gate, up, down = (np.asarray(w, np.float64) for w in experts)
+    for b, t, k in zip(*np.nonzero(kept)):
+        e = ids[b, t, k]
+        y[b, t] += gates[b, t, k] * expert(gate[e], up[e], down[e], x[b, t].astype(np.float64))
+    return y
+
+
+@jax.jit
+def dense_grads(x, gates, experts, ids, kept, dy):
+    """Gradients of a loop in which every expert sees every token."""
+
+    def forward(x, gates, experts):
+        y = jnp.zeros_like(x)
+        for e in range(E):
+            own = (jax.nn.silu(x @ experts[0][e]) * (x @ experts[1][e])) @ experts[2][e]
+            y += own * jnp.where((ids == e) & kept, gates, 0).sum(-1, keepdims=True)
+        return (y * dy).sum()
+
+    return jax.grad(forward, (0, 1, 2))(x, gates, experts)
+
+
+@functools.cache
+def expected(routing):
+    x, gates, experts, ids, valid, dy = inputs(routing)
+    kept = np.repeat(valid[..., None], K, -1)
+    load = np.bincount(ids[valid].reshape(-1), minlength=E)
+    return dense_loop(x, gates, experts, ids, kept), dense_grads(x, gates, experts, ids, kept, dy), load
+
+
+def compute(strategy, phase, routing):
+    mesh, run = program(strategy, phase)
+    with jax.set_mesh(mesh):
+        y, load, dropped, grads = run(*inputs(routing))
+    return np.asarray(y), np.asarray(load), int(dropped), jax.tree.map(np.asarray, grads)
+
+
+def check(strategy, phase, routing):
+    y, load, dropped, grads = compute(strategy, phase, routing)
+    expected_y, expected_grads, expected_load = expected(routing)
+    assert_close(y, expected_y, 1e-5)
+    assert load.tolist() == expected_load.tolist()
+    assert dropped == 0
+    jax.tree.map(lambda a, b: assert_close(a, b, 1e-5), grads, expected_grads)
+    return y, grads
+
+
+@pytest.mark.parametrize(("phase", "mesh"), CASES, ids=lambda v: v or "one device")
+def test_sums_gradients_and_loads_equal_the_dense_loop(phase, mesh):
+    strategy = strategy_of(mesh)
+    assert getattr(strategy, phase).dispatch == ("all_to_all" if phase == "train" else "replicated")
+    check(strategy, phase, "random")
+    check(strategy, phase, "skewed")  # every token to the same three experts: still none dropped
+    y, (dx, dgates, _) = check(strategy, phase, "padded")
+    valid = inputs("padded")[4]
+    assert not y[~valid].any()
+    assert not dx[~valid].any()
+    assert not dgates[~valid].any()
+
+
+def test_local_keeps_all_experts_on_every_device(tmp_path):
+    strategy = strategy_of("data=2,tensor=2", tmp_path, dispatch="local")
+    check(strategy, "train", "random")
+    check(strategy, "train", "padded")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dispatch": "replicated"},
+        {"expert": ["expert", "fsdp"]},
+        {"expert": ["fsdp", "expert"], "dispatch": "replicated"},
+        {"batch": ["expert", "data"], "length": "fsdp"},
+        {"expert": ["expert", "tensor"], "expert_mlp": [], "dispatch": "replicated"},
+    ],
+    ids=[
+        "replicated in training",
+        "two axes",
+        "two axes replicated",
+        "batch order",
+        "tensor axis of experts",
+    ],
+)
+def test_other_tables_of_a_strategy_change_nothing(tmp_path, changes):
+    strategy = strategy_of("fsdp=2,expert=2,tensor=2", tmp_path, **changes)
+    check(strategy, "train", "random")
+    check(strategy, "train", "padded")
+
+
+@pytest.mark.parametrize(
+    ("mesh", "shards", "dispatch_name"),
+    [("", 1, "local"), ("expert=4", 4, "all_to_all"), ("expert=2,data=2", 2, "replicated")],
+)
+@pytest.mark.parametrize("routing", ["padded", "skewed"])
+def test_a_capacity_drops_the_smallest_gates_and_counts_them(tmp_path, mesh, shards, dispatch_name, routing):
+    x, gates, experts, ids, valid, dy = inputs(routing)
+    strategy = strategy_of(mesh, tmp_path, dispatch=dispatch_name, capacity_factor=0.75)
+    kept = kept_by_capacity(ids, gates, valid, 0.75, shards)
+    y, load, dropped, grads = compute(strategy, "train", routing)
+    assert dropped == np.repeat(valid[..., None], K, -1).sum() - kept.sum() > 0
+    assert_close(y, dense_loop(x, gates, experts, ids, kept), 1e-5)
+    assert load.tolist() == expected(routing)[2].tolist()  # what the router asked for
+    jax.tree.map(lambda a, b: assert_close(a, b, 1e-5), grads, dense_grads(x, gates, experts, ids, kept, dy))
+
+
+@pytest.mark.parametrize("mesh", ["", "expert=4"])
+def test_a_capacity_that_is_large_enough_drops_nothing(tmp_path, mesh):
+    strategy = strategy_of(mesh, tmp_path, capacity_factor=E / K)
+    check(strategy, "train", "skewed")

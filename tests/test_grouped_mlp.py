@@ -1,0 +1,106 @@
+"""The experts' grouped SwiGLU: every split of rows over experts equals a dense loop, forward and backward."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import assert_close, expert
+
+from jaxseek.kernels.grouped_mlp import grouped_mlp, sort_by_expert
+
+
+def arrays(M, D, F, E, dtype=np.float32, seed=0):
+    """x [M, D], gate and up [E, D, F], down [E, F, D], and the gradient of the output [M, D]."""
+    rng = np.random.default_rng(seed)
+    shapes = ((M, D), (E, D, F), (E, D, F), (E, F, D), (M, D))
+    return [jnp.asarray(rng.standard_normal(s) / s[-1] ** 0.5, dtype) for s in shapes]
+
+
+def written(sizes, x, gate, up, down):
+    """Row by row in float64: rows past the sizes are zero."""
+    x, gate, up, down = (np.asarray(a, np.float64) for a in (x, gate, up, down))
+    y, row = np.zeros_like(x), 0
+    for e, n in enumerate(sizes):
+        y[row : row + n] = expert(gate[e], up[e], down[e], x[row : row + n])
+        row += n
+    return y
+
+
+@jax.jit
+def dense_loop(args, ids_M):
+    """Every expert over every row, of which one is kept."""
+    x_MD, gate_EDF, up_EDF, down_EFD = args
+    y_MD = jnp.zeros_like(x_MD)
+    for e in range(gate_EDF.shape[0]):
+        own_MD = (jax.nn.silu(x_MD @ gate_EDF[e]) * (x_MD @ up_EDF[e])) @ down_EFD[e]
+        y_MD += jnp.where(ids_M[:, None] == e, own_MD, 0)
+    return y_MD
+
+
+@jax.jit
+def value_and_grads(args, dy_MD, sizes_E):
+    y_MD, pull = jax.vjp(lambda *a: grouped_mlp(*a, sizes_E), *args)
+    return y_MD, pull(dy_MD)
+
+
+@jax.jit
+def expected_grads(args, dy_MD, ids_M):
+    return jax.vjp(dense_loop, args, ids_M)[1](dy_MD)[0]
+
+
+def check(sizes, *shape):
+    *args, dy = arrays(*shape)
+    M, E = shape[0], shape[-1]
+    y, grads = value_and_grads(tuple(args), dy, jnp.asarray(sizes, jnp.int32))
+    assert_close(y, written(sizes, *args), 1e-5)
+    ids_M = np.full(M, E)
+    ids_M[: sum(sizes)] = np.repeat(np.arange(E), sizes)
+    for got, expected in zip(grads, expected_grads(tuple(args), dy, jnp.asarray(ids_M))):
+        assert_close(got, expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (8, 16, 8, 16),
+        (12, 0, 35, 1),
+        (0, 48, 0, 0),
+        (0, 0, 0, 48),
+        (7, 0, 9, 3),
+        (0, 0, 0, 0),
+    ],
+    ids=["whole tiles", "uneven", "all to one", "all to the last", "rows of no expert", "no rows"],
+)
+def test_rows_reach_their_expert_and_gradients_return(sizes):
+    check(sizes, 48, 8, 12, 4)
+
+
+@given(st.lists(st.integers(0, 48), min_size=5, max_size=5))
+@settings(max_examples=30, deadline=None)
+def test_any_sizes_equal_the_dense_loop(cuts):
+    *ends, total = sorted(cuts)
+    check(np.diff([0, *ends, total])[:4].tolist(), 48, 8, 12, 4)
+
+
+@pytest.mark.parametrize(("M", "sizes"), [(1, (0, 1, 0)), (300, (70, 1, 150)), (4200, (4000, 3, 150))])
+def test_fewer_rows_than_a_tile_and_wider_tiles_give_the_same(M, sizes):
+    check(sizes, M, 4, 4, 3)
+
+
+def test_bfloat16_gradients_of_weights_do_not_lose_rows_as_tiles_add_up():
+    *args, _ = arrays(4096, 4, 4, 1)
+    low = tuple(a.astype(jnp.bfloat16) for a in args)
+    dy, sizes = jnp.ones((4096, 4)), jnp.array([4096], jnp.int32)
+    _, got = value_and_grads(low, dy.astype(jnp.bfloat16), sizes)
+    _, expected = value_and_grads(tuple(a.astype(jnp.float32) for a in low), dy, sizes)
+    assert got[1].dtype == jnp.bfloat16
+    for a, b in zip(got[1:], expected[1:]):
+        assert_close(a.astype(jnp.float32), b, 0.01)
+
+
+def test_sorting_is_stable_and_leaves_out_ids_of_no_expert():
+    order_M, sizes_E = sort_by_expert(jnp.array([2, 0, 3, 2, 0, 3, 0]), 3)
+    assert order_M.tolist() == [1, 4, 6, 0, 3, 2, 5]
+    assert sizes_E.tolist() == [3, 0, 2]
