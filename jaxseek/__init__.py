@@ -1,8 +1,8 @@
 """jaxseek: the DeepSeek family in JAX and Flax NNX for TPUs.
 
-    model, tokenizer = jaxseek.load("path/or-preset")
-    logits_BTV = model(tokens_BT)
-    texts = jaxseek.generate(model, tokenizer, ["Hello"], max_new_tokens=32)
+model, tokenizer = jaxseek.load("path/or-preset")
+logits_BTV = model(tokens_BT)
+texts = jaxseek.generate(model, tokenizer, ["Hello"], max_new_tokens=32)
 """
 
 from typing import TYPE_CHECKING, Any

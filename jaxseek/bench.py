@@ -36,8 +36,8 @@ def memory_bandwidth(seconds: float = 2.0) -> float:
     return best
 
 
-def bytes_per_step(cfg: ModelConfig, weight_bytes: int, batch: int, slots: int, itemsize: int) -> float:
-    """Bytes that one decode step must read: weights once, the experts that uniform routing touches, caches."""
+def bytes_per_step(cfg: ModelConfig, weight_bytes: int, batch: int, slots: float, itemsize: int) -> float:
+    """Bytes that one decode step must read: weights (experts: as many as uniform routing touches), caches."""
     read = cfg.num_params() - (0 if cfg.tie_word_embeddings else cfg.vocab_size * cfg.hidden_size)
     if cfg.n_routed_experts:
         E, K = cfg.n_routed_experts, cfg.num_experts_per_tok
@@ -59,7 +59,7 @@ def bench(
     against: str | None = None,
     as_json: bool = False,
 ) -> list[dict[str, Any]]:
-    """Time greedy generation for each batch size; prints a table, or one line of JSON, and returns the rows."""
+    """Time greedy generation for each batch size; prints a table or one line of JSON, returns the rows."""
     from jaxseek.generate.engine import Engine
     from jaxseek.generate.sampling import Sampling
     from jaxseek.load import load
@@ -109,18 +109,24 @@ def bench(
                 )
             rows.append(row)
         if reference:
-            rows[-2]["decode_speedup"] = rows[-2]["decode_tokens_per_second"] / rows[-1]["decode_tokens_per_second"]
+            rows[-2]["decode_speedup"] = (
+                rows[-2]["decode_tokens_per_second"] / rows[-1]["decode_tokens_per_second"]
+            )
     _report(rows, source, cfg, str(model.embed_VD[...].dtype), bandwidth, as_json)
     return rows
 
 
-def _transformers(source: str, model: Any, tokenizer: Any) -> Callable[[np.ndarray, int], tuple[float, float]]:
+def _transformers(
+    source: str, model: Any, tokenizer: Any
+) -> Callable[[np.ndarray, int], tuple[float, float]]:
     """Greedy generation of the same weights by transformers in the same dtype: (prefill, decode) seconds."""
     try:
         import torch
         from transformers import AutoModelForCausalLM
     except ImportError:
-        raise ConfigError("--against transformers needs the parity extra: pip install 'jaxseek[parity]'") from None
+        raise ConfigError(
+            "--against transformers needs the parity extra: pip install 'jaxseek[parity]'"
+        ) from None
     if not model.mesh.devices.flat[0].platform == "cpu":
         raise ConfigError("--against transformers compares on CPU; this process uses an accelerator")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -132,7 +138,7 @@ def _transformers(source: str, model: Any, tokenizer: Any) -> Callable[[np.ndarr
 
             folder = Path(scratch) / "hf"
             save_hf(model, folder, tokenizer=tokenizer)
-        reference = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        reference: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     reference.generation_config.eos_token_id = None
 
     def run(prompts: np.ndarray, new_tokens: int) -> tuple[float, float]:
@@ -144,14 +150,21 @@ def _transformers(source: str, model: Any, tokenizer: Any) -> Callable[[np.ndarr
             out = reference.generate(ids, max_new_tokens=n, min_new_tokens=n, **options)
             seconds.append(time.perf_counter() - start)
             if out.shape[1] != prompts.shape[1] + n:
-                raise RuntimeError(f"transformers made {out.shape[1] - prompts.shape[1]} tokens, expected {n}")
+                raise RuntimeError(
+                    f"transformers made {out.shape[1] - prompts.shape[1]} tokens, expected {n}"
+                )
         return seconds[0], seconds[1] - seconds[0]
 
     return run
 
 
 def _report(
-    rows: list[dict[str, Any]], source: str, cfg: ModelConfig, dtype: str, bandwidth: float | None, as_json: bool
+    rows: list[dict[str, Any]],
+    source: str,
+    cfg: ModelConfig,
+    dtype: str,
+    bandwidth: float | None,
+    as_json: bool,
 ) -> None:
     import jax
 
@@ -168,7 +181,8 @@ def _report(
     from rich.console import Console
     from rich.table import Table
 
-    title = f"{source}: {cfg.num_params() / 1e6:.0f} M parameters, {cfg.num_active_params() / 1e6:.0f} M active, {dtype}"
+    total, active = cfg.num_params() / 1e6, cfg.num_active_params() / 1e6
+    title = f"{source}: {total:.0f} M parameters, {active:.0f} M active, {dtype}"
     limit = f", reads {bandwidth / 1e9:.1f} GB/s" if bandwidth else ""
     table = Table(title=title, caption=f"{machine['device']}, {machine['cpus']} CPUs{limit}")
     for name in ("program", "batch", "prefill tok/s", "decode tok/s", "ms/step", "of bandwidth", "speedup"):

@@ -7,7 +7,8 @@ left- or right-padded prompt leaves the same cache as the prompt alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import operator
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -98,9 +99,4 @@ def write_slots(
 def split_layers(cache: Cache) -> tuple[Cache, ...]:
     """One cache of a single layer each, for a forward pass whose layers are unrolled."""
     L = jax.tree.leaves(cache)[0].shape[0]
-    return tuple(jax.tree.map(lambda a: a[l : l + 1], cache) for l in range(L))
-
-
-def update(cache: Cache, **arrays: jax.Array) -> Cache:
-    """The cache with some of its arrays replaced."""
-    return replace(cache, **arrays)
+    return tuple(jax.tree.map(operator.itemgetter(slice(l, l + 1)), cache) for l in range(L))

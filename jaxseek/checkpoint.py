@@ -2,7 +2,7 @@
 
     config.json     the model, as Hugging Face writes it
     params/         Orbax: one array for each parameter, by dotted path
-    jaxseek.json    format version, every parameter's shape and dtype, and where the weights came from
+    jaxseek.json    format version, shapes and dtypes, sizes of the files, and where the weights came from
     tokenizer files, where there is a tokenizer
 
 A checkpoint is written beside its destination and gets its name when it is whole, so a directory with
@@ -88,7 +88,8 @@ def save(
             write_json(partial / "config.json", model.cfg.replace(dtype=stored_dtype(model)).to_hf())
             if tokenizer is not None:
                 tokenizer.save(partial)
-            write_json(partial / MANIFEST, manifest)
+            manifest["files"] = file_sizes(partial)
+            write_json(partial / MANIFEST, manifest)  # last: it says that all else is there
 
 
 def restore(path: str | Path, mesh: Any = None, dtype: Any = None, mtp: bool = True) -> DeepSeek:
@@ -98,8 +99,9 @@ def restore(path: str | Path, mesh: Any = None, dtype: Any = None, mtp: bool = T
     checkpoint, an interrupted or a newer one, or does not fit its config.
     """
     path = Path(path)
-    held = read_manifest(path)["params"]
-    cfg = ModelConfig.from_hf(path / "config.json")
+    manifest = read_manifest(path)
+    _raise_incomplete(path, manifest["files"])
+    held, cfg = manifest["params"], ModelConfig.from_hf(path / "config.json")
     if not mtp:
         cfg = cfg.replace(num_nextn_predict_layers=0)
         held = {p: h for p, h in held.items() if not p.startswith("mtp.")}
@@ -123,7 +125,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """`jaxseek.json` of a checkpoint. Raises CheckpointError, as `restore` does."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        version, *_ = (manifest[key] for key in ("format", "params", "origin"))
+        version, *_ = (manifest[key] for key in ("format", "params", "origin", "files"))
     except FileNotFoundError:
         raise CheckpointError(_why_not(path)) from None
     except (ValueError, KeyError, TypeError) as e:
@@ -131,6 +133,23 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if version != FORMAT:
         raise CheckpointError(f"{path}: has format {version!r}, this jaxseek reads {FORMAT}; update jaxseek")
     return manifest
+
+
+def file_sizes(path: Path) -> dict[str, int]:
+    """Bytes of every file below a directory, by relative name."""
+    return {str(f.relative_to(path)): f.stat().st_size for f in sorted(path.rglob("*")) if f.is_file()}
+
+
+def _raise_incomplete(path: Path, files: Mapping[str, int]) -> None:
+    """Arrays are checked by name and size first: Orbax takes long to find that some are not there."""
+    found = file_sizes(path / "params")
+    expected = {name.removeprefix("params/"): n for name, n in files.items() if name.startswith("params/")}
+    if wrong := [name for name in expected if found.get(name) != expected[name]]:
+        name = wrong[0]
+        raise CheckpointError(
+            f"{path}: {len(wrong)} of {len(expected)} files in params/ are not as they were written, such as "
+            f"{name} ({found.get(name, 'no')} bytes, expected {expected[name]}); copy the checkpoint again"
+        )
 
 
 def not_a_checkpoint(path_or_preset: str | Path) -> CheckpointError:
@@ -147,7 +166,7 @@ def not_a_checkpoint(path_or_preset: str | Path) -> CheckpointError:
         )
     if path.name.endswith(".gguf") and path.is_file():
         return CheckpointError(f"{path}: is a GGUF file; convert it first: jaxseek convert {path} DST")
-    what = "exists, but is none" if path.exists() else "does not exist"
+    what = "exists, but is none" if path.exists() else f"does not exist{_left(path)}"
     near = difflib.get_close_matches(name, known, 3, 0.4)
     hint = (
         f"; presets with a similar name: {', '.join(near)}"
@@ -160,14 +179,18 @@ def not_a_checkpoint(path_or_preset: str | Path) -> CheckpointError:
     )
 
 
+def _left(path: Path) -> str:
+    left = [p for p in (path.absolute().parent / (path.name + s) for s in (_PARTIAL, _OLD)) if p.exists()]
+    return "".join(f"; {p} was left by an interrupted save" for p in left)
+
+
 def _why_not(path: Path) -> str:
     if (path / "params").is_dir() or path.name.endswith(_PARTIAL):
         return f"{path}: has no {MANIFEST}, so the save was interrupted; save it again"
     if kind_of(path) == "hf":
         return f"{path}: is a Hugging Face checkpoint; convert it first (jaxseek convert {path} DST)"
     if not path.exists():
-        left = [p for p in (path.with_name(path.name + s) for s in (_PARTIAL, _OLD)) if p.exists()]
-        return f"{path}: no such checkpoint" + "".join(f"; {p} was left by an interrupted save" for p in left)
+        return f"{path}: no such checkpoint{_left(path)}"
     return f"{path}: is no checkpoint; expected a directory with {MANIFEST}, config.json and params/"
 
 
@@ -237,6 +260,24 @@ def raise_mismatch(
         raise CheckpointError("\n".join([f"{what}:", *lines, f"  {advice}"]))
 
 
+def check_destination(path: str | Path, needed: int, overwrite: bool) -> bool:
+    """Whether there is something to be replaced at `path`. Raises CheckpointError if a save there would fail."""
+    path = Path(path).absolute()
+    taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    if taken and not overwrite:
+        raise CheckpointError(f"{path}: already exists; choose another name, or overwrite it (--overwrite)")
+    if taken and kind_of(path) is None:
+        raise CheckpointError(f"{path}: already exists and is no checkpoint, so it is not overwritten")
+    parent = _existing_parent(path)
+    if (free := shutil.disk_usage(parent).free) < needed:
+        raise CheckpointError(f"{path}: needs {_size(needed)}, but {parent} has {_size(free)} free")
+    return taken
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(p for p in path.parents if p.exists())
+
+
 @contextlib.contextmanager
 def new_directory(path: str | Path, needed: int, overwrite: bool = False) -> Iterator[Path]:
     """A directory to write into, which becomes `path` when all went well and vanishes when not.
@@ -245,14 +286,7 @@ def new_directory(path: str | Path, needed: int, overwrite: bool = False) -> Ite
     """
     path = Path(path).absolute()
     partial, old = path.with_name(path.name + _PARTIAL), path.with_name(path.name + _OLD)
-    taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
-    if taken and not overwrite:
-        raise CheckpointError(f"{path}: already exists; choose another name, or overwrite it")
-    if taken and kind_of(path) is None:
-        raise CheckpointError(f"{path}: already exists and is no checkpoint, so it is not overwritten")
-    parent = next(p for p in path.parents if p.exists())
-    if (free := shutil.disk_usage(parent).free) < needed:
-        raise CheckpointError(f"{path}: needs {_size(needed)}, but {parent} has {_size(free)} free")
+    taken = check_destination(path, needed, overwrite)
     leader = jax.process_index() == 0
     if leader:
         shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
@@ -272,6 +306,7 @@ def new_directory(path: str | Path, needed: int, overwrite: bool = False) -> Ite
         if leader:
             shutil.rmtree(partial, ignore_errors=True)
         if _is_full(e):
+            parent = _existing_parent(path)
             free = shutil.disk_usage(parent).free
             raise CheckpointError(
                 f"{path}: the disk of {parent} is full; {_size(needed)} are needed, {_size(free)} are free "
@@ -302,10 +337,14 @@ def _is_full(e: BaseException | None) -> bool:
 
 def _check(path: Path, arrays: dict[str, jax.Array]) -> None:
     """Read parameters back, one at a time. Raises CheckpointError unless each has the same bits."""
-    for p, a in arrays.items():
+
+    def survived(p: str, a: jax.Array) -> bool:
         back = _orbax_restore(path, {p: a.shape}, {p: a.sharding}, {p: a.dtype})[p]
         shards = zip(a.addressable_shards, back.addressable_shards)
-        if not all(same_bits(np.asarray(x.data), np.asarray(y.data)) for x, y in shards):
+        return all(same_bits(np.asarray(x.data), np.asarray(y.data)) for x, y in shards)
+
+    for p, a in arrays.items():
+        if not survived(p, a):
             raise CheckpointError(f"{path.parent}: {p} was read back with other values; is the disk sound?")
 
 
@@ -316,7 +355,13 @@ def _orbax_save(path: Path, arrays: dict[str, jax.Array]) -> None:
     # Without a minimum every small array is cut between its replicas by a program compiled for the purpose.
     writer = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_CHUNK_BYTES)
     writers = ocp.type_handlers.create_type_handler_registry((jax.Array, writer))
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=writers)) as checkpointer:
+    largest = max(shard.data.nbytes for a in arrays.values() for shard in a.addressable_shards)
+    handler = ocp.PyTreeCheckpointHandler(
+        type_handler_registry=writers,
+        use_compression=False,  # a fifth smaller, but two to three times slower
+        save_concurrent_gb=1 + -(-largest // 10**9),  # or the whole model is copied at once
+    )
+    with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(path, args=ocp.args.PyTreeSave(arrays, save_args=args))
 
 

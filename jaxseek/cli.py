@@ -1,4 +1,4 @@
-"""`jaxseek VERB`: the command line. Verbs import what they need when they run, so that --help costs nothing."""
+"""`jaxseek VERB`: the command line. Verbs import what they need when they run: --help costs nothing."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
         "Hugging Face safetensors (or a GGUF file) to a sharded Orbax checkpoint, or back with --to hf.",
         "jaxseek convert DeepSeek-V2-Lite/ v2-lite/   &&   jaxseek convert v2-lite/ back/ --to hf",
     )
-    p.add_argument("src", help="Hugging Face directory, jaxseek checkpoint, .gguf file or package:NAME of one")
+    p.add_argument(
+        "src", help="Hugging Face directory, jaxseek checkpoint, .gguf file or package:NAME of one"
+    )
     p.add_argument("dst", help="directory to write; must not exist")
     p.add_argument("--to", choices=("jaxseek", "hf"), default="jaxseek", help="format of DST")
     p.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), help="default: as in SRC")
@@ -71,9 +73,15 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true", help="end with one line of JSON")
 
     def model_arguments(p: argparse.ArgumentParser) -> None:
-        p.add_argument("model", help="checkpoint directory, Hugging Face directory, or preset such as tiny-v3")
-        p.add_argument("--mesh", help="axis sizes (tensor=4,data=2), a strategy TOML, or the name of a shipped one")
-        p.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: float32 on CPU, else bfloat16")
+        p.add_argument(
+            "model", help="checkpoint directory, Hugging Face directory, or preset such as tiny-v3"
+        )
+        p.add_argument(
+            "--mesh", help="axis sizes (tensor=4,data=2), a strategy TOML, or the name of a shipped one"
+        )
+        p.add_argument(
+            "--dtype", choices=("bfloat16", "float32"), help="default: float32 on CPU, else bfloat16"
+        )
 
     def sampling_arguments(p: argparse.ArgumentParser, max_new_tokens: int) -> None:
         p.add_argument("-n", "--max-new-tokens", type=int, default=max_new_tokens, metavar="N")
@@ -82,7 +90,9 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument("--top-p", type=float, default=0.95)
         p.add_argument("--min-p", type=float, default=0.0)
         p.add_argument("--seed", type=int, default=0)
-        p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; repeatable")
+        p.add_argument(
+            "--stop", action="append", default=[], metavar="TEXT", help="end at this text; repeatable"
+        )
         p.add_argument("--no-think", action="store_true", help="ask a thinking model to answer at once")
 
     p = verb(
@@ -94,7 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     model_arguments(p)
     p.add_argument("-p", "--prompt", action="append", default=[], help="repeatable; - reads standard input")
     p.add_argument("-f", "--file", help='prompts: a line each, or .jsonl with "prompt" or "messages"')
-    p.add_argument("--chat", action="store_true", help="a prompt is a user's message: render the chat template")
+    p.add_argument(
+        "--chat", action="store_true", help="a prompt is a user's message: render the chat template"
+    )
     p.add_argument("--system", help="system message, with --chat")
     p.add_argument("--samples", type=int, default=1, help="replies per prompt, with seeds SEED, SEED+1, ...")
     p.add_argument("--batch-size", type=int, default=16)
@@ -136,7 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--prompt-tokens", type=int, default=64)
     p.add_argument("--new-tokens", type=int, default=64)
     p.add_argument("--repeats", type=int, default=5, help="interleaved runs; the median is reported")
-    p.add_argument("--against", choices=("transformers",), help="time the reference too (needs the parity extra)")
+    p.add_argument(
+        "--against", choices=("transformers",), help="time the reference too (needs the parity extra)"
+    )
     p.add_argument("--json", action="store_true")
     return top
 
@@ -229,8 +243,8 @@ def _generate(args: argparse.Namespace) -> None:
                     row |= {"reasoning": reasoning, "answer": answer}
                 print(json.dumps(row | {"tokens": len(reply.tokens)}, ensure_ascii=False), flush=True)
             elif not alone:
-                print(f"--- {prompt if isinstance(prompt, str) else prompt[-1]['content'] if args.chat else ids}")
-                print(text, flush=True)
+                shown: Any = prompt if isinstance(prompt, str) or not args.chat else prompt[-1]
+                print(f"--- {shown['content'] if isinstance(shown, dict) else shown}\n{text}", flush=True)
             elif not tokenizer:
                 print(text)
         _rates(engine.timing)
@@ -263,8 +277,8 @@ def _chat(args: argparse.Namespace) -> None:
         ids = encode(tokenizer, messages, False if args.no_think else None)
         opened = tokenizer.opened_think(ids)
         show = out.reasoning(opened)
+        stream = TextStream(engine, tokenizer, [ids], [_sampling(args, args.seed + turn)], 8)
         try:
-            stream = TextStream(engine, tokenizer, [ids], [_sampling(args, args.seed + turn)], 8)
             for pieces in stream:
                 show(pieces[0])
         except ValueError as e:
@@ -351,17 +365,20 @@ def _info(args: argparse.Namespace) -> int | None:
 
     mesh = " x ".join(f"{a}={n}" for a, n in found["mesh"].items()) or "one chip"
     gib = 2**30
+    cache = found["cache_bytes_per_chip"] / gib
     rows = {
         "architecture": f"{found['model_type']}, {found['attention']}, {found['layers']} layers of "
         f"{found['hidden_size']}, {found['heads']} heads",
-        "experts": f"{found['experts']}, {found['experts_per_token']} per token" if found["experts"] else "none (dense)",
+        "experts": f"{found['experts']}, {found['experts_per_token']} per token"
+        if found["experts"]
+        else "none (dense)",
         "vocabulary, context": f"{found['vocab_size']:,}, {found['context']:,} tokens",
         "parameters": f"{found['parameters']:,}",
         "active per token": f"{found['active_parameters']:,}",
         "multi-token module": f"{found['mtp_parameters']:,}" if found["mtp_parameters"] else "none",
         "cache per token": f"{found['cache_bytes_per_token']:,} bytes in {args.dtype}",
         f"weights per chip ({mesh})": f"{found['weight_bytes_per_chip'] / gib:.3f} GiB in {args.dtype}",
-        f"cache per chip ({args.batch} x {args.context:,} tokens)": f"{found['cache_bytes_per_chip'] / gib:.3f} GiB",
+        f"cache per chip ({args.batch} x {args.context:,} tokens)": f"{cache:.3f} GiB",
     }
     table = Table(show_header=False, title=args.model)
     for row in rows.items():

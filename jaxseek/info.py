@@ -33,7 +33,9 @@ def describe(
     weights = 0
     for param in parameters(model).values():
         value = param.get_value()
-        split = [a for axes in value.sharding.spec if axes for a in ((axes,) if isinstance(axes, str) else axes)]
+        split = [
+            a for axes in value.sharding.spec if axes for a in ((axes,) if isinstance(axes, str) else axes)
+        ]
         weights += value.size * value.dtype.itemsize // math.prod(size[a] for a in split)
     rules = strategy.decode
     rows = -(-batch // strategy.parts(rules, "batch"))

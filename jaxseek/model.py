@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jax.sharding import Mesh
 
 from jaxseek.cache import Cache, init_cache
@@ -50,7 +51,7 @@ def layer_runs(cfg: ModelConfig) -> list[tuple[bool, int]]:
 
 
 class DeepSeek(nnx.Module):
-    """Token embedding, stacks of layers, final norm, output head, and the multi-token module where configured."""
+    """Embedding, stacks of layers, final norm, output head, and the multi-token module where configured."""
 
     def __init__(self, cfg: ModelConfig, strategy: Strategy, dtype: Any):
         self.cfg, self.strategy = cfg, strategy
@@ -67,9 +68,7 @@ class DeepSeek(nnx.Module):
 
     # ---------------------------------------------------------------- the model
 
-    def forward(
-        self, tokens_BT: jax.Array, ctx: Context, caches: Caches | None = None
-    ) -> Output:
+    def forward(self, tokens_BT: jax.Array, ctx: Context, caches: Caches | None = None) -> Output:
         """Hidden states after the final norm; `logits` turns them into logits."""
         with jax.named_scope("embed"):
             x_BTD = self.embed(tokens_BT, ctx.rules)
@@ -89,7 +88,7 @@ class DeepSeek(nnx.Module):
         """float32 logits [B, T, V] of final-norm hidden states, main or multi-token."""
         with jax.named_scope("head"):
             dtype, spec = hidden_BTD.dtype, rules.spec("batch", "length", "vocab")
-            out = dict(preferred_element_type=jnp.float32, out_sharding=spec)
+            out: Any = {"preferred_element_type": jnp.float32, "out_sharding": spec}
             if self.head_DV is None:
                 return jnp.einsum("BTD,VD->BTV", hidden_BTD, rules.use(self.embed_VD, dtype), **out)
             return jnp.einsum("BTD,DV->BTV", hidden_BTD, rules.use(self.head_DV, dtype), **out)
@@ -105,20 +104,22 @@ class DeepSeek(nnx.Module):
     ) -> Context:
         """What the layers share. Segment 0 is padding; positions count from 0 in every segment unless given.
 
-        Without `fresh`, queries attend to the caches, whose slots are positions; `positions_BT` must be given.
+        Without `fresh`, queries attend to the caches, whose slots are positions, and need `positions_BT`.
         """
         ones_BT = jnp.ones(tokens_BT.shape, jnp.int32)
         segment_ids_BT = ones_BT if segment_ids_BT is None else segment_ids_BT
         if positions_BT is None:
             positions_BT = positions_in_segments(segment_ids_BT)
         valid_BT = segment_ids_BT > 0
-        keys = (positions_BT, segment_ids_BT)
-        if not fresh:
+        if fresh:
+            kv_pos, kv_seg = (rules.shard(a, "batch", None) for a in (positions_BT, segment_ids_BT))
+        else:
             slots_1S = jnp.arange(jax.tree.leaves(caches)[0].shape[-2])[None]
-            keys = (rules.shard(slots_1S, None, "cache_length"), None)
-        kv_pos, kv_seg = (None if k is None else rules.shard(k, "batch" if fresh else None, *([None] if fresh else ["cache_length"])) for k in keys)
+            kv_pos, kv_seg = rules.shard(slots_1S, None, "cache_length"), None
         slots_BT = jnp.where(valid_BT, positions_BT, -1)
-        pos_BT, seg_BT, valid_BT = (rules.shard(a, "batch", "length") for a in (positions_BT, segment_ids_BT, valid_BT))
+        pos_BT, seg_BT, valid_BT = (
+            rules.shard(a, "batch", "length") for a in (positions_BT, segment_ids_BT, valid_BT)
+        )
         mask = Mask(pos_BT, seg_BT, kv_pos, kv_seg)
         return Context(rules, rope_table(self.cfg, pos_BT), mask, valid_BT, slots_BT, fresh)
 
@@ -186,8 +187,8 @@ class DeepSeek(nnx.Module):
         return self.embed_VD[...].sharding.mesh
 
     def on_mesh(self):
-        """A context in which the model's phases may be traced and run; inside a trace the mesh is already set."""
-        traced = isinstance(self.embed_VD[...], jax.core.Tracer)
+        """A context in which the model may be traced and run; inside a trace the mesh is already set."""
+        traced = isinstance(self.embed_VD[...], Tracer)
         return nullcontext() if traced else jax.set_mesh(self.mesh)
 
     def unrolled(self) -> DeepSeek:
@@ -212,11 +213,13 @@ class DeepSeek(nnx.Module):
         longest = self.cfg.max_position_embeddings
         if np.shape(tokens_BT)[1] > longest:
             raise ValueError(f"{np.shape(tokens_BT)[1]} tokens are more than the context of {longest}")
-        if isinstance(tokens_BT, jax.core.Tracer) or not np.size(tokens_BT):
+        if isinstance(tokens_BT, Tracer) or not np.size(tokens_BT):
             return
         low, high = int(np.min(tokens_BT)), int(np.max(tokens_BT))
         if low < 0 or high >= self.cfg.vocab_size:
-            raise ValueError(f"token ids span {low}..{high}, outside the vocabulary 0..{self.cfg.vocab_size - 1}")
+            raise ValueError(
+                f"token ids span {low}..{high}, outside the vocabulary 0..{self.cfg.vocab_size - 1}"
+            )
 
 
 def positions_in_segments(segment_ids_BT: jax.Array) -> jax.Array:

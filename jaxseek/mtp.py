@@ -1,4 +1,4 @@
-"""Multi-token prediction: one more layer that predicts the token after the next (DeepSeek-V3 paper, section 2.2).
+"""Multi-token prediction: one more layer predicts the token after the next (DeepSeek-V3 paper, section 2.2).
 
 Released weights concatenate [embedding; hidden], the opposite order of the paper's eq. 21. The embedding and
 the output head are the main model's.
@@ -13,8 +13,8 @@ from flax import nnx
 from jaxseek.cache import Cache
 from jaxseek.config import ModelConfig
 from jaxseek.layers.block import Context, Layer, run_stack
-from jaxseek.layers.norm import RMSNorm
 from jaxseek.layers.moe import Routing
+from jaxseek.layers.norm import RMSNorm
 from jaxseek.sharding import Init
 
 
@@ -33,7 +33,7 @@ class MTP(nnx.Module):
     def __call__(
         self, hidden_BTD: jax.Array, next_BTD: jax.Array, cache: Cache | None, ctx: Context
     ) -> tuple[jax.Array, Cache | None, Routing | None]:
-        """Hidden states for t_{i+2} from those of the main model after its final norm and t_{i+1}'s embedding."""
+        """Hidden states for t_{i+2}, from the main model's after its final norm and t_{i+1}'s embedding."""
         pair_2BTD = jnp.stack([self.embed_norm(next_BTD), self.hidden_norm(hidden_BTD)])
         weight_2DD = ctx.rules.use(self.proj_2DD, hidden_BTD.dtype)
         out = ctx.rules.spec("batch", "length", None)

@@ -47,6 +47,7 @@ LOGICAL_AXES = (
     "kv_heads",
     "q_groups",
     "q_lora",
+    "latent",
     "mlp",
     "expert",
     "expert_mlp",
@@ -74,7 +75,7 @@ class Rules:
         """Move `x` to the layout of these logical names (no operation where it already is)."""
         return jax.sharding.reshard(x, self.spec(*names))
 
-    def use(self, param: nnx.Variable, dtype: Any) -> jax.Array:
+    def use(self, param: Any, dtype: Any) -> jax.Array:
         """A parameter as this phase computes with it: cast first, so that a gather moves fewer bytes."""
         value = param[...].astype(dtype)
         return self.shard(value, *param.get_metadata("axes"))
@@ -129,6 +130,7 @@ class Strategy:
             "q_groups": 0 if cfg.is_mla else cfg.num_attention_heads // cfg.num_key_value_heads,
             "heads": cfg.num_attention_heads if cfg.is_mla else 0,
             "q_lora": cfg.q_lora_rank or 0,
+            "latent": math.gcd(cfg.q_lora_rank or 0, cfg.kv_lora_rank),
             "mlp": math.gcd(cfg.intermediate_size, cfg.moe_intermediate_size * cfg.n_shared_experts),
             "expert": cfg.n_routed_experts,
             "expert_mlp": cfg.moe_intermediate_size,
@@ -174,7 +176,7 @@ class Strategy:
 
     @classmethod
     def parse(cls, mesh: Strategy | dict[str, int] | str | Path | None) -> Strategy:
-        """A strategy from what a user writes: None, sizes, `"tensor=4,data=2"`, a TOML path or shipped name."""
+        """A strategy from what a user writes: sizes, `"tensor=4,data=2"`, a TOML path or shipped name, None."""
         if isinstance(mesh, Strategy):
             return mesh
         if mesh is None:
@@ -184,7 +186,9 @@ class Strategy:
         text = str(mesh)
         if "=" in text and not text.endswith(".toml"):
             try:
-                return cls.default(**{k.strip(): int(v) for k, v in (kv.split("=") for kv in text.split(","))})
+                return cls.default(
+                    **{k.strip(): int(v) for k, v in (kv.split("=") for kv in text.split(","))}
+                )
             except ValueError as e:
                 if isinstance(e, ConfigError):
                     raise
@@ -223,11 +227,15 @@ def _rules(where: str, raw: dict[str, Any], sizes: dict[str, int]) -> Rules:
         table.append((name, tuple(a for a in axes if sizes[a] > 1)))
     rules = Rules(tuple(table), **extra)
     if rules.dispatch not in DISPATCHES:
-        raise ConfigError(f"[{where}] dispatch is {rules.dispatch!r}, expected one of {', '.join(DISPATCHES)}")
+        raise ConfigError(
+            f"[{where}] dispatch is {rules.dispatch!r}, expected one of {', '.join(DISPATCHES)}"
+        )
     if rules.capacity_factor is not None and not rules.capacity_factor > 0:
         raise ConfigError(f"[{where}] capacity_factor is {rules.capacity_factor}, expected above 0")
     if where != "weights" and rules.dispatch == "local" and rules.axes("expert"):
-        raise ConfigError(f"[{where}] dispatch 'local' keeps all experts, but expert is split; use 'replicated'")
+        raise ConfigError(
+            f"[{where}] dispatch 'local' keeps all experts, but expert is split; use 'replicated'"
+        )
     if rules.dispatch == "all_to_all" and not set(rules.axes("expert")) <= set(rules.axes("batch")):
         raise ConfigError(f"[{where}] dispatch 'all_to_all' needs batch split over the axes of expert")
     return rules
@@ -256,7 +264,7 @@ class Init:
         dtype: Any = None,
         kind: type[nnx.Variable] = nnx.Param,
     ) -> nnx.Variable:
-        """A parameter that starts as the constant `fill`, or else normal with the config's standard deviation."""
+        """A parameter that starts as the constant `fill`, or else normal with `initializer_range`."""
         if len(shape) != len(axes):
             raise ValueError(f"shape {shape} and axes {axes} differ in length")
         value = jnp.zeros(shape, dtype or self.dtype, out_sharding=self.rules.spec(*axes))
@@ -266,7 +274,10 @@ class Init:
 def parameters(model: nnx.Module) -> dict[str, nnx.Variable]:
     """Every parameter by its dotted path, in a fixed order."""
     flat, _ = jax.tree.flatten_with_path(model, is_leaf=lambda v: isinstance(v, nnx.Variable))
-    return {".".join(str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in path): v for path, v in flat}
+    return {
+        ".".join(str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in path): v
+        for path, v in flat
+    }
 
 
 def fill(model: Any, mesh: Mesh, make: Callable[[str, nnx.Variable, NamedSharding], jax.Array]) -> Any:
@@ -290,7 +301,7 @@ def random_values(seed: int, std: float) -> Callable[[str, nnx.Variable, NamedSh
         lead = len(shape) - len(axes) + (axes[0] == "expert")
         name = zlib.crc32(path.encode())
 
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: Any) -> np.ndarray:
             sizes = [len(range(n)[i]) for n, i in zip(shape, index)]
             if constant is not None:
                 return np.full(sizes, constant, dtype)
@@ -307,7 +318,7 @@ def random_values(seed: int, std: float) -> Callable[[str, nnx.Variable, NamedSh
 
 
 def platform() -> str:
-    """Of the devices of the mesh in use ("cpu", "tpu", ...), also while compiling for devices that are not here.
+    """Of the devices of the mesh in use ("cpu", "tpu", ...), also when compiling for devices elsewhere.
 
     Kernels choose their implementation by it: `jax.lax.platform_dependent` would trace them all.
     """

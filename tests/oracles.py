@@ -271,6 +271,7 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()  # a program takes hundreds of memory maps, of which a process has 65,530
 
 
 YARN = RopeConfig("yarn", 10000.0, 4.0, 16, 32.0, 1.0, 1.0, 1.0)

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxseek_convert import save_hf
 
 from jaxseek import checkpoint
 from jaxseek.checkpoint import CheckpointError, restore, same_bits, save
@@ -16,6 +15,7 @@ from jaxseek.load import load, widest
 from jaxseek.model import DeepSeek
 from jaxseek.sharding import parameters
 from jaxseek.tokenizer import train_sentencepiece
+from jaxseek_convert import save_hf
 
 RAW = {
     "model_type": "deepseek_v3",
@@ -251,7 +251,19 @@ def test_a_config_that_belongs_to_another_model_is_refused(saved):
 
 
 def test_a_checkpoint_that_was_copied_in_part_is_refused(saved):
-    shutil.rmtree(saved / "params" / "d")
+    largest = max((saved / "params").rglob("*"), key=lambda f: f.is_file() and f.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+    with pytest.raises(
+        CheckpointError, match=rf"1 of \d+ files in params/ are not as .* such as .*{largest.name}"
+    ):
+        restore(saved)
+    shutil.rmtree(saved / "params")
+    with pytest.raises(CheckpointError, match=r"no bytes, expected \d+\); copy the checkpoint again"):
+        restore(saved)
+
+
+def test_a_checkpoint_whose_arrays_were_changed_is_refused(saved):
+    (saved / "params" / "_METADATA").write_text("{" * (saved / "params" / "_METADATA").stat().st_size)
     with pytest.raises(CheckpointError, match=r"cannot be restored, so the checkpoint is damaged"):
         restore(saved)
 

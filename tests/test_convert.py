@@ -9,16 +9,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
-from jaxseek_convert import convert, hf_tensors, load_hf, save_hf
-from jaxseek_convert.from_hf import HFCheckpoint
-from jaxseek_convert.layout import Layout
-from jaxseek_convert.safetensors_io import read_safetensors, write_safetensors
 from safetensors.numpy import save_file
 
 from jaxseek import checkpoint
 from jaxseek.checkpoint import CheckpointError
 from jaxseek.config import ConfigError, ModelConfig
 from jaxseek.sharding import parameters
+from jaxseek_convert import convert, hf_tensors, load_hf, save_hf
+from jaxseek_convert.from_hf import HFCheckpoint
+from jaxseek_convert.layout import Layout
+from jaxseek_convert.safetensors_io import read_safetensors, write_safetensors
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 F8 = np.dtype(ml_dtypes.float8_e4m3fn)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,9 +30,7 @@ from jaxseek_convert.gguf import gguf_to_hf, is_gguf
 from jaxseek_convert.safetensors_io import bytes_of
 from jaxseek_convert.to_hf import hf_specs, save_hf
 
-Stage = Callable[
-    [str, int], Callable[[int], None]
-]  # name and bytes of a stage to a function told of bytes done
+Stage = Callable[[str, int], Callable[[int], None]]  # a stage's name and bytes -> to be told of bytes done
 
 
 def convert(
@@ -60,12 +58,11 @@ def convert(
         raise CheckpointError(
             f"{dst}: is or holds the checkpoint to be converted; choose another destination"
         )
-    if place.exists() and not overwrite:
-        raise CheckpointError(f"{dst}: already exists; choose another name, or overwrite it")
+    checkpoint.check_destination(place, 0, overwrite)
     console = Console(stderr=True)
     columns = (TextColumn("{task.description:9}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with (
-        tempfile.TemporaryDirectory(prefix="jaxseek-", dir=_existing_parent(place)) as scratch,
+        _folder_of(src, place) as folder,
         Progress(*columns, TimeRemainingColumn(), console=console, disable=not progress) as bars,
     ):
 
@@ -73,8 +70,8 @@ def convert(
             bar = bars.add_task(name, total=total)
             return lambda n: bars.advance(bar, n)
 
-        folder = gguf_to_hf(src, Path(scratch) / "hf") if is_gguf(src) else Path(src)
-        model, origin = _read(folder, dtype, mesh, mtp, stage)
+        check = lambda needed: checkpoint.check_destination(place, needed, overwrite)
+        model, origin = _read(folder, dtype, mesh, mtp, stage, check)
         beside = _Beside(folder, Tokenizer.from_dir(folder))
         if beside.tokenizer is not None:
             beside.tokenizer.check_fits(model.cfg.vocab_size)
@@ -87,7 +84,7 @@ def convert(
             done = stage("write", 2 * size)
             checkpoint.save(model, dst, beside, origin, overwrite, check=True)
             done(2 * size)
-    written, seconds = _bytes(place), time.monotonic() - start
+    written, seconds = sum(checkpoint.file_sizes(place).values()), time.monotonic() - start
     if progress:
         console.print(
             f"{dst}: {size / 1e9:.2f} GB of weights in {seconds:.1f} s, every tensor read back", style="green"
@@ -107,18 +104,25 @@ def convert(
     }
 
 
-def _read(path: Path, dtype: Any, mesh: Any, mtp: bool, stage: Stage) -> tuple[DeepSeek, dict[str, Any]]:
-    """The model of either kind of checkpoint, and what else is needed to write it as it was."""
+def _read(
+    path: Path, dtype: Any, mesh: Any, mtp: bool, stage: Stage, check: Callable[[int], Any]
+) -> tuple[DeepSeek, dict[str, Any]]:
+    """The model of either kind of checkpoint, and what else is needed to write it as it was.
+
+    `check` is told how many bytes will be written, before they are read.
+    """
     kind = checkpoint.kind_of(path)
     if kind is None:
         raise checkpoint.not_a_checkpoint(path)
     if kind == "hf":
         source = HFCheckpoint(path, mtp)
-        model = source.load(mesh, dtype, stage("read", source.size(dtype)))
+        size = source.size(dtype)
+        check(size)
+        model = source.load(mesh, dtype, stage("read", size))
         source.check(model, stage("compare", sum(t.nbytes for t in source.tensors.values())))
         origin = source.origin(model)
     else:
-        size = _bytes(path / "params")
+        size = sum(checkpoint.file_sizes(path / "params").values())
         done = stage("read", size)
         model = checkpoint.restore(path, mesh, dtype, mtp)
         done(size)
@@ -141,9 +145,14 @@ class _Beside:
             shutil.copyfile(generation, path / generation.name)
 
 
-def _existing_parent(path: Path) -> Path:
-    return next(p for p in path.absolute().parents if p.exists())
-
-
-def _bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+@contextlib.contextmanager
+def _folder_of(src: str | Path, dst: Path) -> Iterator[Path]:
+    """The directory to read: `src`, or what a GGUF file becomes, beside `dst` for as long as it is needed."""
+    if not is_gguf(src):
+        yield Path(src)
+        return
+    scratch = dst.with_name(dst.name + ".jaxseek-gguf")
+    try:
+        yield gguf_to_hf(src, scratch, overwrite=True)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -24,7 +24,7 @@ CAPACITY_STEP = 256  # cache slots are allotted in steps, so that few programs s
 class State:
     """Between dispatches: caches, each row's last token and its position, and which rows have ended."""
 
-    caches: Caches
+    caches: Any
     token_B: jax.Array
     position_B: jax.Array  # of token_B, which is not in the cache yet
     done_B: jax.Array
@@ -57,8 +57,8 @@ class Timing:
 class Engine:
     """Generates for batches of prompts with one model on its mesh.
 
-    `unroll` decodes with one module per layer, at the cost of a second copy of the weights; by default on CPU,
-    where a scan over layers copies every layer's weights at every token.
+    `unroll` decodes with one module per layer, at the cost of a second copy of the weights; by default on
+    CPU, where a scan over layers copies every layer's weights at every token.
     """
 
     def __init__(self, model: DeepSeek, cache_dtype: Any = None, unroll: bool | None = None):
@@ -68,7 +68,9 @@ class Engine:
         self.decoder = model.unrolled() if (on_cpu if unroll is None else unroll) else model
         self.timing = Timing()
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling | list[Sampling]) -> list[Completion]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling | list[Sampling]
+    ) -> list[Completion]:
         """All completions of a batch of tokenised prompts."""
         completions: list[Completion] = []
         for completions in self.stream(prompts, sampling):  # noqa: B007 - the last state is the result
@@ -83,10 +85,12 @@ class Engine:
     ) -> Iterator[list[Completion]]:
         """Yield the growing completions after prefill and after every dispatch.
 
-        The caller may set a completion's `finish_reason` (a stop string, say) to end its row. Raises ValueError
-        for an empty prompt, a prompt as long as the context, or a token outside the vocabulary.
+        The caller may set a completion's `finish_reason` (a stop string, say) to end its row. Raises
+        ValueError for an empty prompt, a prompt as long as the context, or a token outside the vocabulary.
         """
         requests = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
+        if len(requests) != len(prompts):
+            raise ValueError(f"{len(requests)} requests for {len(prompts)} prompts")
         if not prompts:
             return
         context = self.model.cfg.max_position_embeddings
@@ -131,7 +135,10 @@ class Engine:
 
     def _prefill(self, prompts, requests, budgets, completions):
         model, rules = self.model, self.model.strategy.prefill
-        longest, rows, columns = max(map(len, prompts)), *(model.strategy.parts(rules, a) for a in ("batch", "length"))
+        longest, rows, columns = (
+            max(map(len, prompts)),
+            *(model.strategy.parts(rules, a) for a in ("batch", "length")),
+        )
         B = len(prompts) + -len(prompts) % np.lcm(rows, model.strategy.parts(model.strategy.decode, "batch"))
         T = max(16, 1 << (longest - 1).bit_length())
         T += -T % columns
@@ -149,7 +156,13 @@ class Engine:
         params = SamplingArrays.of(padded)
         with model.on_mesh():
             state, logprob_B = _prefill(
-                model, tokens_BT, lengths_B, params, capacity, jnp.dtype(self.cache_dtype).name, batch_mode(requests)
+                model,
+                tokens_BT,
+                lengths_B,
+                params,
+                capacity,
+                jnp.dtype(self.cache_dtype).name,
+                batch_mode(requests),
             )
             if self.decoder is not model:
                 state = State(_split(state.caches), state.token_B, state.position_B, state.done_B)
@@ -189,7 +202,9 @@ def _prefill(model: DeepSeek, tokens_BT, lengths_B, params, capacity: int, cache
     ctx = model.context(rules, tokens_BT, None, segment_ids_BT, caches)
     out = model.forward(tokens_BT, ctx, caches)
     hidden_BTD = rules.shard(out.hidden_BTD, "batch", None, None)
-    last_BT = rules.shard((jnp.arange(T)[None] == lengths_B[:, None] - 1).astype(hidden_BTD.dtype), "batch", None)
+    last_BT = rules.shard(
+        (jnp.arange(T)[None] == lengths_B[:, None] - 1).astype(hidden_BTD.dtype), "batch", None
+    )
     last_BD = jnp.einsum("BTD,BT->BD", hidden_BTD, last_BT)
     logits_BV = model.logits(decode.shard(last_BD, "batch", None)[:, None], decode)[:, 0]
     token_B, logprob_B = _sample(logits_BV, lengths_B, params, mode, decode)
@@ -218,9 +233,9 @@ def _sample(logits_BV, position_B, params, mode, rules):
 
 @functools.partial(jax.jit, static_argnames=("width", "mode"), donate_argnames="state")
 def _decode(model: DeepSeek, state: State, done_B, params, stops_BK, steps, width: int, mode: Mode):
-    """Up to `steps` (at most `width`) further tokens: (state, tokens [B, width], log-probabilities, steps taken).
+    """Up to `steps` (at most `width`) further tokens, fewer when every row has ended.
 
-    Ends early when every row has ended.
+    Returns (state, tokens [B, width], log-probabilities [B, width], steps taken).
     """
     rules = model.strategy.decode
     B = state.token_B.shape[0]

@@ -55,11 +55,11 @@ class Sampling:
 class SamplingArrays:
     """Of a batch of requests, one value per row."""
 
-    key_B: jax.Array
-    temperature_B: jax.Array
-    top_k_B: jax.Array
-    top_p_B: jax.Array
-    min_p_B: jax.Array
+    key_B: Any
+    temperature_B: Any
+    top_k_B: Any
+    top_p_B: Any
+    min_p_B: Any
 
     @classmethod
     def of(cls, requests: list[Sampling]) -> SamplingArrays:
@@ -119,7 +119,8 @@ def _threshold(scaled_BV: jax.Array, params: SamplingArrays) -> jax.Array:
     sorted_BV = jnp.where(rank_1V < top_k_B1, sorted_BV, -jnp.inf)
     probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
     before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV  # mass of the more likely ones
-    keep_BV = (before_BV < params.top_p_B[:, None]) & (rank_1V < top_k_B1)
+    all_B1 = params.top_p_B[:, None] >= 1  # or the tail is lost to a sum rounded up to 1
+    keep_BV = ((before_BV < params.top_p_B[:, None]) | all_B1) & (rank_1V < top_k_B1)
     # min-p is relative to the most likely token, after renormalisation: the ratio does not see it
     keep_BV &= probs_BV >= params.min_p_B[:, None] * probs_BV[:, :1]
     keep_BV |= rank_1V == 0

@@ -129,8 +129,9 @@ class TextStream:
         self._stream = engine.stream(prompts, self.requests, tokens_per_dispatch)
 
     def __iter__(self) -> Iterator[list[str]]:
-        for self.completions in self._stream:
-            yield [self._advance(i, c) for i, c in enumerate(self.completions)]
+        for completions in self._stream:
+            self.completions = completions
+            yield [self._advance(i, c) for i, c in enumerate(completions)]
 
     def _advance(self, i: int, completion: Completion) -> str:
         if self._decoders is None:

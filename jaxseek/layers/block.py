@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from flax import nnx
@@ -41,7 +42,7 @@ class Layer(nnx.Module):
     def __init__(self, cfg: ModelConfig, sparse: bool, init: Init):
         D, eps = cfg.hidden_size, cfg.rms_norm_eps
         self.attn_norm = RMSNorm(D, eps, init)
-        self.attn = MLA(cfg, init) if cfg.is_mla else GQA(cfg, init)
+        self.attn: Any = MLA(cfg, init) if cfg.is_mla else GQA(cfg, init)
         self.mlp_norm = RMSNorm(D, eps, init)
         self.mlp = MoE(cfg, init) if sparse else MLP(D, cfg.intermediate_size, cfg.mlp_bias, init)
 

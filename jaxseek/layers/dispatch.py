@@ -2,7 +2,7 @@
 
 All three are dropless and give the same result. `local` keeps every expert on every device. `replicated`
 splits the experts and gives each shard all tokens of its expert group: it computes the local experts' part
-and sums over the shards (decode). `all_to_all` sends each token's row to the shards of its experts (training).
+and sums over the shards (decode). `all_to_all` sends each token's row to its experts' shards (training).
 With a capacity factor c, an expert takes at most ceil(c * tokens * K / E) rows of those that one shard
 dispatches, those of the largest gates first; the rest are dropped and counted.
 """
@@ -60,7 +60,9 @@ def dispatch(
             load_E, dropped = jax.lax.psum((load_E, dropped), token_axes)
         return y_ND.reshape(x_BTD.shape), load_E, dropped
 
-    token_args = [jax.sharding.reshard(a, token_spec) for a in (x_BTD, ids_BTK, gates_BTK, valid_BT[..., None])]
+    token_args = [
+        jax.sharding.reshard(a, token_spec) for a in (x_BTD, ids_BTK, gates_BTK, valid_BT[..., None])
+    ]
     wide = rules.spec("expert", None, "expert_mlp")
     y_BTD, load_E, dropped = jax.shard_map(
         local,
@@ -92,21 +94,24 @@ def _combine(y_MD, order_M, gates_NK):
 
 def _local(x_ND, ids_NK, gates_NK, experts, expert_axes):
     """The part of the experts that this shard holds, for all the tokens it sees."""
-    E = experts[0].shape[0]
+    gate_EDF, up_EDF, down_EFD = experts
+    E = gate_EDF.shape[0]
     first = E * jax.lax.axis_index(expert_axes) if expert_axes else 0
     ids_M = ids_NK.reshape(-1) - first
     ids_M = jnp.where((ids_M >= 0) & (ids_M < E), ids_M, E)
     order_M, sizes_E = sort_by_expert(ids_M, E)
-    y_MD = grouped_mlp(x_ND[order_M // ids_NK.shape[1]], *experts, sizes_E)
+    y_MD = grouped_mlp(x_ND[order_M // ids_NK.shape[1]], gate_EDF, up_EDF, down_EFD, sizes_E)
     return _combine(y_MD, order_M, gates_NK)
 
 
 def _all_to_all(x_ND, ids_NK, gates_NK, experts, axes, capacity):
     """Rows to the shards of their experts and the results back, by two ragged exchanges."""
-    (N, K), P, E_local = ids_NK.shape, jax.lax.axis_size(axes), experts[0].shape[0]
+    gate_EDF, up_EDF, down_EFD = experts
+    (N, K), P, E_local = ids_NK.shape, jax.lax.axis_size(axes), gate_EDF.shape[0]
     me = jax.lax.axis_index(axes)
     order_M, sizes_E = sort_by_expert(ids_NK.reshape(-1), P * E_local)
-    sizes_SPE = jax.lax.all_gather(sizes_E.reshape(P, E_local), axes)  # rows from source S to shard P, expert E
+    # rows from source S to shard P for expert E
+    sizes_SPE = jax.lax.all_gather(sizes_E.reshape(P, E_local), axes)
     rows_SP = sizes_SPE.sum(-1)
     sent_SP = jnp.cumsum(rows_SP, axis=1) - rows_SP  # where the rows for P start at source S
     got_SP = jnp.cumsum(rows_SP, axis=0) - rows_SP  # where the rows of S start at shard P
@@ -120,7 +125,8 @@ def _all_to_all(x_ND, ids_NK, gates_NK, experts, axes, capacity):
     run_M = jnp.searchsorted(run_end, jnp.arange(most), side="right")
     ids_M = jnp.where(run_M < P * E_local, expert_of_run[jnp.minimum(run_M, P * E_local - 1)], E_local)
     by_expert_M, local_sizes_E = sort_by_expert(ids_M, E_local)
-    y_MD = grouped_mlp(got_MD[by_expert_M], *experts, local_sizes_E)[jnp.argsort(by_expert_M)]
+    y_MD = grouped_mlp(got_MD[by_expert_M], gate_EDF, up_EDF, down_EFD, local_sizes_E)
+    y_MD = y_MD[jnp.argsort(by_expert_M)]
 
     back = (got_SP[:, me], rows_SP[:, me], sent_SP[:, me], rows_SP[me])
     return _combine(ragged_all_to_all(y_MD, N * K, *back, axes), order_M, gates_NK)

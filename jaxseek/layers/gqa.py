@@ -1,14 +1,15 @@
-"""Grouped-query attention of DeepSeek LLM, MoE-16B and the R1 distills (HF LlamaAttention, Qwen2Attention)."""
+"""Grouped-query attention: DeepSeek LLM, MoE-16B, the R1 distills (HF LlamaAttention, Qwen2Attention)."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxseek.cache import KVCache, update, write_slots
+from jaxseek.cache import KVCache, write_slots
 from jaxseek.config import ModelConfig
 from jaxseek.kernels.attention import attend
 from jaxseek.layers.rope import rotate
@@ -52,15 +53,19 @@ class GQA(nnx.Module):
         if cache is not None:
             k_LBKSH = write_slots(cache.k_LBKSH, layer, ctx.slots_BT, k_BTKH, rules)
             v_LBKSH = write_slots(cache.v_LBKSH, layer, ctx.slots_BT, v_BTKH, rules)
-            cache = update(cache, k_LBKSH=k_LBKSH, v_LBKSH=v_LBKSH)
+            cache = dataclasses.replace(cache, k_LBKSH=k_LBKSH, v_LBKSH=v_LBKSH)
         if ctx.fresh:
             k_BKSH, v_BKSH = (
                 jnp.swapaxes(rules.shard(a, "batch", None, "kv_heads", None), 1, 2) for a in (k_BTKH, v_BTKH)
             )
             out_BTKGH = attend(q_BTKGH, k_BKSH, v_BKSH, ctx.mask, cfg.softmax_scale, rules, heads)
         else:
-            k_BKSH, v_BKSH = (a[layer].astype(dtype) for a in (cache.k_LBKSH, cache.v_LBKSH))
-            out_BTKGH = attend(q_BTKGH, k_BKSH, v_BKSH, ctx.mask, cfg.softmax_scale, rules, heads, "cache_length")
+            k_BKSH, v_BKSH = (a[layer].astype(dtype) for a in (k_LBKSH, v_LBKSH))
+            out_BTKGH = attend(
+                q_BTKGH, k_BKSH, v_BKSH, ctx.mask, cfg.softmax_scale, rules, heads, "cache_length"
+            )
         narrow = rules.spec("batch", "length", None)
         y_BTD = jnp.tensordot(out_BTKGH, rules.use(self.o_KGHD, dtype), 3, out_sharding=narrow)
-        return (y_BTD if self.o_bias_D is None else y_BTD + rules.use(self.o_bias_D, dtype)[None, None]), cache
+        return (
+            y_BTD if self.o_bias_D is None else y_BTD + rules.use(self.o_bias_D, dtype)[None, None]
+        ), cache

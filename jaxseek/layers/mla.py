@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxseek.cache import LatentCache, update, write_slots
+from jaxseek.cache import LatentCache, write_slots
 from jaxseek.config import ModelConfig
 from jaxseek.kernels.attention import Mask, attend
 from jaxseek.layers.norm import RMSNorm
@@ -44,13 +44,13 @@ class MLA(nnx.Module):
         self.q_a_DQ = init((D, Q), ("embed", "q_lora")) if Q else None
         self.q_a_bias_Q = init((Q,), ("q_lora",), fill=0.0) if Q and bias else None
         self.q_norm = RMSNorm(Q, INNER_EPS, init) if Q else None
-        self.q_b_QNH = init((Q, N, H), (None, "heads", None)) if Q else None
+        self.q_b_QNH = init((Q, N, H), ("latent", "heads", None)) if Q else None
         self.q_DNH = None if Q else init((D, N, H), ("embed", "heads", None))
         self.kv_a_DA = init((D, C + R), ("embed", None))
         self.kv_a_bias_A = init((C + R,), (None,), fill=0.0) if bias else None
         self.kv_norm = RMSNorm(C, INNER_EPS, init)
-        self.k_b_CNP = init((C, N, P), (None, "heads", None))
-        self.v_b_CNH = init((C, N, V), (None, "heads", None))
+        self.k_b_CNP = init((C, N, P), ("latent", "heads", None))
+        self.v_b_CNH = init((C, N, V), ("latent", "heads", None))
         self.o_NHD = init((N, V, D), ("heads", None, "embed"))
         self.o_bias_D = init((D,), ("embed",), fill=0.0) if cfg.attention_out_bias else None
         self.indexer = Indexer(cfg, init) if cfg.index_topk else None
@@ -66,18 +66,20 @@ class MLA(nnx.Module):
         latent_BTA, mask = self._latent(x_BTD, ctx), ctx.mask
         if cache is not None:
             latent_LBSA = write_slots(cache.latent_LBSA, layer, ctx.slots_BT, latent_BTA, rules)
-            cache = update(cache, latent_LBSA=latent_LBSA)
+            cache = dataclasses.replace(cache, latent_LBSA=latent_LBSA)
         if self.indexer is not None:
             mask, cache = self.indexer(x_BTD, cq_BTQ, cache, layer, ctx)
         if ctx.fresh:
             latent_BSA = rules.shard(latent_BTA, "batch", None, None)
             out_BTNH = self._expanded(qn_BTNP, qr_BTNR, latent_BSA, mask, rules)
         else:
-            latent_BSA = cache.latent_LBSA[layer].astype(dtype)
+            latent_BSA = latent_LBSA[layer].astype(dtype)
             out_BTNH = self._absorbed(qn_BTNP, qr_BTNR, latent_BSA, mask, rules)
         narrow = rules.spec("batch", "length", None)
         y_BTD = jnp.tensordot(out_BTNH, rules.use(self.o_NHD, dtype), 2, out_sharding=narrow)
-        return (y_BTD if self.o_bias_D is None else y_BTD + rules.use(self.o_bias_D, dtype)[None, None]), cache
+        return (
+            y_BTD if self.o_bias_D is None else y_BTD + rules.use(self.o_bias_D, dtype)[None, None]
+        ), cache
 
     def _query_latent(self, x_BTD, rules):
         if self.q_a_DQ is None:
@@ -87,7 +89,7 @@ class MLA(nnx.Module):
         cq_BTQ = jnp.einsum("BTD,DQ->BTQ", x_BTD, weight_DQ, out_sharding=narrow)
         if self.q_a_bias_Q is not None:
             cq_BTQ += rules.shard(rules.use(self.q_a_bias_Q, dtype), None)[None, None]
-        return self.q_norm(cq_BTQ)
+        return cq_BTQ if self.q_norm is None else self.q_norm(cq_BTQ)
 
     def _queries(self, x_BTD, cq_BTQ, rules):
         spec, dtype = rules.spec("batch", "length", "heads", None), x_BTD.dtype
@@ -112,7 +114,9 @@ class MLA(nnx.Module):
         kr_BNSR = jnp.broadcast_to(k_BSR[:, None], (*kn_BNSP.shape[:3], k_BSR.shape[-1]), out_sharding=spec)
         q_BTNH = jnp.concatenate([qn_BTNP, qr_BTNR], axis=-1)
         k_BNSH = jnp.concatenate([kn_BNSP, kr_BNSR], axis=-1)
-        out = attend(q_BTNH[..., None, :], k_BNSH, v_BNSH, mask, self.cfg.softmax_scale, rules, ("heads", None))
+        out = attend(
+            q_BTNH[..., None, :], k_BNSH, v_BNSH, mask, self.cfg.softmax_scale, rules, ("heads", None)
+        )
         return out[..., 0, :]
 
     def _absorbed(self, qn_BTNP, qr_BTNR, latent_BSA, mask, rules):
@@ -121,21 +125,30 @@ class MLA(nnx.Module):
         q_BTNA = jnp.concatenate([qc_BTNC, qr_BTNR], axis=-1)
         k_BSA = latent_BSA[:, None]
         z_BTNA = attend(
-            q_BTNA[:, :, None], k_BSA, k_BSA, mask, self.cfg.softmax_scale, rules, (None, "heads"), "cache_length"
+            q_BTNA[:, :, None],
+            k_BSA,
+            k_BSA,
+            mask,
+            self.cfg.softmax_scale,
+            rules,
+            (None, "heads"),
+            "cache_length",
         )[:, :, 0]
-        return jnp.einsum("BTNC,CNH->BTNH", z_BTNA[..., :C], rules.use(self.v_b_CNH, dtype), out_sharding=spec)
+        return jnp.einsum(
+            "BTNC,CNH->BTNH", z_BTNA[..., :C], rules.use(self.v_b_CNH, dtype), out_sharding=spec
+        )
 
 
 class Indexer(nnx.Module):
-    """DeepSeek sparse attention: a small scorer keeps `index_topk` keys per query (V3.2-Exp report, section 2.1).
+    """DeepSeek sparse attention: a scorer keeps `index_topk` keys per query (V3.2-Exp report, section 2.1).
 
     Its rotary embedding is half-split, on the first R of the index head, unlike the attention it serves.
     """
 
     def __init__(self, cfg: ModelConfig, init: Init):
         self.cfg = cfg
-        D, Q, N, H = cfg.hidden_size, cfg.q_lora_rank, cfg.index_n_heads, cfg.index_head_dim
-        self.q_b_QNH = init((Q, N, H), (None, None, None))
+        D, Q, N, H = cfg.hidden_size, cfg.q_lora_rank or 0, cfg.index_n_heads, cfg.index_head_dim
+        self.q_b_QNH = init((Q, N, H), ("latent", None, None))
         self.k_DH = init((D, H), ("embed", None))
         self.k_norm_H = init((H,), (None,), 1.0, jnp.float32)
         self.k_norm_bias_H = init((H,), (None,), 0.0, jnp.float32)
@@ -149,7 +162,8 @@ class Indexer(nnx.Module):
         k_BTH = jnp.einsum("BTD,DH->BTH", x_BTD, rules.use(self.k_DH, dtype), out_sharding=narrow)
         k_BTH = self._layer_norm(k_BTH)
         q_BTNH, k_BTH = (
-            jnp.concatenate([rotate(a[..., :R], ctx.rope, False), a[..., R:]], axis=-1) for a in (q_BTNH, k_BTH)
+            jnp.concatenate([rotate(a[..., :R], ctx.rope, False), a[..., R:]], axis=-1)
+            for a in (q_BTNH, k_BTH)
         )
         gain = q_BTNH.shape[2] ** -0.5 * q_BTNH.shape[3] ** -0.5
         w_DN = rules.use(self.weights_DN, jnp.float32)
@@ -157,11 +171,11 @@ class Indexer(nnx.Module):
         key_axis = None
         if cache is not None:
             index_LBSH = write_slots(cache.index_LBSH, layer, ctx.slots_BT, k_BTH, rules)
-            cache = update(cache, index_LBSH=index_LBSH)
+            cache = dataclasses.replace(cache, index_LBSH=index_LBSH)
         if ctx.fresh:
             k_BSH = rules.shard(k_BTH, "batch", None, None)
         else:
-            k_BSH, key_axis = cache.index_LBSH[layer].astype(dtype), "cache_length"
+            k_BSH, key_axis = index_LBSH[layer].astype(dtype), "cache_length"
         scores_BTNS = jax.nn.relu(
             jnp.einsum(
                 "BTNH,BSH->BTNS",

@@ -70,7 +70,8 @@ def rotate(x: jax.Array, rope: Rope, interleaved: bool) -> jax.Array:
     """Rotate the pairs of the last axis of x, [B, T, ..., R]; heads may stand between T and R.
 
     Pairs are (x[2p], x[2p+1]) when interleaved, else (x[p], x[p + R/2]). The result is in half-split order
-    either way: queries and keys are permuted alike, so scores do not see it (HF apply_rotary_pos_emb_interleave).
+    either way: queries and keys are permuted alike, and scores do not see it
+    (HF apply_rotary_pos_emb_interleave).
     """
     cos, sin = (t.reshape(*t.shape[:2], *(1,) * (x.ndim - 3), t.shape[2]) for t in rope)
     half = x.shape[-1] // 2

@@ -12,13 +12,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import tiny_gguf as tiny
-from jaxseek_convert.gguf import gguf_to_hf, packaged_gguf
-from jaxseek_convert.safetensors_io import read_safetensors
 from tokenizers import pre_tokenizers
 
 from jaxseek.checkpoint import CheckpointError
 from jaxseek.config import ModelConfig
 from jaxseek.tokenizer import Tokenizer
+from jaxseek_convert.gguf import gguf_to_hf, packaged_gguf
+from jaxseek_convert.safetensors_io import read_safetensors
 
 transformers = pytest.importorskip("transformers")
 gguf = pytest.importorskip("gguf")

@@ -94,7 +94,9 @@ def random_config(family: str, seed: int):
         if family == "deepseek_v2_lite":
             common |= {"q_lora_rank": None}
         return tf.DeepseekV2Config(
-            **common, topk_method="group_limited_greedy" if groups > 1 else "greedy", mlp_bias=pick(True, False)
+            **common,
+            topk_method="group_limited_greedy" if groups > 1 else "greedy",
+            mlp_bias=pick(True, False),
         )
     common |= {"norm_topk_prob": pick(True, False)}
     if family == "deepseek_v32":
@@ -103,7 +105,10 @@ def random_config(family: str, seed: int):
         common["mlp_layer_types"] = sparse + ["sparse"] * (common["num_hidden_layers"] - len(sparse))
         # enough heads that no two keys tie at a score of zero: of those, either may be kept
         return tf.DeepseekV32Config(
-            **common, index_n_heads=pick(16, 32), index_head_dim=common["qk_rope_head_dim"] + 16, index_topk=pick(6, 12)
+            **common,
+            index_n_heads=pick(16, 32),
+            index_head_dim=common["qk_rope_head_dim"] + 16,
+            index_topk=pick(6, 12),
         )
     return tf.DeepseekV3Config(**common)
 
@@ -118,7 +123,9 @@ def reference_model(config, folder, seed):
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if name.endswith("e_score_correction_bias"):
-                tensor.copy_(torch.randn_like(tensor))  # negative biased scores: masking with zero would differ
+                tensor.copy_(
+                    torch.randn_like(tensor)
+                )  # negative biased scores: masking with zero would differ
             elif name.endswith("bias"):
                 tensor.copy_(0.1 * torch.randn_like(tensor))
             elif "norm" in name:
@@ -130,7 +137,7 @@ def reference_model(config, folder, seed):
 
 
 def reference_experts(model, tokens):
-    """Logits and, per sparse layer, the sorted chosen experts [B, T, K], by hooks on transformers' routers."""
+    """Logits and, per sparse layer, the sorted chosen experts [B, T, K], by hooks on the routers."""
     import torch
 
     found = []
@@ -169,6 +176,11 @@ def test_logits_experts_and_greedy_tokens_equal_those_of_transformers(family, se
     for prompt, completion in zip(prompts, completions):
         ids = torch.tensor([prompt])
         out = reference.generate(
-            ids, max_new_tokens=32, min_new_tokens=32, do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(ids)
+            ids,
+            max_new_tokens=32,
+            min_new_tokens=32,
+            do_sample=False,
+            pad_token_id=0,
+            attention_mask=torch.ones_like(ids),
         )
         assert completion.tokens == out[0, len(prompt) :].tolist()

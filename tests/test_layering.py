@@ -1,0 +1,94 @@
+"""The house keeps its order: imports go downward only, no torch, and the model fits a screen."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Lowest first. A module imports from lower tiers, and within its own folder.
+TIERS = [
+    {"config"},
+    {"sharding"},
+    {"kernels"},
+    {"cache"},
+    {"layers"},
+    {"mtp"},
+    {"model"},
+    {"checkpoint", "chat"},
+    {"tokenizer", "data"},
+    {"jaxseek_convert"},
+    {"load", "generate"},
+    {"train"},
+    {"rl"},
+    {"eval", "serve", "lab", "info", "bench"},
+    {"cli"},
+]
+LEVEL = {name: level for level, names in enumerate(TIERS) for name in names}
+SOURCES = [*sorted((ROOT / "jaxseek").rglob("*.py")), *sorted((ROOT / "convert").rglob("*.py"))]
+MODULES = [p for p in SOURCES if p != ROOT / "jaxseek" / "__init__.py"]  # which names what users import
+REFERENCES = {"torch", "transformers", "tensorflow"}
+
+
+def label(path):
+    return str(path.relative_to(ROOT))
+
+
+def place(dotted):
+    """`jaxseek.layers.moe` is in `layers`, `jaxseek_convert.table` in `jaxseek_convert`; others have none."""
+    first, *rest = dotted.split(".")
+    return first if first == "jaxseek_convert" else rest[0] if first == "jaxseek" and rest else None
+
+
+def imports(path):
+    """What a file imports other than for type checking: (dotted name, line, whether in a function)."""
+
+    def walk(node, inside):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                continue
+            if isinstance(child, ast.Import):
+                yield from ((alias.name, child.lineno, inside) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                assert child.level == 0, f"{label(path)}:{child.lineno} imports relatively"
+                names = [child.module]
+                if child.module == "jaxseek":
+                    names = [f"jaxseek.{alias.name}" for alias in child.names]
+                yield from ((name, child.lineno, inside) for name in names)
+            yield from walk(child, inside or isinstance(child, ast.FunctionDef))
+
+    yield from walk(ast.parse(path.read_text(encoding="utf-8")), False)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=label)
+def test_imports_go_downward_only(path):
+    own = place(".".join(path.relative_to(ROOT).with_suffix("").parts).removeprefix("convert."))
+    assert own in LEVEL, f"{label(path)} has no tier in tests/test_layering.py"
+    for name, line, _ in imports(path):
+        other = place(name)
+        if other is not None and other != own:
+            assert LEVEL[other] < LEVEL[own], f"{label(path)}:{line} imports {name}, which is not below it"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=label)
+def test_no_other_framework_is_imported(path):
+    found = {name for name, _, _ in imports(path) if name.split(".")[0] in REFERENCES}
+    if path.name == "bench.py":  # compares with them where they are installed and the user asks for it
+        assert not {n for n, _, inside in imports(path) if n.split(".")[0] in REFERENCES and not inside}
+    else:
+        assert not found
+
+
+def test_the_config_needs_the_standard_library_alone():
+    import sys
+
+    names = {name.split(".")[0] for name, _, _ in imports(ROOT / "jaxseek" / "config.py")}
+    assert names <= set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("method", ["forward", "__call__"])
+def test_the_model_fits_a_screen(method):
+    tree = ast.parse((ROOT / "jaxseek" / "model.py").read_text(encoding="utf-8"))
+    model = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "DeepSeek")
+    function = next(n for n in model.body if isinstance(n, ast.FunctionDef) and n.name == method)
+    assert function.end_lineno - function.lineno + 1 < 40

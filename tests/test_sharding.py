@@ -1,0 +1,184 @@
+"""Strategies: what a user may write for a mesh, and what is refused with both numbers in the message."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from oracles import random_model, tiny_config
+
+from jaxseek.config import ConfigError
+from jaxseek.sharding import MESH_AXES, PHASES, Strategy, parameters
+
+DENSE, V3 = tiny_config("llama"), tiny_config("v3")
+
+
+def sizes(strategy):
+    return {a: n for a, n in strategy.sizes if n > 1}
+
+
+def toml(folder, text):
+    path = folder / "mine.toml"
+    path.write_text(text)
+    return path
+
+
+# -------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("mesh", [{"data": 2, "tensor": 4}, "tensor=4,data=2", " data=2 , tensor = 4 "])
+def test_sizes_may_be_a_dict_or_text(mesh):
+    strategy = Strategy.parse(mesh)
+    assert sizes(strategy) == {"data": 2, "tensor": 4}
+    assert strategy.num_devices == 8
+    assert Strategy.parse(strategy) is strategy
+
+
+def test_nothing_given_is_one_device_and_the_default_tables():
+    assert Strategy.parse(None) == Strategy.default() == Strategy.parse("default")
+    assert sizes(Strategy.parse(None)) == {}
+    assert Strategy.default().make_mesh().shape == dict.fromkeys(MESH_AXES, 1)
+
+
+def test_a_file_replaces_single_entries_of_the_tables(tmp_path):
+    file = toml(
+        tmp_path,
+        """
+        [mesh]
+        fsdp = 2
+        tensor = 2
+        [weights]
+        vocab = ["tensor", "fsdp"]
+        [train]
+        dispatch = "replicated"
+        capacity_factor = 1.5
+        heads = []
+        """,
+    )
+    strategy = Strategy.parse(str(file))
+    assert sizes(strategy) == {"fsdp": 2, "tensor": 2}
+    assert strategy.weights.axes("vocab") == ("tensor", "fsdp")
+    assert strategy.weights.axes("embed") == ("fsdp",)
+    assert (strategy.train.dispatch, strategy.train.capacity_factor) == ("replicated", 1.5)
+    assert strategy.train.axes("heads") == ()
+    assert strategy.decode == Strategy.default(fsdp=2, tensor=2).decode
+    assert sizes(Strategy.from_toml(file, fsdp=4)) == {"fsdp": 4, "tensor": 2}
+
+
+def test_axes_of_size_one_split_nothing():
+    rules = Strategy.default(fsdp=2, expert=2).train
+    assert rules.spec("batch", "length", "heads", None) == P(("fsdp", "expert"), None, None, None)
+    assert Strategy.default(data=2).train.spec("batch") == P("data")
+    assert Strategy.default(data=2, fsdp=2, expert=2).parts(rules, "batch") == 4
+
+
+def test_strategies_are_hashable_and_equal_by_what_they_say():
+    assert hash(Strategy.parse("tensor=2")) == hash(Strategy.parse({"tensor": 2}))
+    assert Strategy.parse("tensor=2") != Strategy.parse("tensor=4")
+
+
+# -------------------------------------------------------------------- refusing
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ("tensr=4", r"unknown mesh axis 'tensr'; did you mean tensor\?"),
+        ({"exprt": 2}, r"unknown mesh axis 'exprt'; did you mean expert\?"),
+        ({"zzz": 2}, "unknown mesh axis 'zzz'; known: data, fsdp, expert, tensor, context"),
+        ("tensor=0", "mesh axis tensor has size 0, expected a positive integer"),
+        ({"data": 2.0}, "mesh axis data has size 2.0"),
+        ("tensor=two", "mesh is 'tensor=two', expected sizes such as tensor=4,data=2"),
+        ("tensor=2,data", "mesh is 'tensor=2,data', expected sizes"),
+        ("nowhere", "nowhere: no such strategy file"),
+        ("nowhere.toml", r"nowhere\.toml: no such strategy file"),
+    ],
+)
+def test_a_mesh_that_means_nothing_is_refused_with_a_hint(mesh, message):
+    with pytest.raises(ConfigError, match=message):
+        Strategy.parse(mesh)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[mesh", r"mine\.toml: not valid TOML"),
+        ("[trains]\n", r"unknown table 'trains'; did you mean train\?"),
+        ("[train]\nbacth = 'data'\n", r"unknown logical axis in \[train\] 'bacth'; did you mean batch\?"),
+        ("[train]\nbatch = 'dta'\n", r"\[train\] batch names mesh axis 'dta'; known: data, fsdp"),
+        ("[decode]\ndispatch = 'a2a'\n", r"\[decode\] dispatch is 'a2a', expected one of local, replicated"),
+        ("[train]\ncapacity_factor = 0.0\n", r"\[train\] capacity_factor is 0\.0, expected above 0"),
+        (
+            "[mesh]\nexpert = 2\n[train]\nbatch = ['data', 'fsdp']\n",
+            r"\[train\] dispatch 'all_to_all' needs batch split over the axes of expert",
+        ),
+        (
+            "[mesh]\nexpert = 2\n[decode]\ndispatch = 'local'\n",
+            r"\[decode\] dispatch 'local' keeps all experts, but expert is split; use 'replicated'",
+        ),
+    ],
+    ids=["TOML", "table", "logical axis", "mesh axis", "dispatch", "capacity", "all_to_all", "local"],
+)
+def test_a_file_that_cannot_work_is_refused_and_named(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message) as e:
+        Strategy.parse(toml(tmp_path, text))
+    assert "mine.toml" in str(e.value)
+
+
+def test_more_devices_than_there_are_names_both_numbers():
+    with pytest.raises(ConfigError, match=r"data=4 x tensor=4 needs 16 devices, but 8 are available \(cpu\)"):
+        Strategy.default(data=4, tensor=4).make_mesh()
+
+
+@pytest.mark.parametrize(
+    ("cfg", "mesh", "message"),
+    [
+        (DENSE, "tensor=4", r"kv_heads 2 is not divisible by tensor=4 \(\[weights\]\)"),
+        (DENSE, "expert=2", "expert=2, but the model has no routed experts"),
+        (V3, "tensor=8", "heads 4 is not divisible by tensor=8"),
+        (V3, "expert=16", "expert 8 is not divisible by expert=16"),
+        (V3, "fsdp=64", "embed 32 is not divisible by fsdp=64"),
+        (V3, "fsdp=16", "latent 8 is not divisible by fsdp=16"),
+        (V3.replace(vocab_size=65), "tensor=2", "vocab 65 is not divisible by tensor=2"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_model_names_both_numbers(cfg, mesh, message):
+    with pytest.raises(ConfigError, match=f"the mesh does not fit the model: .*{message}"):
+        Strategy.parse(mesh).check_fits(cfg)
+
+
+def test_freeing_an_axis_lets_a_mesh_fit(tmp_path):
+    kinds = "".join(f"[{phase}]\nkv_heads = []\nq_groups = 'tensor'\n" for phase in ("weights", *PHASES))
+    strategy = Strategy.from_toml(toml(tmp_path, kinds), tensor=4)
+    cfg = DENSE.replace(num_attention_heads=8)
+    strategy.check_fits(cfg)
+    with pytest.raises(ConfigError, match="kv_heads 2"):
+        Strategy.default(tensor=4).check_fits(cfg)
+
+
+# -------------------------------------------------------------------- laying out
+
+
+def test_weights_rest_where_the_tables_say():
+    model = random_model(V3, "fsdp=2,expert=2,tensor=2")
+    specs = {path: p[...].sharding.spec for path, p in parameters(model).items()}
+    assert specs["embed_VD"] == P("tensor", "fsdp")
+    assert specs["stacks.1.mlp.gate_EDF"] == P(None, "expert", "fsdp", "tensor")
+    assert specs["stacks.1.mlp.down_EFD"] == P(None, "expert", "tensor", "fsdp")
+    assert specs["stacks.0.attn.q_b_QNH"] == P(None, "fsdp", "tensor", None)
+    assert specs["norm.scale_D"] == P(None)
+    gate = dict(parameters(model))["stacks.1.mlp.gate_EDF"][...]
+    assert {s.data.shape for s in gate.addressable_shards} == {(2, 4, 16, 8)}
+
+
+def test_a_mesh_may_use_any_devices():
+    devices = jax.devices()[4:]
+    mesh = Strategy.default(tensor=2).make_mesh(devices)
+    assert set(mesh.devices.flat) == set(devices[:2])
+    assert mesh.axis_names == MESH_AXES
+
+
+def test_parameters_are_listed_once_by_path():
+    listed = parameters(random_model(DENSE))
+    assert list(listed) == sorted(listed)
+    assert {"embed_VD", "head_DV", "norm.scale_D", "stacks.0.attn.q_DKGH"} <= set(listed)
+    assert np.asarray(listed["stacks.0.attn.q_DKGH"][...]).shape == (2, 32, 2, 2, 8)
