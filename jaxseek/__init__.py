@@ -5,30 +5,30 @@ logits_BTV = model(tokens_BT)
 texts = jaxseek.generate(model, tokenizer, ["Hello"], max_new_tokens=32)
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxseek.config import ConfigError, ModelConfig
 
 if TYPE_CHECKING:
     from jaxseek.generate.text import generate
-    from jaxseek.load import load
+    from jaxseek.loading import load
     from jaxseek.model import DeepSeek
 
 __all__ = ["ConfigError", "DeepSeek", "ModelConfig", "generate", "load"]
 
 _HOMES = {
     "DeepSeek": "jaxseek.model",
-    "generate": "jaxseek.generate.text",
-    "load": "jaxseek.load",
+    "load": "jaxseek.loading",
 }
 
 
 def __getattr__(name: str) -> Any:
     """Names that need JAX are imported when they are asked for: reading a config stays instant."""
+    if name == "generate":
+        return importlib.import_module("jaxseek.generate")
     if name not in _HOMES:
         raise AttributeError(f"module 'jaxseek' has no attribute {name!r}")
-    import importlib
-
     value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

@@ -62,7 +62,7 @@ def bench(
     """Time greedy generation for each batch size; prints a table or one line of JSON, returns the rows."""
     from jaxseek.generate.engine import Engine
     from jaxseek.generate.sampling import Sampling
-    from jaxseek.load import load
+    from jaxseek.loading import load
 
     if new_tokens < 2:
         raise ValueError(f"new_tokens is {new_tokens}, expected 2 or more: the first comes from prefill")

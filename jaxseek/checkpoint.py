@@ -261,7 +261,7 @@ def raise_mismatch(
 
 
 def check_destination(path: str | Path, needed: int, overwrite: bool) -> bool:
-    """Whether there is something to be replaced at `path`. Raises CheckpointError if a save there would fail."""
+    """Whether there is something to replace at `path`. Raises CheckpointError if a save there would fail."""
     path = Path(path).absolute()
     taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     if taken and not overwrite:

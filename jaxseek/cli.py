@@ -169,7 +169,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _load(args: argparse.Namespace) -> tuple[Any, Any]:
-    from jaxseek.load import load
+    from jaxseek.loading import load
 
     model, tokenizer = load(args.model, mesh=args.mesh, dtype=args.dtype)
     if tokenizer is None and not getattr(args, "json", False):

@@ -176,7 +176,7 @@ class Strategy:
 
     @classmethod
     def parse(cls, mesh: Strategy | dict[str, int] | str | Path | None) -> Strategy:
-        """A strategy from what a user writes: sizes, `"tensor=4,data=2"`, a TOML path or shipped name, None."""
+        """A strategy from what a user writes: sizes, `"tensor=4,data=2"`, a TOML path or a shipped name."""
         if isinstance(mesh, Strategy):
             return mesh
         if mesh is None:

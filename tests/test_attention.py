@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import assert_close, softmax
+from oracles import assert_close, quick_compilation, softmax  # noqa: F401
 
 from jaxseek.kernels import attention
 from jaxseek.kernels.attention import Mask, attend

@@ -11,7 +11,7 @@ import pytest
 from jaxseek import checkpoint
 from jaxseek.checkpoint import CheckpointError, restore, same_bits, save
 from jaxseek.config import ConfigError, ModelConfig
-from jaxseek.load import load, widest
+from jaxseek.loading import load, widest
 from jaxseek.model import DeepSeek
 from jaxseek.sharding import parameters
 from jaxseek.tokenizer import train_sentencepiece

@@ -244,10 +244,18 @@ def test_a_shard_fetches_just_its_own_part_of_the_files(hf, monkeypatch):
         return part
 
     monkeypatch.setattr(HFCheckpoint, "fetch", fetch)
-    load_hf(path, "fsdp=2,tensor=2,expert=2")
-    # down [16, 8] of an expert is split by columns over tensor and rows over fsdp, on one half of expert
-    assert fetched["model.layers.1.mlp.experts.3.down_proj.weight"] == [(8, 4)] * 4
-    assert set(fetched["model.layers.1.self_attn.q_b_proj.weight"]) == {(20, 12)}  # two of four heads
+    held = parameters(load_hf(path, "fsdp=2,tensor=2,expert=2"))
+
+    def shard_shape(path):
+        value = held[path].get_value()
+        return value.sharding.shard_shape(value.shape)
+
+    _, E, F, D = shard_shape("stacks.1.mlp.down_EFD")
+    assert E == 2  # of four, so four of eight devices read expert 3
+    assert fetched["model.layers.1.mlp.experts.3.down_proj.weight"] == [(D, F)] * 4
+    _, Q, N, H = shard_shape("stacks.1.attn.q_b_QNH")
+    assert N == 2
+    assert set(fetched["model.layers.1.self_attn.q_b_proj.weight"]) == {(N * H, Q)}
     assert fetched.keys() == disk.keys() - {
         n for n in disk if "layers.3.embed" in n or "shared_head.head" in n
     }

@@ -26,9 +26,11 @@ ALL_TO_ALL = [
     "expert=2,context=2,tensor=2",
 ]
 REPLICATED = ["expert=4", "expert=2,tensor=2,data=2", "expert=4,context=2"]
-LOCAL = ["", "data=2", "tensor=2", "fsdp=2,context=2,tensor=2"]
+ALL_LOCAL = ["", "fsdp=2,context=2,tensor=2"]
 CASES = (
-    [("train", m) for m in ALL_TO_ALL] + [("decode", m) for m in REPLICATED] + [("prefill", m) for m in LOCAL]
+    [("train", m) for m in ALL_TO_ALL]
+    + [("decode", m) for m in REPLICATED]
+    + [("prefill", m) for m in ALL_LOCAL]
 )
 
 

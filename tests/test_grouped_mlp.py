@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import assert_close, expert
+from oracles import assert_close, expert, quick_compilation  # noqa: F401
 
 from jaxseek.kernels.grouped_mlp import grouped_mlp, sort_by_expert
 

@@ -18,7 +18,7 @@ TIERS = [
     {"checkpoint", "chat"},
     {"tokenizer", "data"},
     {"jaxseek_convert"},
-    {"load", "generate"},
+    {"loading", "generate"},
     {"train"},
     {"rl"},
     {"eval", "serve", "lab", "info", "bench"},

@@ -24,13 +24,13 @@ from oracles import (
     weights,
 )
 
+from jaxseek.config import ConfigError, configs_dir
 from jaxseek.generate.engine import Engine
 from jaxseek.generate.sampling import Sampling
 from jaxseek.sharding import MESH_AXES, PHASES, Strategy, parameters
 
-LLAMA = tiny_config("llama", num_attention_heads=8, num_key_value_heads=4)  # two layers: a scanned stack
 CONFIGS = {
-    "llama": LLAMA,
+    "llama": tiny_config("llama", num_attention_heads=8),  # two layers: a scanned stack
     "v2": tiny_config("v2", num_hidden_layers=1, first_k_dense_replace=0),
     "v3": tiny_config("v3", num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0),
     "v3.2": tiny_config("v3.2", num_hidden_layers=1, first_k_dense_replace=0),
@@ -40,12 +40,12 @@ COVERING = [
     ("v3", "data=2,tensor=2,context=2"),
     ("v3", "fsdp=2,tensor=2,context=2"),
     ("v3", "expert=2,tensor=2,context=2"),
-    ("v3", "fsdp=2,expert=4"),
     ("v2", "data=4,expert=2"),
     ("v3.2", "tensor=2,context=4"),
-    ("llama", "fsdp=4,context=2"),
-    ("llama", "data=2,tensor=4"),
+    ("llama", "fsdp=4,tensor=2"),
 ]
+FILED = {"fsdp": 2, "expert": 4}  # with a shipped file's rules: batch over experts in decode, too
+GROUPED = {"data": 2, "tensor": 4}  # more than key-value heads: query groups are split
 TOKENS_BT = random_tokens(8, 8)
 PROMPTS = [TOKENS_BT[i, : 3 + i].tolist() for i in range(5)]
 NEW_TOKENS = 9
@@ -99,7 +99,7 @@ def test_meshes_that_cover_all_pairs_of_axes_equal_one_device(name, mesh):
 
 
 def test_the_covering_meshes_hold_every_axis_at_two_and_four_and_every_pair():
-    meshes = [dict(Strategy.parse(mesh).sizes) for _, mesh in COVERING]
+    meshes = [dict(Strategy.parse(mesh).sizes) for mesh in (FILED, GROUPED, *(m for _, m in COVERING))]
     assert all(any(m[axis] == n for m in meshes) for axis in MESH_AXES for n in (2, 4))
     assert all(any(m[a] > 1 < m[b] for m in meshes) for a, b in itertools.combinations(MESH_AXES, 2))
 
@@ -107,11 +107,17 @@ def test_the_covering_meshes_hold_every_axis_at_two_and_four_and_every_pair():
 def test_query_groups_split_where_key_value_heads_are_too_few(tmp_path):
     file = tmp_path / "groups.toml"
     file.write_text("".join(f"[{t}]\nkv_heads = []\nq_groups = 'tensor'\n" for t in ("weights", *PHASES)))
-    check(LLAMA, Strategy.from_toml(file, tensor=2, data=2))
+    check(CONFIGS["llama"], Strategy.from_toml(file, **GROUPED))
+
+
+def test_a_shipped_strategy_equals_one_device():
+    file = configs_dir() / "meshes" / "attention-data-parallel.toml"
+    check(CONFIGS["v3"], Strategy.from_toml(file, **FILED))
 
 
 def test_rows_and_columns_that_a_mesh_does_not_divide_are_padded_and_cut():
-    model, tokens_BT = random_model(tiny_config("v3"), "expert=2,context=2"), TOKENS_BT[:3, :7]
+    cfg = CONFIGS["v3"].replace(num_nextn_predict_layers=1)
+    model, tokens_BT = random_model(cfg, "expert=2,context=2"), TOKENS_BT[:3, :7]
     w = weights(model)
     assert_close(model(tokens_BT), np.stack([forward(model.cfg, w, row)[0] for row in tokens_BT]), 1e-5)
     ids_LBTK = np.stack([forward(model.cfg, w, row)[2] for row in tokens_BT], axis=1)
@@ -123,11 +129,19 @@ def test_rows_and_columns_that_a_mesh_does_not_divide_are_padded_and_cut():
 # -------------------------------------------------------------------- all of them
 
 
+def fits(name, mesh):
+    try:
+        Strategy.parse(mesh).check_fits(CONFIGS[name])
+    except ConfigError:
+        return False
+    return True
+
+
 def every_mesh():
     """(name, mesh) of every mesh of two to eight devices that fits the model."""
     for name, sizes in itertools.product(CONFIGS, itertools.product((1, 2, 4), repeat=len(MESH_AXES))):
         mesh = ",".join(f"{a}={n}" for a, n in zip(MESH_AXES, sizes) if n > 1)
-        if 1 < math.prod(sizes) <= 8 and (name != "llama" or "expert" not in mesh):
+        if 1 < math.prod(sizes) <= 8 and fits(name, mesh):
             yield name, mesh
 
 

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from oracles import random_model, tiny_config
 
-from jaxseek.config import ConfigError
+from jaxseek.config import ConfigError, ModelConfig, configs_dir
 from jaxseek.sharding import MESH_AXES, PHASES, Strategy, parameters
 
 DENSE, V3 = tiny_config("llama"), tiny_config("v3")
@@ -62,6 +62,13 @@ def test_a_file_replaces_single_entries_of_the_tables(tmp_path):
     assert strategy.train.axes("heads") == ()
     assert strategy.decode == Strategy.default(fsdp=2, tensor=2).decode
     assert sizes(Strategy.from_toml(file, fsdp=4)) == {"fsdp": 4, "tensor": 2}
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (configs_dir() / "meshes").glob("*.toml")))
+def test_shipped_strategies_fit_one_device_and_the_largest_model(name):
+    assert Strategy.parse(name).num_devices == 1
+    file = configs_dir() / "meshes" / f"{name}.toml"
+    Strategy.from_toml(file, expert=32, tensor=8, fsdp=2).check_fits(ModelConfig.from_preset("deepseek-r1"))
 
 
 def test_axes_of_size_one_split_nothing():

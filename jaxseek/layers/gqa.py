@@ -60,7 +60,8 @@ class GQA(nnx.Module):
             )
             out_BTKGH = attend(q_BTKGH, k_BKSH, v_BKSH, ctx.mask, cfg.softmax_scale, rules, heads)
         else:
-            k_BKSH, v_BKSH = (a[layer].astype(dtype) for a in (k_LBKSH, v_LBKSH))
+            assert cache is not None, "queries without fresh keys need a cache"
+            k_BKSH, v_BKSH = (a[layer].astype(dtype) for a in (cache.k_LBKSH, cache.v_LBKSH))
             out_BTKGH = attend(
                 q_BTKGH, k_BKSH, v_BKSH, ctx.mask, cfg.softmax_scale, rules, heads, "cache_length"
             )

@@ -73,7 +73,8 @@ class MLA(nnx.Module):
             latent_BSA = rules.shard(latent_BTA, "batch", None, None)
             out_BTNH = self._expanded(qn_BTNP, qr_BTNR, latent_BSA, mask, rules)
         else:
-            latent_BSA = latent_LBSA[layer].astype(dtype)
+            assert cache is not None, "queries without fresh keys need a cache"
+            latent_BSA = cache.latent_LBSA[layer].astype(dtype)
             out_BTNH = self._absorbed(qn_BTNP, qr_BTNR, latent_BSA, mask, rules)
         narrow = rules.spec("batch", "length", None)
         y_BTD = jnp.tensordot(out_BTNH, rules.use(self.o_NHD, dtype), 2, out_sharding=narrow)
@@ -175,7 +176,9 @@ class Indexer(nnx.Module):
         if ctx.fresh:
             k_BSH = rules.shard(k_BTH, "batch", None, None)
         else:
-            k_BSH, key_axis = index_LBSH[layer].astype(dtype), "cache_length"
+            assert cache is not None, "queries without fresh keys need a cache"
+            assert cache.index_LBSH is not None
+            k_BSH, key_axis = cache.index_LBSH[layer].astype(dtype), "cache_length"
         scores_BTNS = jax.nn.relu(
             jnp.einsum(
                 "BTNH,BSH->BTNS",
