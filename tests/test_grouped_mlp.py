@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import assert_close, expert, quick_compilation  # noqa: F401
 
-from jaxseek.kernels.grouped_mlp import grouped_mlp, sort_by_expert
+from jaxseek.kernels.grouped_mlp import _gmm_mlp, _tiled_mlp, grouped_mlp, sort_by_expert
 
 
 def arrays(M, D, F, E, dtype=np.float32, seed=0):
@@ -104,3 +104,22 @@ def test_sorting_is_stable_and_leaves_out_ids_of_no_expert():
     order_M, sizes_E = sort_by_expert(jnp.array([2, 0, 3, 2, 0, 3, 0]), 3)
     assert order_M.tolist() == [1, 4, 6, 0, 3, 2, 5]
     assert sizes_E.tolist() == [3, 0, 2]
+
+
+@jax.numpy_dtype_promotion("standard")  # the kernel that ships with Pallas promotes freely
+def test_the_tpu_kernel_interpreted_gives_the_same_values_and_gradients():
+    rng = np.random.default_rng(5)
+    args = [
+        jnp.asarray(rng.normal(size=s), jnp.float32)
+        for s in ((40, 16), (3, 16, 24), (3, 16, 24), (3, 24, 16))
+    ]
+    sizes_E, dy_MD = jnp.array([10, 0, 17], jnp.int32), jnp.asarray(rng.normal(size=(40, 16)), jnp.float32)
+    results = []
+    for implementation in (
+        lambda *a: _gmm_mlp(*a, sizes_E, interpret=True),
+        lambda *a: _tiled_mlp(*a, sizes_E),
+    ):
+        y_MD, pull = jax.vjp(implementation, *args)
+        results.append((y_MD, *pull(dy_MD)))
+    for tpu, cpu in zip(*results):
+        np.testing.assert_allclose(tpu, cpu, rtol=1e-5, atol=1e-5 * float(jnp.abs(cpu).max()))

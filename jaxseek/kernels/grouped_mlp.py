@@ -30,23 +30,24 @@ def grouped_mlp(
 # -------------------------------------------------------------------- TPU
 
 
-def _gmm_mlp(x_MD, gate_EDF, up_EDF, down_EFD, sizes_E):
+def _gmm_mlp(x_MD, gate_EDF, up_EDF, down_EFD, sizes_E, interpret=False):
     from jax.experimental.pallas.ops.tpu.megablox import gmm
 
     M = x_MD.shape[0]
-    pad = -M % 128
-    x_MD = jnp.pad(x_MD, ((0, pad), (0, 0)))
+    live_M1 = (jnp.arange(M) < sizes_E.sum())[:, None]
+    # gmm leaves the rows of no expert unwritten, in gradients too: selected away at both ends
+    x_MD = jnp.pad(jnp.where(live_M1, x_MD, 0), ((0, -M % 128), (0, 0)))
 
     def matmul(a_MK, w_EKN):
-        tiling = (min(512, a_MK.shape[0]), min(512, w_EKN.shape[1]), min(512, w_EKN.shape[2]))
-        while a_MK.shape[0] % tiling[0]:
-            tiling = (tiling[0] // 2, *tiling[1:])
-        return gmm(a_MK, w_EKN, sizes_E, a_MK.dtype, tiling)
+        return gmm(a_MK, w_EKN, sizes_E, a_MK.dtype, _tile_sizes, None, None, False, interpret)
 
     hidden_MF = jax.nn.silu(matmul(x_MD, gate_EDF)) * matmul(x_MD, up_EDF)
-    y_MD = matmul(hidden_MF, down_EFD)[:M]
-    live_M = jnp.arange(M) < sizes_E.sum()
-    return jnp.where(live_M[:, None], y_MD, 0)  # gmm leaves the rows of no expert unwritten
+    return jnp.where(live_M1, matmul(hidden_MF, down_EFD)[:M], 0)
+
+
+def _tile_sizes(m: int, k: int, n: int) -> tuple[int, int, int]:
+    """Tiles of a grouped matmul [m, k] x [k, n], forward or transposed; m is a multiple of 128."""
+    return next(t for t in (512, 256, 128) if m % t == 0), min(512, k), min(512, n)
 
 
 # -------------------------------------------------------------------- CPU and others
