@@ -21,6 +21,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 1
+    except _WrongUse as e:
+        print(f"jaxseek {args.verb}: error: {e}; see jaxseek {args.verb} --help", file=sys.stderr)
+        return 2
     except BrokenPipeError:  # the reader of our output has left: no error of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -29,6 +32,10 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"jaxseek {args.verb}: error: {e}", file=sys.stderr)
         return 1
+
+
+class _WrongUse(Exception):
+    """A command line that asks for nothing that can be done."""
 
 
 def _set_up_jax() -> None:
@@ -202,7 +209,7 @@ def _prompts(args: argparse.Namespace) -> list[Any]:
                     f'{args.file}, line {number}: expected JSON with "prompt" or "messages"'
                 ) from None
     if not prompts:
-        raise ValueError('no prompt: give -p "text", -p - for standard input, or -f FILE')
+        raise _WrongUse('no prompt: give -p "text", -p - for standard input, or -f FILE')
     if args.chat:
         system = [{"role": "system", "content": args.system}] if args.system else []
         prompts = [[*system, {"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
@@ -232,7 +239,7 @@ def _generate(args: argparse.Namespace) -> None:
         for pieces in stream:
             if alone:
                 show(pieces[0])
-        if alone:
+        if alone and tokenizer:
             out.end()
         for (prompt, ids, seed), reply in zip(part, stream.replies()):
             text = reply.text if tokenizer else " ".join(map(str, reply.tokens))
@@ -351,8 +358,7 @@ def _info(args: argparse.Namespace) -> int | None:
         print(json.dumps(list(presets())) if args.json else "\n".join(presets()))
         return None
     if not args.model:
-        print("jaxseek info: error: give a MODEL, or --list", file=sys.stderr)
-        return 2
+        raise _WrongUse("no model: give MODEL, or --list")
     from jaxseek.info import describe, read_config
 
     cfg = read_config(args.model)

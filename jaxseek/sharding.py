@@ -135,20 +135,19 @@ class Strategy:
             "expert": cfg.n_routed_experts,
             "expert_mlp": cfg.moe_intermediate_size,
         }
-        problems = []
+        tables: dict[str, list[str]] = {}
         for where in ("weights", *PHASES):
             for name, axes in getattr(self, where).table:
-                parts = math.prod(size[a] for a in axes)
-                if name in dims and dims[name] % parts:
+                if name in dims and dims[name] % math.prod(size[a] for a in axes):
                     over = " x ".join(f"{a}={size[a]}" for a in axes)
-                    problems.append(f"{name} {dims[name]} is not divisible by {over} ([{where}])")
+                    tables.setdefault(f"{name} {dims[name]} is not divisible by {over}", []).append(where)
+        problems = [f"{text} ([{'], ['.join(where)}])" for text, where in tables.items()]
         if cfg.n_routed_experts == 0 and size["expert"] > 1:
             problems.append(f"expert={size['expert']}, but the model has no routed experts")
         if problems:
-            unique = "; ".join(dict.fromkeys(problems))
             raise ConfigError(
-                f"the mesh does not fit the model: {unique}. Choose another size, or free the axis "
-                "by a rule such as kv_heads = [] in the strategy's TOML"
+                f"the mesh does not fit the model: {'; '.join(problems)}. Choose another size, or free "
+                "or free the axis by a rule such as kv_heads = [] in the strategy's TOML"
             )
 
     @classmethod

@@ -344,14 +344,14 @@ def tiny_config(name, **changes) -> ModelConfig:
 
 def random_values(path, param, sharding):
     """For `fill`: no norm is one and no bias zero; the same on every mesh."""
-    shape, constant = param.get_value().shape, param.get_metadata("fill")
+    (shape, dtype), constant = (param.shape, param.dtype), param.get_metadata("fill")
     draw = np.random.default_rng(zlib.crc32(path.encode())).standard_normal(shape).astype(np.float32)
     value = 0.3 * draw + (0 if constant is None else constant)
-    return jax.make_array_from_callback(shape, sharding, lambda index: value[index])
+    return jax.make_array_from_callback(shape, sharding, lambda index: value[index].astype(dtype))
 
 
-def random_model(cfg, mesh=None) -> DeepSeek:
-    model = DeepSeek.abstract(cfg, mesh)
+def random_model(cfg, mesh=None, dtype=np.float32) -> DeepSeek:
+    model = DeepSeek.abstract(cfg, mesh, dtype)
     return fill(model, model.strategy.make_mesh(), random_values)
 
 

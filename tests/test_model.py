@@ -224,6 +224,14 @@ def test_tokens_may_be_lists_numpy_or_jax_arrays():
         assert_close(model(tokens), expected, 1e-5)
 
 
+def test_a_bfloat16_model_computes_near_its_own_weights_in_float64():
+    cfg = tiny_config("v2", num_hidden_layers=1, first_k_dense_replace=0)
+    model = random_model(cfg, dtype=jnp.bfloat16)
+    logits_BTV = model(TOKENS_BT)
+    assert logits_BTV.dtype == jnp.float32
+    assert_close(logits_BTV, np.stack([forward(cfg, weights(model), row)[0] for row in TOKENS_BT]), 0.05)
+
+
 def test_positions_may_be_given_and_only_distances_matter():
     model = tiny_model("v3")
     positions_BT = np.broadcast_to(40 + np.arange(T), (B, T))

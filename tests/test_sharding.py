@@ -139,7 +139,7 @@ def test_more_devices_than_there_are_names_both_numbers():
 @pytest.mark.parametrize(
     ("cfg", "mesh", "message"),
     [
-        (DENSE, "tensor=4", r"kv_heads 2 is not divisible by tensor=4 \(\[weights\]\)"),
+        (DENSE, "tensor=4", r"kv_heads 2 is not divisible by tensor=4 \(\[weights\], "),
         (DENSE, "expert=2", "expert=2, but the model has no routed experts"),
         (V3, "tensor=8", "heads 4 is not divisible by tensor=8"),
         (V3, "expert=16", "expert 8 is not divisible by expert=16"),

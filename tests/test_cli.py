@@ -1,0 +1,116 @@
+"""The command line: exit codes, one-line errors, JSON, and text that streams and stops."""
+
+import json
+
+import pytest
+
+import jaxseek
+from jaxseek.cli import main
+from jaxseek.config import ModelConfig
+from jaxseek.generate.engine import Engine
+from jaxseek.generate.sampling import Sampling
+from jaxseek.generate.text import TextStream, generate
+from jaxseek.model import DeepSeek
+from jaxseek.tokenizer import train_sentencepiece
+from jaxseek_convert import save_hf
+
+TEXT = "the quick brown fox jumps over the lazy dog while seven wizards boil green tea for the king. " * 20
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A Hugging Face directory of a tiny llama with a tokenizer of its own."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = train_sentencepiece([TEXT], 300, folder / "tokenizer")
+    cfg = ModelConfig.from_hf(
+        {
+            "model_type": "llama",
+            "vocab_size": 320,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 128,
+            "initializer_range": 0.2,
+            "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": tokenizer.eos_ids[0],
+        }
+    )
+    save_hf(DeepSeek.init(cfg), folder / "hf", tokenizer=tokenizer)
+    return folder / "hf"
+
+
+def test_help_of_every_verb_shows_an_example(capsys):
+    for verb in ("convert", "generate", "chat", "info", "bench"):
+        with pytest.raises(SystemExit) as stop:
+            main([verb, "--help"])
+        assert stop.value.code == 0
+        assert f"example:\n  jaxseek {verb}" in capsys.readouterr().out
+
+
+def test_wrong_use_is_2_and_failure_is_1_with_one_line(capsys, tiny, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        main(["no-such-verb"])
+    assert stop.value.code == 2
+    for argv, code, message in (
+        (["info"], 2, "no model: give MODEL, or --list"),
+        (["generate", str(tiny)], 2, "no prompt"),
+        (["info", "deepseek-v33"], 1, "did you mean deepseek-v3"),
+        (["info", "deepseek-v3", "--mesh", "tensr=4"], 1, "did you mean tensor"),
+        (["info", "deepseek-v3", "--mesh", "expert=3"], 1, "expert 256 is not divisible by expert=3"),
+        (["generate", "deepseek-r1", "-p", "x"], 1, "huggingface.co/deepseek-ai/DeepSeek-R1"),
+        (["generate", str(tmp_path / "absent"), "-p", "x"], 1, "does not exist"),
+        (["generate", str(tiny), "-p", "fox " * 200], 1, "no room in the context of 128"),
+        (["generate", str(tiny), "-p", "x", "-t", "-1"], 1, "temperature is -1.0"),
+        (["convert", str(tiny), str(tiny)], 1, "choose another destination"),
+    ):
+        assert main(argv) == code, argv
+        errors = capsys.readouterr().err.strip().splitlines()
+        assert message in errors[-1], errors
+
+
+def test_info_counts_what_the_spec_says(capsys):
+    assert main(["info", "deepseek-r1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["parameters"] == 671_026_419_200
+    assert found["cache_bytes_per_token"] == 70_272
+    assert main(["info", "--list"]) == 0
+    assert "tiny-v3" in capsys.readouterr().out.split()
+
+
+def test_a_checkpoint_is_converted_and_generates_what_the_source_does(capsys, tiny, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "the quick"}\n{"messages": [{"role": "user", "content": "boil tea"}]}\n')
+    assert main(["convert", str(tiny), str(tmp_path / "ours")]) == 0
+    capsys.readouterr()
+    texts = []
+    for model in (tiny, tmp_path / "ours"):
+        assert main(["generate", str(model), "-f", str(prompts), "-n", "6", "-t", "0", "--json"]) == 0
+        texts.append([json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()])
+    assert texts[0] == texts[1]
+    assert len(texts[0]) == 2
+
+
+def test_generate_is_a_function_even_after_its_package_was_imported(tiny):
+    model, tokenizer = jaxseek.load(tiny)
+    texts = jaxseek.generate(model, tokenizer, "the quick", max_new_tokens=6, temperature=0)
+    assert texts == generate(model, tokenizer, ["the quick"], max_new_tokens=6, temperature=0)
+    ids = tokenizer.encode("the quick")
+    assert len(generate(model, None, ids, max_new_tokens=3, temperature=0)[0]) <= 3
+
+
+def test_streamed_pieces_make_the_text_and_end_before_a_stop_string(tiny):
+    model, tokenizer = jaxseek.load(tiny)
+    engine, prompt = Engine(model), tokenizer.encode("seven wizards")
+    whole = TextStream(engine, tokenizer, [prompt], [Sampling(24, 0.0)], 4)
+    pieces = [p[0] for p in whole]
+    text = whole.replies()[0].text
+    assert "".join(pieces) == text
+    assert len(text) > 8
+    stop = text[5:8]
+    stopped = TextStream(engine, tokenizer, [prompt], [Sampling(24, 0.0, stop=(stop,))], 4)
+    pieces = [p[0] for p in stopped]
+    reply = stopped.replies()[0]
+    assert reply.text == "".join(pieces) == text[: text.find(stop)]
+    assert reply.finish_reason == "stop"
+    assert len(reply.tokens) == len(reply.logprobs) < len(whole.replies()[0].tokens)
