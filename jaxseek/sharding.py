@@ -146,7 +146,7 @@ class Strategy:
             problems.append(f"expert={size['expert']}, but the model has no routed experts")
         if problems:
             raise ConfigError(
-                f"the mesh does not fit the model: {'; '.join(problems)}. Choose another size, or free "
+                f"the mesh does not fit the model: {'; '.join(problems)}. Choose another size, "
                 "or free the axis by a rule such as kv_heads = [] in the strategy's TOML"
             )
 
