@@ -61,7 +61,6 @@ class Rules:
     table: tuple[tuple[str, tuple[str, ...]], ...] = ()
     dispatch: str = "local"
     capacity_factor: float | None = None
-    unroll: bool = False
 
     def axes(self, name: str | None) -> tuple[str, ...]:
         """Mesh axes (of size above one) that this logical axis is split over."""
@@ -215,7 +214,7 @@ def _check_keys(given: dict[str, Any], known: tuple[str, ...], what: str) -> Non
 
 def _rules(where: str, raw: dict[str, Any], sizes: dict[str, int]) -> Rules:
     raw = dict(raw)
-    extra = {k: raw.pop(k) for k in ("dispatch", "capacity_factor", "unroll") if k in raw}
+    extra = {k: raw.pop(k) for k in ("dispatch", "capacity_factor") if k in raw}
     _check_keys(raw, LOGICAL_AXES, f"logical axis in [{where}]")
     table = []
     for name, axes in raw.items():

@@ -153,11 +153,12 @@ def test_ids_differ_from_those_of_transformers_only_where_space_meets_a_number(t
 def naive_encode(source, text):
     """As llama.cpp: cut off every number, cut as GPT-2, then do the first merge while there is one."""
     import regex
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     meta = {name: field.contents() for name, field in gguf.GGUFReader(source).fields.items()}
     ids = {token: i for i, token in enumerate(meta["tokenizer.ggml.tokens"])}
     rank = {merge: i for i, merge in enumerate(meta["tokenizer.ggml.merges"])}
-    spelled = transformers.convert_slow_tokenizer.bytes_to_unicode()
+    spelled = bytes_to_unicode()
     gpt2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
     for line in text:
         out = []
