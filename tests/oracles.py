@@ -145,9 +145,9 @@ def mla(cfg, w, x):
         keep = dsa_keep(cfg, {k[8:]: v for k, v in w.items() if k.startswith("indexer.")}, x, cq)
     out = []
     for n in range(N):
-        k = np.concatenate([ckv @ w["k_b_CNP"][:, n], kr], axis=-1)
+        k = np.concatenate([ckv @ w["k_b_NPC"][n].T, kr], axis=-1)
         q_n = np.concatenate([q[:, n, :P], qr[:, n]], axis=-1)
-        out.append(causal_attention(q_n, k, ckv @ w["v_b_CNH"][:, n], scale, keep) @ w["o_NHD"][n])
+        out.append(causal_attention(q_n, k, ckv @ w["v_b_NHC"][n].T, scale, keep) @ w["o_NHD"][n])
     return sum(out) + w.get("o_bias_D", 0)
 
 

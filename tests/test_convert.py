@@ -152,8 +152,8 @@ def test_rows_of_the_latent_projections_go_where_the_modelling_code_reads_them(h
     q_b = disk["model.layers.2.self_attn.q_b_proj.weight"]
     for n in range(N):  # kv_b: each head's nope keys, then its values; q_b: nope, then rope
         rows = kv_b[n * (P + V) : (n + 1) * (P + V)]
-        np.testing.assert_array_equal(held["stacks.1.attn.k_b_CNP"][1, :, n], rows[:P].T)
-        np.testing.assert_array_equal(held["stacks.1.attn.v_b_CNH"][1, :, n], rows[P:].T)
+        np.testing.assert_array_equal(held["stacks.1.attn.k_b_NPC"][1, n], rows[:P])
+        np.testing.assert_array_equal(held["stacks.1.attn.v_b_NHC"][1, n], rows[P:])
         np.testing.assert_array_equal(
             held["stacks.1.attn.q_b_QNH"][1, :, n], q_b[n * (P + R) : (n + 1) * (P + R)].T
         )
@@ -188,7 +188,7 @@ def test_grouped_query_heads_go_where_the_modelling_code_reads_them(hf):
     ("line", "shapes"),
     [
         ("NH Q -> QNH", [(5, 3, 4)]),
-        ("N[P|H] C -> CNP, CNH", [(5, 3, 2), (5, 3, 4)]),
+        ("N[P|H] C -> NPC, NHC", [(3, 2, 5), (3, 4, 5)]),
         ("M 2D -> 2DM", [(2, 5, 3)]),
         ("E [F|f] D -> EDF, EDf", [(3, 5, 2), (3, 5, 4)]),
     ],

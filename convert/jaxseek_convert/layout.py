@@ -1,7 +1,7 @@
 """How one tensor on disk holds one or more parameters, in the letters of the shape legend.
 
 `"NH Q -> QNH"` says: two dimensions on disk, rows counted by head and within it by H; the parameter is
-[Q, N, H]. `"N[P|H] C -> CNP, CNH"` says: the rows of every head are first P of one parameter, then H of
+[Q, N, H]. `"N[P|H] C -> NPC, NHC"` says: the rows of every head are first P of one parameter, then H of
 another. Both directions follow from that one line. Reading is made of views, so a part of a parameter touches
 just its own part of the file.
 """

@@ -73,7 +73,7 @@ LAYER = (
     _row("self_attn.kv_a_proj_with_mqa.weight", "A D -> DA", "attn.kv_a_DA"),
     _row("self_attn.kv_a_proj_with_mqa.bias", "A -> A", "attn.kv_a_bias_A"),
     _row("self_attn.kv_a_layernorm.weight", "C -> C", "attn.kv_norm.scale_D"),
-    _row("self_attn.kv_b_proj.weight", "N[P|H] C -> CNP, CNH", "attn.k_b_CNP", "attn.v_b_CNH"),
+    _row("self_attn.kv_b_proj.weight", "N[P|H] C -> NPC, NHC", "attn.k_b_NPC", "attn.v_b_NHC"),
     _row("self_attn.o_proj.weight", "D NH -> NHD", "attn.o_NHD"),
     _row("self_attn.indexer.wq_b.weight", "NH Q -> QNH", "attn.indexer.q_b_QNH"),
     _row("self_attn.indexer.wk.weight", "H D -> DH", "attn.indexer.k_DH"),

@@ -49,8 +49,8 @@ class MLA(nnx.Module):
         self.kv_a_DA = init((D, C + R), ("embed", None))
         self.kv_a_bias_A = init((C + R,), (None,), fill=0.0) if bias else None
         self.kv_norm = RMSNorm(C, INNER_EPS, init)
-        self.k_b_CNP = init((C, N, P), ("latent", "heads", None))
-        self.v_b_CNH = init((C, N, V), ("latent", "heads", None))
+        self.k_b_NPC = init((N, P, C), ("heads", None, "latent"))
+        self.v_b_NHC = init((N, V, C), ("heads", None, "latent"))
         self.o_NHD = init((N, V, D), ("heads", None, "embed"))
         self.o_bias_D = init((D,), ("embed",), fill=0.0) if cfg.attention_out_bias else None
         self.indexer = Indexer(cfg, init) if cfg.index_topk else None
@@ -110,8 +110,8 @@ class MLA(nnx.Module):
     def _expanded(self, qn_BTNP, qr_BTNR, latent_BSA, mask, rules):
         C, dtype, spec = self.cfg.kv_lora_rank, latent_BSA.dtype, rules.spec("batch", "heads", None, None)
         c_BSC, k_BSR = latent_BSA[..., :C], latent_BSA[..., C:]
-        kn_BNSP = jnp.einsum("BSC,CNP->BNSP", c_BSC, rules.use(self.k_b_CNP, dtype), out_sharding=spec)
-        v_BNSH = jnp.einsum("BSC,CNH->BNSH", c_BSC, rules.use(self.v_b_CNH, dtype), out_sharding=spec)
+        kn_BNSP = jnp.einsum("BSC,NPC->BNSP", c_BSC, rules.use(self.k_b_NPC, dtype), out_sharding=spec)
+        v_BNSH = jnp.einsum("BSC,NHC->BNSH", c_BSC, rules.use(self.v_b_NHC, dtype), out_sharding=spec)
         kr_BNSR = jnp.broadcast_to(k_BSR[:, None], (*kn_BNSP.shape[:3], k_BSR.shape[-1]), out_sharding=spec)
         q_BTNH = jnp.concatenate([qn_BTNP, qr_BTNR], axis=-1)
         k_BNSH = jnp.concatenate([kn_BNSP, kr_BNSR], axis=-1)
@@ -122,7 +122,7 @@ class MLA(nnx.Module):
 
     def _absorbed(self, qn_BTNP, qr_BTNR, latent_BSA, mask, rules):
         C, dtype, spec = self.cfg.kv_lora_rank, latent_BSA.dtype, rules.spec("batch", "length", "heads", None)
-        qc_BTNC = jnp.einsum("BTNP,CNP->BTNC", qn_BTNP, rules.use(self.k_b_CNP, dtype), out_sharding=spec)
+        qc_BTNC = jnp.einsum("BTNP,NPC->BTNC", qn_BTNP, rules.use(self.k_b_NPC, dtype), out_sharding=spec)
         q_BTNA = jnp.concatenate([qc_BTNC, qr_BTNR], axis=-1)
         k_BSA = latent_BSA[:, None]
         z_BTNA = attend(
@@ -136,7 +136,7 @@ class MLA(nnx.Module):
             "cache_length",
         )[:, :, 0]
         return jnp.einsum(
-            "BTNC,CNH->BTNH", z_BTNA[..., :C], rules.use(self.v_b_CNH, dtype), out_sharding=spec
+            "BTNC,NHC->BTNH", z_BTNA[..., :C], rules.use(self.v_b_NHC, dtype), out_sharding=spec
         )
 
 
