@@ -7,6 +7,9 @@ Shape legend (suffix letters are einsum letters, for arrays and parameters of th
     Q q-lora     C kv-lora        R rope width                 A = C + R       L layers
     E experts    F feed-forward width                          M rows sorted by expert
 
+    In the router K is the number of experts that a token chooses; in latent attention H is P + R for queries
+    and keys and the value width for values.
+
 A *strategy* is a TOML file: sizes of the mesh axes, where weights rest (`[weights]`), and how each phase
 (`[train]`, `[prefill]`, `[decode]`) lays out its activations and the weights it computes with. Layers know
 logical names only; this file alone knows mesh axes. One sharding mode everywhere: Explicit.
