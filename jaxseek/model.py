@@ -71,7 +71,7 @@ class DeepSeek(nnx.Module):
     def forward(self, tokens_BT: jax.Array, ctx: Context, caches: Caches | None = None) -> Output:
         """Hidden states after the final norm; `logits` turns them into logits."""
         with jax.named_scope("embed"):
-            x_BTD = self.embed(tokens_BT, ctx.rules)
+            x_BTD = self.embed(tokens_BT, ctx)
         new_caches, routing = [], []
         for i, stack in enumerate(self.stacks):
             x_BTD, cache, routed = run_stack(stack, x_BTD, caches[i] if caches else None, ctx)
@@ -79,19 +79,29 @@ class DeepSeek(nnx.Module):
             routing += [routed] if routed is not None else []
         return Output(self.norm(x_BTD), tuple(new_caches) if caches else None, tuple(routing))
 
-    def embed(self, tokens_BT: jax.Array, rules: Rules) -> jax.Array:
+    def embed(self, tokens_BT: jax.Array, ctx: Context) -> jax.Array:
         """Embeddings of tokens: [B, T, D]."""
-        table_VD = rules.use(self.embed_VD, self.embed_VD[...].dtype)
-        return table_VD.at[tokens_BT].get(out_sharding=rules.spec("batch", "length", None))
+        table_VD = ctx.rules.use(self.embed_VD, ctx.dtype)
+        return table_VD.at[tokens_BT].get(out_sharding=ctx.rules.spec("batch", "length", None))
 
-    def logits(self, hidden_BTD: jax.Array, rules: Rules) -> jax.Array:
-        """float32 logits [B, T, V] of final-norm hidden states, main or multi-token."""
+    def head(self, rules: Rules, dtype: Any) -> jax.Array:
+        """The output head as a phase uses it: [V, D] where tied to the embedding, else [D, V]."""
+        return rules.use(self.embed_VD if self.head_DV is None else self.head_DV, dtype)
+
+    def logits(self, hidden_BTD: jax.Array, rules: Rules, head: jax.Array | None = None) -> jax.Array:
+        """float32 logits [B, T, V] of final-norm hidden states, main or multi-token.
+
+        `head` is what `head` returns, where several calls share it.
+        """
         with jax.named_scope("head"):
-            dtype, spec = hidden_BTD.dtype, rules.spec("batch", "length", "vocab")
-            out: Any = {"preferred_element_type": jnp.float32, "out_sharding": spec}
-            if self.head_DV is None:
-                return jnp.einsum("BTD,VD->BTV", hidden_BTD, rules.use(self.embed_VD, dtype), **out)
-            return jnp.einsum("BTD,DV->BTV", hidden_BTD, rules.use(self.head_DV, dtype), **out)
+            head = self.head(rules, hidden_BTD.dtype) if head is None else head
+            return jnp.einsum(
+                "BTD,VD->BTV" if self.head_DV is None else "BTD,DV->BTV",
+                hidden_BTD,
+                head,
+                preferred_element_type=jnp.float32,
+                out_sharding=rules.spec("batch", "length", "vocab"),
+            )
 
     def context(
         self,
@@ -101,10 +111,13 @@ class DeepSeek(nnx.Module):
         segment_ids_BT: jax.Array | None = None,
         caches: Caches | None = None,
         fresh: bool = True,
+        dtype: Any = None,
+        remat: str = "none",
     ) -> Context:
         """What the layers share. Segment 0 is padding; positions count from 0 in every segment unless given.
 
         Without `fresh`, queries attend to the caches, whose slots are positions, and need `positions_BT`.
+        `dtype` is that of the activations, and of the weights as they are used; the default is the weights'.
         """
         ones_BT = jnp.ones(tokens_BT.shape, jnp.int32)
         segment_ids_BT = ones_BT if segment_ids_BT is None else segment_ids_BT
@@ -121,7 +134,8 @@ class DeepSeek(nnx.Module):
             rules.shard(a, "batch", "length") for a in (positions_BT, segment_ids_BT, valid_BT)
         )
         mask = Mask(pos_BT, seg_BT, kv_pos, kv_seg)
-        return Context(rules, rope_table(self.cfg, pos_BT), mask, valid_BT, slots_BT, fresh)
+        dtype = self.embed_VD[...].dtype if dtype is None else dtype
+        return Context(rules, rope_table(self.cfg, pos_BT), mask, valid_BT, slots_BT, fresh, dtype, remat)
 
     def __call__(
         self,
@@ -252,7 +266,7 @@ def _ahead(model: DeepSeek, tokens_BT, positions_BT, segment_ids_BT, shape, dept
     hidden_BTD = model.forward(tokens_BT, ctx).hidden_BTD
     for k, module in enumerate(model.mtp[: depth + 1]):
         next_BT = jnp.pad(tokens_BT[:, k + 1 :], ((0, 0), (0, k + 1)))
-        hidden_BTD, _, _ = module(hidden_BTD, model.embed(next_BT, rules), None, ctx)
+        hidden_BTD, _, _ = module(hidden_BTD, model.embed(next_BT, ctx), None, ctx)
     return _cut(model.logits(hidden_BTD, rules), shape, rules, "vocab")
 
 

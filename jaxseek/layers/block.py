@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +27,8 @@ class Context:
     """What every layer of one forward pass shares.
 
     `fresh`: keys are those of this pass, not of the cache. `slots_BT`: where tokens go in the cache, -1 for
-    padding. `valid_BT`: false for padding, which the experts skip.
+    padding. `valid_BT`: false for padding, which the experts skip. `dtype`: of the activations. `remat`: what
+    the backward pass computes again, a key of `REMAT`.
     """
 
     rules: Rules
@@ -34,6 +37,19 @@ class Context:
     valid_BT: jax.Array
     slots_BT: jax.Array
     fresh: bool
+    dtype: Any
+    remat: str = "none"
+
+
+# What the backward pass finds in memory: everything; the results of matmuls without batch dimensions; or
+# only each layer's input.
+REMAT: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    "none": lambda f: f,
+    "dots": functools.partial(
+        jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
+    "full": jax.checkpoint,
+}
 
 
 class Layer(nnx.Module):
@@ -69,15 +85,17 @@ def run_stack(
     The cache of the stack is carried and updated in place; routings come back stacked over layers.
     """
     L = jax.tree.leaves(stack)[0].shape[0]
-    if L == 1:
-        layer = jax.tree.map(lambda a: a[0], stack)
-        x_BTD, cache, routing = layer(x_BTD, cache, 0, ctx)
-        return x_BTD, cache, jax.tree.map(lambda a: a[None], routing)
 
+    @REMAT[ctx.remat]
     def body(carry, xs):
         (x_BTD, cache), (layer, l) = carry, xs
         x_BTD, cache, routing = layer(x_BTD, cache, l, ctx)
         return (x_BTD, cache), routing
+
+    if L == 1:
+        layer = jax.tree.map(lambda a: a[0], stack)
+        (x_BTD, cache), routing = body((x_BTD, cache), (layer, 0))
+        return x_BTD, cache, jax.tree.map(lambda a: a[None], routing)
 
     (x_BTD, cache), routing = jax.lax.scan(body, (x_BTD, cache), (stack, jax.numpy.arange(L)))
     return x_BTD, cache, routing

@@ -21,9 +21,11 @@ class RouterBias(nnx.Variable):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Routing:
-    """What the router did: chosen experts per token, assignments per expert, and assignments dropped."""
+    """What the router did: chosen experts per token, each expert's affinity as the mean over the tokens of a
+    sequence (they sum to one), assignments per expert, and assignments dropped."""
 
     ids_BTK: jax.Array
+    affinity_BE: jax.Array
     load_E: jax.Array
     dropped: jax.Array
 
@@ -46,17 +48,18 @@ class MoE(nnx.Module):
         """Returns ([B, T, D], Routing). Padding (not valid) reaches no expert."""
         dtype = x_BTD.dtype
         with jax.named_scope("router"):
-            ids_BTK, gates_BTK = self.route(x_BTD, rules)
+            ids_BTK, gates_BTK, logits_BTE = self.route(x_BTD, rules)
+            affinity_BE = mean_affinity(self.cfg, logits_BTE, valid_BT, rules)
         with jax.named_scope("experts"):
             experts = [rules.use(w, dtype) for w in (self.gate_EDF, self.up_EDF, self.down_EFD)]
             y_BTD, load_E, dropped = dispatch(x_BTD, ids_BTK, gates_BTK, valid_BT, experts, rules)
         if self.shared is not None:
             with jax.named_scope("shared_experts"):
                 y_BTD += self.shared(x_BTD, rules)
-        return y_BTD, Routing(ids_BTK, load_E, dropped)
+        return y_BTD, Routing(ids_BTK, affinity_BE, load_E, dropped)
 
-    def route(self, x_BTD: jax.Array, rules: Rules) -> tuple[jax.Array, jax.Array]:
-        """Chosen experts and their gates, [B, T, K] int32 and float32.
+    def route(self, x_BTD: jax.Array, rules: Rules) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Chosen experts and their gates, [B, T, K] int32 and float32, and the router's logits [B, T, E].
 
         float32 throughout: the bias is around 5 in released checkpoints, where bfloat16 steps by 1/32.
         """
@@ -68,7 +71,21 @@ class MoE(nnx.Module):
             out_sharding=rules.spec("batch", "length", None),
         )
         bias_E = None if self.router_bias_E is None else self.router_bias_E[...]
-        return choose_experts(self.cfg, logits_BTE, bias_E)
+        return *choose_experts(self.cfg, logits_BTE, bias_E), logits_BTE
+
+
+def affinities(cfg: ModelConfig, logits: jax.Array) -> jax.Array:
+    """The router's scores of logits [..., E]: sigmoid (V3) or softmax (V1, V2)."""
+    return jax.nn.sigmoid(logits) if cfg.scoring_func == "sigmoid" else jax.nn.softmax(logits, axis=-1)
+
+
+def mean_affinity(cfg: ModelConfig, logits_BTE: jax.Array, valid_BT: jax.Array, rules: Rules) -> jax.Array:
+    """Normalised affinities as the mean over each sequence's tokens, [B, E] (DeepSeek-V3 paper, eq. 18-19)."""
+    scores_BTE = affinities(cfg, logits_BTE)
+    scores_BTE /= scores_BTE.sum(axis=-1, keepdims=True)
+    valid_BT = valid_BT.astype(jnp.float32)
+    sum_BE = jnp.einsum("BTE,BT->BE", scores_BTE, valid_BT, out_sharding=rules.spec("batch", None))
+    return sum_BE / jnp.maximum(rules.shard(valid_BT.sum(axis=1), "batch"), 1)[:, None]
 
 
 def choose_experts(
@@ -80,7 +97,7 @@ def choose_experts(
     best biased experts; the bias selects but does not weigh). Unkept groups are masked with -inf: a kept
     score made negative by its bias must still beat them. Ties go to the lower id.
     """
-    scores = jax.nn.sigmoid(logits) if cfg.scoring_func == "sigmoid" else jax.nn.softmax(logits, axis=-1)
+    scores = affinities(cfg, logits)
     choice = scores if bias_E is None else scores + jnp.broadcast_to(bias_E, scores.shape)
     if cfg.topk_method != "greedy" and cfg.n_group > 1:
         choice = _keep_best_groups(cfg, choice)
