@@ -1,0 +1,60 @@
+"""AdamW as the DeepSeek models are trained with (DeepSeek-V3 paper, section 4.2; Loshchilov and Hutter,
+arXiv:1711.05101): matrices decay, norms and biases do not.
+
+The state is a tree of arrays that says all: the steps taken, from which the learning rate follows, and the
+moments, which lie as their parameters do. Clipping belongs to the step, which reports the norm.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from jaxseek.run_config import RunConfig
+from jaxseek.sharding import parameters
+from jaxseek.train.schedule import learning_rate
+
+
+def decays(model: nnx.Module) -> dict[str, bool]:
+    """By dotted path, whether a parameter decays: what is drawn at random does, what starts constant not."""
+    return {path: param.get_metadata("fill") is None for path, param in parameters(model).items()}
+
+
+def make_optimizer(cfg: RunConfig, decay: dict[str, bool]) -> optax.GradientTransformation:
+    """AdamW for trees {dotted path: array}, each of which `decay` knows; `update` gives float32 changes.
+
+    The moments rest in `optimizer.moments` (both in bfloat16: DeepSeek-V3 paper, section 3.3.2); all is
+    computed in float32.
+    """
+    given, moments = cfg.optimizer, jnp.dtype(cfg.optimizer.moments)
+
+    def matrices(params: Any) -> dict[str, bool]:
+        return {path: decay[path] for path in params}
+
+    adamw = optax.chain(
+        optax.scale_by_adam(given.b1, given.b2, given.eps),
+        optax.add_decayed_weights(given.weight_decay, matrices),
+        optax.scale_by_learning_rate(learning_rate(cfg)),
+    )
+
+    def init(params: optax.Params) -> optax.OptState:
+        return _cast(adamw.init(_cast(params, jnp.float32)), moments)
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        updates, state, params = (_cast(tree, jnp.float32) for tree in (updates, state, params))
+        with jax.numpy_dtype_promotion("standard"):  # optax raises b1 and b2 to an integer
+            updates, state = adamw.update(updates, state, params)
+        return updates, _cast(state, moments)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _cast(tree: Any, dtype: Any) -> Any:
+    """Floating-point leaves in `dtype`; counters stay."""
+    return jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
