@@ -80,7 +80,7 @@ def affinities(cfg: ModelConfig, logits: jax.Array) -> jax.Array:
 
 
 def mean_affinity(cfg: ModelConfig, logits_BTE: jax.Array, valid_BT: jax.Array, rules: Rules) -> jax.Array:
-    """Normalised affinities as the mean over each sequence's tokens, [B, E] (DeepSeek-V3 paper, eq. 18-19)."""
+    """Normalised affinities as the mean over each sequence's tokens, [B, E] (V3 paper, eq. 18 and 19)."""
     scores_BTE = affinities(cfg, logits_BTE)
     scores_BTE /= scores_BTE.sum(axis=-1, keepdims=True)
     valid_BT = valid_BT.astype(jnp.float32)

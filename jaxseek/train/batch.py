@@ -1,0 +1,77 @@
+"""A batch: rows of tokens with what is predicted at each position, made on the host.
+
+Shifting by one token is done here, because on the devices the length may be split over a mesh axis.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxseek.model import DeepSeek
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """Rows [..., B, T] in one or more microbatches.
+
+    `ahead` has the token after each position, then the one after that for every multi-token module, and
+    `weights` how much its prediction counts: 0 for padding, for tokens that are not to be learnt, and where
+    the token belongs to another example. `reference_B` is each row's log-probability under the reference
+    policy, for preference training, where rows 2i and 2i + 1 are the chosen and the rejected answer.
+    """
+
+    tokens_BT: jax.Array
+    positions_BT: jax.Array
+    segments_BT: jax.Array
+    ahead_BJT: jax.Array
+    weights_BJT: jax.Array
+    reference_B: jax.Array | None = None
+
+
+def make_batch(
+    tokens: np.ndarray,
+    segments: np.ndarray,
+    weights: np.ndarray,
+    modules: int,
+    accumulation: int = 1,
+    reference: np.ndarray | None = None,
+) -> Batch:
+    """From rows [B, T]: int tokens, segment ids (0 is padding), and weights of each token as a target.
+
+    Every array gets a leading axis of `accumulation` microbatches. `modules` is the number of multi-token
+    modules.
+    """
+    tokens, segments = tokens.astype(np.int32), segments.astype(np.int32)
+    B, T = tokens.shape
+    index = np.arange(T, dtype=np.int32)
+    starts = np.ones((B, T), bool)
+    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    positions = index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
+    ahead = np.zeros((B, 1 + modules, T), np.int32)
+    counts = np.zeros((B, 1 + modules, T), np.float32)
+    for j in range(min(1 + modules, T - 1)):
+        n = T - 1 - j  # positions that have such a token in the row
+        ahead[:, j, :n] = tokens[:, j + 1 :]
+        same = (segments[:, :n] == segments[:, j + 1 :]) & (segments[:, :n] > 0)
+        counts[:, j, :n] = np.where(same, weights[:, j + 1 :], 0)
+    batch: Any = Batch(tokens, positions.astype(np.int32), segments, ahead, counts, reference)
+    return jax.tree.map(lambda a: a.reshape(accumulation, B // accumulation, *a.shape[1:]), batch)
+
+
+def to_devices(batch: Batch, model: DeepSeek) -> Batch:
+    """The batch on the model's mesh; each host gives the rows that it read."""
+    rules = model.strategy.train
+
+    def put(a: np.ndarray) -> jax.Array:
+        names = ("batch", *(None,) * (a.ndim - 3), "length")[: a.ndim - 1]
+        spec = P(None, *rules.spec(*names))
+        return jax.make_array_from_process_local_data(NamedSharding(model.mesh, spec), a)
+
+    return jax.tree.map(put, batch)

@@ -1,0 +1,128 @@
+"""One optimizer step as one compiled program: gradients of all microbatches, clipping, AdamW, router biases.
+
+The state goes in, is donated, and comes out. A step whose loss or gradient is not finite changes nothing and
+says so in its metrics.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from jaxseek.layers.moe import MoE, RouterBias
+from jaxseek.model import DeepSeek
+from jaxseek.sharding import parameters
+from jaxseek.train.batch import Batch
+from jaxseek.train.objectives import Metrics, Objective, Whole
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """What training changes: the model, the optimizer's state for its trained parameters, steps done."""
+
+    model: DeepSeek
+    moments: Any
+    step: jax.Array
+
+
+def trained(model: DeepSeek) -> dict[str, jax.Array]:
+    """The parameters that gradients change, by path."""
+    return {p: v.get_value() for p, v in parameters(model).items() if isinstance(v, nnx.Param)}
+
+
+def with_values(model: DeepSeek, values: dict[str, jax.Array]) -> DeepSeek:
+    """The model with some parameters' values replaced."""
+    flat = [values.get(p, v.get_value()) for p, v in parameters(model).items()]
+    return jax.tree.unflatten(jax.tree.structure(model), flat)
+
+
+def init_state(model: DeepSeek, optimizer: optax.GradientTransformation) -> State:
+    """The state before the first step. The model's arrays become the state's."""
+    with model.on_mesh():
+        return State(model, jax.jit(optimizer.init)(trained(model)), jnp.zeros((), jnp.int32))
+
+
+def make_step(
+    objective: Objective, optimizer: optax.GradientTransformation
+) -> Callable[..., tuple[State, Metrics]]:
+    """`step(state, teacher, batch, mtp weight, bias speed)`: the next state and the metrics of the batch."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: State, teacher: DeepSeek | None, batch: Batch, mtp: Any, bias_speed: Any):
+        params = trained(state.model)
+
+        def loss(params, part, whole):
+            return objective(with_values(state.model, params), teacher, part, whole, mtp)
+
+        grads, metrics = accumulate(jax.grad(loss, has_aux=True), params, batch)
+        norm = optax.global_norm(grads)
+        clip = objective.run.optimizer.clip
+        scale = jnp.minimum(1, clip / (norm + 1e-6)) if clip else 1.0
+        grads = jax.tree.map(lambda g: g * scale, grads)
+        updates, moments = optimizer.update(grads, state.moments, params)
+        moved = optax.apply_updates(params, updates) | moved_biases(state.model, metrics, bias_speed)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        after = State(with_values(state.model, moved), moments, state.step + 1)
+        after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
+        return after, metrics | {"grad_norm": norm, "finite": finite}
+
+    return step
+
+
+def make_evaluation(objective: Objective) -> Callable[..., Metrics]:
+    """`evaluate(model, teacher, batch, mtp weight)`: the metrics of a batch."""
+
+    @jax.jit
+    def evaluate(model: DeepSeek, teacher: DeepSeek | None, batch: Batch, mtp: Any) -> Metrics:
+        def loss(model, part, whole):
+            return (), objective(model, teacher, part, whole, mtp)[1]
+
+        return accumulate(loss, model, batch)[1]
+
+    return evaluate
+
+
+def accumulate(f: Callable[..., tuple[Any, Metrics]], params: Any, batch: Batch) -> tuple[Any, Metrics]:
+    """Sums of f(params, microbatch, whole) over the microbatches; one microbatch at a time is in memory."""
+    count = batch.tokens_BT.shape[0]
+    whole = Whole(jnp.maximum(batch.weights_BJT[:, :, 0].sum(), 1), jnp.float32(count))
+    if count == 1:
+        return f(params, jax.tree.map(lambda a: a[0], batch), whole)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, f(params, part, whole)), None
+
+    shapes = jax.eval_shape(lambda: f(params, jax.tree.map(lambda a: a[0], batch), whole))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding.spec), shapes)
+    return jax.lax.scan(add, zeros, batch)[0]
+
+
+def moved_biases(model: DeepSeek, metrics: Metrics, speed: jax.Array) -> dict[str, jax.Array]:
+    """V3's load balancing without a loss: biases of overloaded experts fall by `speed`, others rise.
+
+    By the load of the whole batch, after the step (DeepSeek-V3 paper, section 2.1.2).
+    """
+    moved, row, values = {}, 0, parameters(model)
+    for path, layers in sparse_stacks(model):
+        name = f"{path}.mlp.router_bias_E"
+        load_LE = metrics["load"][row : row + layers].astype(jnp.float32)
+        if load_LE.shape[0] and isinstance(values.get(name), RouterBias):
+            error_LE = load_LE.mean(axis=1, keepdims=True) - load_LE
+            moved[name] = values[name].get_value() + speed * jnp.sign(error_LE)
+        row += layers
+    return moved
+
+
+def sparse_stacks(model: DeepSeek) -> list[tuple[str, int]]:
+    """Paths and numbers of layers of the stacks with experts, in the order of their routings."""
+    stacks = [(f"stacks.{i}", s) for i, s in enumerate(model.stacks)]
+    stacks += [(f"mtp.{i}.stack", m.stack) for i, m in enumerate(model.mtp)]
+    return [(path, jax.tree.leaves(s)[0].shape[0]) for path, s in stacks if isinstance(s.mlp, MoE)]
