@@ -140,8 +140,14 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--list", action="store_true", help="name every preset")
     p.add_argument("--mesh", help="axis sizes (tensor=4,data=2) or a strategy TOML")
     p.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    p.add_argument("--context", type=int, default=4096, help="tokens per sequence in the cache")
+    p.add_argument("--context", type=int, default=4096, help="tokens per sequence (default 4096)")
     p.add_argument("--batch", type=int, default=1, help="sequences in the cache")
+    p.add_argument(
+        "--compute",
+        type=float,
+        metavar="FLOPS",
+        help="instead of MODEL: what to train with this budget, by DeepSeek LLM's scaling laws",
+    )
     p.add_argument("--json", action="store_true")
 
     p = verb(
@@ -357,8 +363,20 @@ def _info(args: argparse.Namespace) -> int | None:
     if args.list:
         print(json.dumps(list(presets())) if args.json else "\n".join(presets()))
         return None
+    if args.compute is not None:
+        from jaxseek.info import budget_rows
+        from jaxseek.train.scaling import propose
+
+        if args.model:
+            raise _WrongUse("--compute proposes a model: leave MODEL out")
+        proposal = propose(args.compute, args.context)
+        if args.json:
+            print(json.dumps(proposal))
+        else:
+            _table(f"{args.compute:.3g} FLOPs", budget_rows(proposal))
+        return None
     if not args.model:
-        raise _WrongUse("no model: give MODEL, or --list")
+        raise _WrongUse("no model: give MODEL, --list or --compute")
     from jaxseek.info import describe, read_config
 
     cfg = read_config(args.model)
@@ -366,9 +384,6 @@ def _info(args: argparse.Namespace) -> int | None:
     if args.json:
         print(json.dumps(found | {"config": cfg.to_hf()}))
         return None
-    from rich.console import Console
-    from rich.table import Table
-
     mesh = " x ".join(f"{a}={n}" for a, n in found["mesh"].items()) or "one chip"
     gib = 2**30
     cache = found["cache_bytes_per_chip"] / gib
@@ -386,11 +401,18 @@ def _info(args: argparse.Namespace) -> int | None:
         f"weights per chip ({mesh})": f"{found['weight_bytes_per_chip'] / gib:.3f} GiB in {args.dtype}",
         f"cache per chip ({args.batch} x {args.context:,} tokens)": f"{cache:.3f} GiB",
     }
-    table = Table(show_header=False, title=args.model)
+    _table(args.model, rows)
+    return None
+
+
+def _table(title: str, rows: dict[str, str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, title=title)
     for row in rows.items():
         table.add_row(*row)
     Console().print(table)
-    return None
 
 
 def _bench(args: argparse.Namespace) -> None:

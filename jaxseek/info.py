@@ -62,3 +62,26 @@ def describe(
         "cache_bytes_per_chip": rows * slots * cfg.cache_bytes_per_token(dtype) // heads,
         "cache_for": {"batch": batch, "context": context},
     }
+
+
+def budget_rows(proposal: dict[str, Any]) -> dict[str, str]:
+    """A proposal of `jaxseek.train.scaling.propose`, as lines to read."""
+    scale, found = proposal["model_flops_per_token"], proposal["nearest_preset_flops_per_token"]
+    rows = {
+        "learning rate": f"{proposal['learning_rate']:.2e}",
+        "batch": f"{_short(proposal['batch_tokens'])} tokens ({proposal['batch_rows']:,} rows of "
+        f"{proposal['length']:,})",
+        "model": f"{scale:.2e} non-embedding FLOPs per token (6 x {_short(scale / 6)})",
+        "data": f"{_short(proposal['tokens'])} tokens",
+        "nearest preset": f"{proposal['nearest_preset']}: {found / scale:.2g} x that model, for "
+        f"{_short(proposal['nearest_preset_tokens'])} tokens",
+    }
+    return rows | ({"note": proposal["note"]} if proposal["note"] else {})
+
+
+def _short(n: float) -> str:
+    """Three digits and a letter: 1.02M, 19.0B, 858B."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if n >= size:
+            return f"{n / size:#.3g}".rstrip(".") + letter
+    return f"{n:#.3g}"

@@ -53,7 +53,7 @@ def test_wrong_use_is_2_and_failure_is_1_with_one_line(capsys, tiny, tmp_path):
         main(["no-such-verb"])
     assert stop.value.code == 2
     for argv, code, message in (
-        (["info"], 2, "no model: give MODEL, or --list"),
+        (["info"], 2, "no model: give MODEL, --list or --compute"),
         (["generate", str(tiny)], 2, "no prompt"),
         (["info", "deepseek-v33"], 1, "did you mean deepseek-v3"),
         (["info", "deepseek-v3", "--mesh", "tensr=4"], 1, "did you mean tensor"),
