@@ -1,0 +1,327 @@
+"""What a run tells about itself: metrics.jsonl and its copies, loss.png, a progress line, fraction of peak.
+
+Metrics are numbers by name. Those that mean something here: `loss`, `eval_loss`, `learning_rate`,
+`tokens_per_second`, `mfu` (model FLOPs of a second / `peak_flops`), `load_max_over_mean` and `dropped`.
+Steps count from 0, and a record of step s is about what step s did. On several hosts the first one writes.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import json
+import math
+import os
+import time
+import uuid
+from collections import deque
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxseek.config import ConfigError
+from jaxseek.run_config import LogConfig
+
+FILE, PLOT = "metrics.jsonl", "loss.png"
+
+# Peak bfloat16 FLOPs per second of a chip, by JAX's device_kind: docs.cloud.google.com/tpu/docs/v4, v5e, v5p,
+# v6e and tpu7x.
+_TPU_PEAK = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12,
+}
+
+
+def summarize(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The scalars of a step's metrics, as floats; `load` [L, E] becomes `load_max_over_mean`.
+
+    That is the load of a layer's busiest expert by the mean of its experts', averaged over layers: 1 is even
+    (it is 1 + MaxVio of arXiv:2408.15664, section 4.1).
+    """
+    metrics = jax.device_get(dict(metrics))
+    out = {name: float(value) for name, value in metrics.items() if np.ndim(value) == 0}
+    if "load" in metrics:
+        load_LE = np.asarray(metrics["load"], np.float64)
+        mean_L = np.maximum(load_LE.mean(axis=1), np.finfo(np.float64).tiny)
+        out["load_max_over_mean"] = float((load_LE.max(axis=1) / mean_L).mean())
+    return out
+
+
+# -------------------------------------------------------------------- records
+
+
+class MetricsLog:
+    """Appends records to metrics.jsonl in the run's directory, and to TensorBoard and wandb as configured.
+
+    A run that goes on from `resume_step` cuts off the records of that step and later ones first. Raises
+    ConfigError where `log.wandb` names a project and wandb is not installed.
+    """
+
+    def __init__(self, directory: str | Path, cfg: LogConfig, resume_step: int = 0):
+        self._file = self._board = self._wandb = None
+        if cfg.wandb and importlib.util.find_spec("wandb") is None:
+            raise ConfigError(
+                f"log.wandb is {cfg.wandb!r}, but wandb is not installed: pip install wandb, or take it out"
+            )
+        if jax.process_index() != 0:
+            return
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        _cut(directory / FILE, resume_step)
+        self._file = (directory / FILE).open("a", encoding="utf-8")
+        if cfg.tensorboard:
+            from tensorboardX import SummaryWriter  # a second to import
+
+            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=resume_step, flush_secs=10)
+        if cfg.wandb:
+            self._wandb = _start_wandb(directory, cfg.wandb)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append a record; numbers that are not finite become null."""
+        if self._file is None:
+            return
+        numbers = {name: float(f"{float(value):.8g}") for name, value in values.items()}
+        finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
+        record = {"step": step, "time": round(time.time(), 3)} | {n: finite.get(n) for n in numbers}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in finite.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(finite, step=step)
+
+    def close(self) -> None:
+        """Finish what is still to be written; a second call does nothing."""
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        self._file = self._board = self._wandb = None
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def read_metrics(directory: str | Path) -> Iterator[dict[str, Any]]:
+    """The records of a run, in order; a last line that was cut short is left out."""
+    path = Path(directory) / FILE
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue
+
+
+def _cut(path: Path, step: int) -> None:
+    """Leave out records of `step` and later, at once: a crash leaves the old file or the new one."""
+    if not path.exists():
+        return
+    lines = [json.dumps(r) + "\n" for r in read_metrics(path.parent) if r["step"] < step]
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as out:
+        out.writelines(lines)
+        out.flush()
+        os.fsync(out.fileno())
+    partial.replace(path)
+
+
+def _start_wandb(directory: Path, project: str) -> Any:
+    """The wandb run of this directory, which keeps its id so that a resumed run goes on with it."""
+    wandb: Any = importlib.import_module("wandb")
+    name = directory / "wandb_id"
+    if not name.exists():
+        name.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+    run_id = name.read_text(encoding="utf-8").strip()
+    return wandb.init(
+        project=project, name=directory.resolve().name, dir=str(directory), id=run_id, resume="allow"
+    )
+
+
+# -------------------------------------------------------------------- the plot
+
+
+def plot_loss(directory: str | Path) -> Path:
+    """Draw loss.png from metrics.jsonl: losses and learning rate, and the experts' load where there is one.
+
+    Raises ValueError where no record has a loss.
+    """
+    from matplotlib.figure import Figure  # a third of a second to import; without pyplot it draws with Agg
+
+    path = Path(directory) / PLOT
+    if jax.process_index() != 0:
+        return path
+    records = list(read_metrics(directory))
+    steps, loss = _series(records, "loss")
+    eval_steps, eval_loss = _series(records, "eval_loss")
+    if not steps and not eval_steps:
+        raise ValueError(f"{Path(directory) / FILE} has no loss to plot")
+    load_steps, load = _series(records, "load_max_over_mean")
+    fig = Figure(figsize=(8, 6.4 if load else 4.5), dpi=130, layout="constrained")
+    axes: Any = fig.subplots(
+        2 if load else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 1][: 1 + bool(load)]
+    )
+    top = axes[0, 0]
+    _curve(top, steps, loss, "tab:blue", "train")
+    top.plot(eval_steps, eval_loss, "o-", color="tab:orange", markersize=4, linewidth=1, label="eval")
+    top.set_ylabel("loss")
+    rate_steps, rate = _series(records, "learning_rate")
+    if rate:
+        right = top.twinx()
+        right.plot(rate_steps, rate, "--", color="0.55", linewidth=1)
+        right.set_ylim(bottom=0)
+        right.set_ylabel("learning rate", color="0.45")
+        right.ticklabel_format(axis="y", scilimits=(0, 0))
+        right.tick_params(colors="0.45")
+        right.spines["top"].set_visible(False)
+        top.plot([], [], "--", color="0.55", linewidth=1, label="learning rate")
+    top.legend(frameon=False)
+    top.set_title(Path(directory).resolve().name)
+    if load:
+        _curve(axes[1, 0], load_steps, load, "tab:green", "")
+        axes[1, 0].axhline(1, color="0.7", linewidth=0.8)
+        axes[1, 0].set_ylabel("expert load,\nmax / mean")
+    axes[-1, 0].set_xlabel("step")
+    for ax in axes[:, 0]:
+        ax.grid(alpha=0.25)
+        ax.spines["top"].set_visible(False)
+    fig.savefig(path)
+    return path
+
+
+def _series(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    found = [(r["step"], r[name]) for r in records if r.get(name) is not None]
+    return [s for s, _ in found], [v for _, v in found]
+
+
+def _curve(ax: Any, steps: list[int], values: list[float], color: str, label: str) -> None:
+    """Every value, faint, and the mean of a fiftieth of all around it, of fewer at both ends."""
+    at, sums = np.arange(len(values)), np.cumsum([0.0, *values])
+    half = np.minimum(np.minimum(at, at[::-1]), len(values) // 100)
+    smooth = (sums[at + half + 1] - sums[at - half]) / (2 * half + 1)
+    ax.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+    ax.plot(steps, smooth, color=color, linewidth=1.6, label=label)
+
+
+# -------------------------------------------------------------------- the terminal
+
+
+class Progress:
+    """Steps, time left, loss and speed: a bar in a terminal, elsewhere a line every few seconds.
+
+    A context manager; `update` after each step, `note` for what should stay to be read.
+    """
+
+    def __init__(self, steps: int, start: int = 0, seconds: float = 5.0, console: Any = None):
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        self.steps, self.seconds = steps, seconds
+        self.console = console or Console(highlight=False, markup=False)
+        self._quiet, self._bar, self._line, self._shown = jax.process_index() != 0, None, "", 0.0
+        self._times: deque[tuple[float, int]] = deque(maxlen=50)
+        if self.console.is_terminal and not self._quiet:
+            columns = (BarColumn(20), TextColumn("{task.description}", markup=False))
+            self._bar = Bar(*columns, console=self.console, refresh_per_second=4)
+            self._task = self._bar.add_task("compiling", total=steps, completed=start)
+
+    def update(self, step: int, values: Mapping[str, float]) -> None:
+        """`step` is done, with these metrics."""
+        if self._quiet:
+            return
+        now = time.monotonic()
+        self._times.append((now, step))
+        self._line = self._text(step, values)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step + 1, description=self._line)
+        elif now - self._shown >= self.seconds or step + 1 >= self.steps:
+            self._print()
+
+    def note(self, text: str) -> None:
+        """A line that stays, such as the result of an evaluation."""
+        if not self._quiet:
+            self.console.print(text, soft_wrap=True)
+
+    def _print(self) -> None:
+        if self._line:
+            self.console.print(self._line, soft_wrap=True)
+        self._line, self._shown = "", time.monotonic()
+
+    def _text(self, step: int, values: Mapping[str, float]) -> str:
+        (then, first), (now, _) = self._times[0], self._times[-1]
+        left = (self.steps - step - 1) * (now - then) / (step - first) if step > first else None
+        parts = [f"{step + 1}/{self.steps}", "" if left is None else f"{_duration(left)} left"]
+        for name, show in (
+            ("loss", "loss {:.4f}"),
+            ("tokens_per_second", "{:,.0f} tok/s"),
+            ("mfu", "{:.1%} of peak"),
+            ("load_max_over_mean", "load max/mean {:.2f}"),
+            ("dropped", "dropped {:.0f}"),
+        ):
+            if name in values:
+                parts.append(show.format(values[name]))
+        return "  ".join(p for p in parts if p)
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif not self._quiet:
+            self._print()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+# -------------------------------------------------------------------- the machine's limit
+
+
+def peak_flops(mesh: Mesh) -> float | None:
+    """FLOPs per second that the devices of a mesh could do together; None where that is not known.
+
+    TPUs: bfloat16, as published. CPU: float32, as measured once on this host, whose simulated devices share
+    it; other hosts count as alike.
+    """
+    devices = list(mesh.devices.flat)
+    if devices[0].platform == "cpu":
+        return _measured_peak() * len({d.process_index for d in devices})
+    if devices[0].device_kind not in _TPU_PEAK:
+        return None
+    chips = {(d.process_index, *d.coords) for d in devices}  # a chip is one device or, by core, two
+    return _TPU_PEAK[devices[0].device_kind] * len(chips)
+
+
+@functools.cache
+def _measured_peak(size: int = 1024, seconds: float = 0.2) -> float:
+    """FLOPs per second of numpy's float32 matmul, which uses all cores: the best of its runs."""
+    a, out = np.ones((size, size), np.float32), np.empty((size, size), np.float32)
+    best, end = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        np.matmul(a, a, out=out)
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
