@@ -11,11 +11,19 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jaxseek.config import ConfigError
+from jaxseek.config import ConfigError, ModelConfig
 from jaxseek.run_config import LogConfig
 from jaxseek.sharding import Strategy
 from jaxseek.train import metrics
-from jaxseek.train.metrics import MetricsLog, Progress, peak_flops, plot_loss, read_metrics, summarize
+from jaxseek.train.metrics import (
+    MetricsLog,
+    Progress,
+    peak_flops,
+    plot_loss,
+    read_metrics,
+    summarize,
+    train_flops,
+)
 
 ALONE = LogConfig(tensorboard=False)
 
@@ -185,3 +193,27 @@ def test_the_peak_is_the_chips_or_what_this_cpu_does():
     assert peak_flops(mesh("TPU v5p", [(0, 0, 0), (1, 0, 0)])) == 2 * 459e12
     assert peak_flops(mesh("TPU7x", [(0, 0, 0), (0, 0, 0)])) == 2307e12  # two devices, one chip
     assert peak_flops(mesh("some GPU", [(0, 0, 0)], "gpu")) is None
+
+
+def test_training_flops_are_six_per_parameter_and_token_plus_half_of_attention():
+    dense = ModelConfig.from_preset("deepseek-llm-7b-base")
+    D, L, F, V = 4096, 30, 11008, 102400
+    matrices = L * (4 * D * D + 3 * D * F) + V * D
+    norms = (2 * L + 1) * D  # counted, and nothing beside the rest
+    expected = 1000 * (6 * (matrices + norms) + 12 * L * D * 4096 / 2)
+    assert train_flops(dense, 1000, 4096) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_multi_token_module_costs_a_layer_a_projection_and_a_head():
+    cfg = ModelConfig.from_preset("tiny-v3")
+    D, V, T = cfg.hidden_size, cfg.vocab_size, 512
+    layer = 6 * (_active_layer(cfg) + 2 * D * D + V * D) + 6 * 4 * (128 + 64) * T / 2
+    without = cfg.replace(num_nextn_predict_layers=0)
+    assert train_flops(cfg, 1, T) - train_flops(without, 1, T) == pytest.approx(layer, rel=1e-9)
+
+
+def _active_layer(cfg):
+    """Parameters that a token uses in a sparse layer of tiny-v3, counted by hand."""
+    D, Q, C, R, F = 256, 128, 128, 64, 128
+    attention = D * Q + Q + Q * 4 * 128 + D * (C + R) + C + C * 4 * (64 + 64) + 4 * 64 * D
+    return attention + 2 * D + D * 16 + 16 + (4 + 1) * 3 * D * F

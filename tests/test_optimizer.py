@@ -119,6 +119,7 @@ def test_the_state_and_the_updates_lie_on_the_mesh_as_the_parameters_do():
     with model.on_mesh():
         state = jax.jit(optimizer.init)(params)
         updates, new = jax.jit(optimizer.update)(params, state, params)
+    assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, state)  # one program for all steps
     adam, moved = (s[0] for s in (state, new))
     for path, param in params.items():
         for a in (adam.mu[path], adam.nu[path], moved.mu[path], moved.nu[path], updates[path]):

@@ -6,7 +6,7 @@ import pytest
 
 from jaxseek.cli import main
 from jaxseek.config import ConfigError, ModelConfig, presets
-from jaxseek.train.scaling import flops_per_token, nearest_preset, propose, train_flops
+from jaxseek.train.scaling import flops_per_token, nearest_preset, propose
 
 
 @pytest.mark.parametrize(
@@ -64,35 +64,9 @@ def test_mixtures_and_latent_attention_count_what_a_token_uses():
     assert flops_per_token(cfg, 4096) == 6 * (cfg.num_active_params() - embeddings) + attention
 
 
-def test_training_flops_are_six_per_parameter_and_token_plus_half_of_attention():
-    dense = ModelConfig.from_preset("deepseek-llm-7b-base")
-    D, L, F, V = 4096, 30, 11008, 102400
-    matrices = L * (4 * D * D + 3 * D * F) + V * D
-    norms = (2 * L + 1) * D  # counted, and nothing beside the rest
-    expected = 1000 * (6 * (matrices + norms) + 12 * L * D * 4096 / 2)
-    assert train_flops(dense, 1000, 4096) == pytest.approx(expected, rel=1e-12)
-
-
-def test_a_multi_token_module_costs_a_layer_a_projection_and_a_head():
-    cfg = ModelConfig.from_preset("tiny-v3")
-    D, V, T = cfg.hidden_size, cfg.vocab_size, 512
-    layer = 6 * (_active_layer(cfg) + 2 * D * D + V * D) + 6 * 4 * (128 + 64) * T / 2
-    without = cfg.replace(num_nextn_predict_layers=0)
-    assert train_flops(cfg, 1, T) - train_flops(without, 1, T) == pytest.approx(layer, rel=1e-9)
-
-
-def _active_layer(cfg):
-    """Parameters that a token uses in a sparse layer of tiny-v3, counted by hand."""
-    D, Q, C, R, F = 256, 128, 128, 64, 128
-    attention = D * Q + Q + Q * 4 * 128 + D * (C + R) + C + C * 4 * (64 + 64) + 4 * 64 * D
-    return attention + 2 * D + D * 16 + 16 + (4 + 1) * 3 * D * F
-
-
-def test_every_preset_has_a_cost():
+def test_every_preset_has_a_scale():
     for name in presets():
-        cfg = ModelConfig.from_preset(name)
-        assert train_flops(cfg, 1, 4096) > 6 * cfg.num_active_params() * 0.5, name
-        assert flops_per_token(cfg, 4096) > 0, name
+        assert flops_per_token(ModelConfig.from_preset(name), 4096) > 0, name
 
 
 def test_info_prints_the_proposal(capsys):

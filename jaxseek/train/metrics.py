@@ -1,7 +1,7 @@
 """What a run tells about itself: metrics.jsonl and its copies, loss.png, a progress line, fraction of peak.
 
 Metrics are numbers by name. Those that mean something here: `loss`, `eval_loss`, `learning_rate`,
-`tokens_per_second`, `mfu` (model FLOPs of a second / `peak_flops`), `load_max_over_mean` and `dropped`.
+`tokens_per_second`, `mfu` (`train_flops` of a second / `peak_flops`), `load_max_over_mean` and `dropped`.
 Steps count from 0, and a record of step s is about what step s did. On several hosts the first one writes.
 """
 
@@ -24,8 +24,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxseek.config import ConfigError
+from jaxseek.config import ConfigError, ModelConfig
 from jaxseek.run_config import LogConfig
+from jaxseek.train.scaling import attention_flops_per_token
 
 FILE, PLOT = "metrics.jsonl", "loss.png"
 
@@ -298,6 +299,23 @@ def _duration(seconds: float) -> str:
 
 
 # -------------------------------------------------------------------- the machine's limit
+
+
+def train_flops(cfg: ModelConfig, tokens: float, length: int) -> float:
+    """FLOPs to train on `tokens` in rows of `length`: forward, and backward at twice its cost.
+
+    6 for every parameter that multiplies a token (Kaplan et al., arXiv:2001.08361, section 2.1): all active
+    ones but the embedding, the head included, with one more layer, projection and head for each multi-token
+    module. Attention as PaLM counts it, at half of `length`, as causal queries see half the keys on average.
+    What rematerialization computes again does not count, and frozen weights (LoRA) count as trained.
+    """
+    D, V = cfg.hidden_size, cfg.vocab_size
+    active = cfg.num_active_params() - (0 if cfg.tie_word_embeddings else V * D)
+    if depth := cfg.num_nextn_predict_layers:
+        deeper = cfg.replace(num_hidden_layers=cfg.num_hidden_layers + depth)
+        active += deeper.num_active_params() - cfg.num_active_params() + depth * (2 * D * D + V * D)
+        cfg = deeper
+    return tokens * (6 * active + attention_flops_per_token(cfg, length / 2))
 
 
 def peak_flops(mesh: Mesh) -> float | None:

@@ -1,7 +1,7 @@
-"""DeepSeek LLM's scaling laws (arXiv:2401.02954, section 3), and what training costs in FLOPs.
+"""DeepSeek LLM's scaling laws (arXiv:2401.02954, section 3).
 
-For a compute budget C in FLOPs the paper fits the learning rate and the batch (eqs. 1) from 1e17 to 2e19,
-and the split C = M D into model scale M, non-embedding FLOPs per token, and tokens D (eqs. 4); it trusts
+For a compute budget C in FLOPs the paper fits the learning rate and the batch (eq. 1) from 1e17 to 2e19,
+and the split C = M D into model scale M, non-embedding FLOPs per token, and tokens D (eq. 4); it trusts
 them up to its own 67B model, C = 1e24.
 """
 
@@ -86,20 +86,3 @@ def attention_flops_per_token(cfg: ModelConfig, keys: float) -> float:
     """
     values = cfg.v_head_dim or cfg.head_dim
     return 6 * cfg.num_hidden_layers * cfg.num_attention_heads * (cfg.head_dim + values) * keys
-
-
-def train_flops(cfg: ModelConfig, tokens: float, length: int) -> float:
-    """FLOPs to train on `tokens` in rows of `length`: forward, and backward at twice its cost.
-
-    6 for every parameter that multiplies a token (Kaplan et al., arXiv:2001.08361, section 2.1): all active
-    ones but the embedding, the head included, with one more layer, projection and head for each multi-token
-    module. Attention as PaLM counts it, at half of `length`, as causal queries see half the keys on average.
-    What rematerialization computes again does not count, and frozen weights (LoRA) count as trained.
-    """
-    D, V = cfg.hidden_size, cfg.vocab_size
-    active = cfg.num_active_params() - (0 if cfg.tie_word_embeddings else V * D)
-    if depth := cfg.num_nextn_predict_layers:
-        deeper = cfg.replace(num_hidden_layers=cfg.num_hidden_layers + depth)
-        active += deeper.num_active_params() - cfg.num_active_params() + depth * (2 * D * D + V * D)
-        cfg = deeper
-    return tokens * (6 * active + attention_flops_per_token(cfg, length / 2))
