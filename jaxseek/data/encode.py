@@ -1,0 +1,111 @@
+"""Documents and conversations as token ids, and which of these a model should learn to write.
+
+`Encoded.weights` is 1 on a token that is a target of the loss. Text of the data is text: it never becomes a
+control token, except the thinking tags in what an assistant says.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxseek import chat
+from jaxseek.config import ConfigError
+from jaxseek.data.examples import Talk
+from jaxseek.tokenizer import Tokenizer
+
+
+class Encoded(NamedTuple):
+    tokens: np.ndarray  # int32 [n]
+    weights: np.ndarray  # float32 [n]
+
+    def cut(self, length: int) -> Encoded:
+        return Encoded(self.tokens[:length], self.weights[:length])
+
+
+def encode_document(text: str, tokenizer: Tokenizer, fim: np.random.Generator | None = None) -> Encoded:
+    """BOS text EOS, as far as the tokenizer has them; all of it is to be learnt.
+
+    With `fim`, which draws the two places to split at, BOS <fim_begin> prefix <fim_hole> suffix <fim_end>
+    middle EOS (DeepSeek-V3 paper, section 4.1).
+    """
+    if fim is None:
+        ids = tokenizer.encode(text)
+    else:
+        a, b = sorted(fim.integers(0, len(text), 2, endpoint=True))
+        ids = tokenizer.render_fim(text[:a], text[b:]) + tokenizer.encode(text[a:b], bos=False)
+    ids += tokenizer.eos_ids[:1]
+    return _encoded(ids, [(0, len(ids))])
+
+
+def encode_talk(talk: Talk, tokenizer: Tokenizer) -> Encoded:
+    """A conversation that ends with the assistant; what the assistant says, with its end of turn, counts.
+
+    The last answer follows the prompt that the model would be given for it. An earlier answer counts too
+    where it stands in that prompt as it was written; a template that rewrites the past, as R1's drops the
+    thoughts of earlier turns, leaves no such place, and then the answer does not count.
+    """
+    turns = [i for i, message in enumerate(talk) if message["role"] == "assistant"]
+    if tokenizer.template is None:
+        prompt, reply = _plain(talk, tokenizer)
+        return _encoded(prompt + reply, [(len(prompt), len(prompt + reply))])
+    prompt, reply = _turn(talk, turns[-1], tokenizer)
+    ids = prompt + reply
+    spans = [(len(prompt), len(ids))]
+    for i in turns[:-1]:
+        before, said = _turn(talk, i, tokenizer)
+        if ids[: len(before) + len(said)] == before + said:
+            spans.append((len(before), len(before) + len(said)))
+    return _encoded(ids, spans)
+
+
+def _turn(talk: Talk, i: int, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """(prompt, reply) of message i, by the assistant: what the model is given and what it should write."""
+    content = talk[i].get("content") or ""
+    template, thinks = tokenizer.template, content.lstrip().startswith(chat.THINK)
+    # Each family's way to ask for a reply that thinks, or for one that does not.
+    thinking = {"deepseek_distill": None if thinks else False, "deepseek_v3_1": True if thinks else None}
+    prompt = tokenizer.render_chat(talk[:i], thinking=thinking.get(template or ""))
+    if template == "jinja" or talk[i].get("tool_calls"):
+        return prompt, _reply_as_rendered(talk[: i + 1], prompt, tokenizer)
+    if thinks and tokenizer.opened_think(prompt):
+        content = content.lstrip().removeprefix(chat.THINK)
+        content = content.removeprefix("\n") if template == "deepseek_distill" else content
+    if template == "deepseek_v2":  # whose prompt ends in "Assistant:"
+        content = " " + content
+    return prompt, tokenizer.encode_reply(content)
+
+
+def _reply_as_rendered(talk: Talk, prompt: list[int], tokenizer: Tokenizer) -> list[int]:
+    """What the template itself puts behind the prompt, up to the end of the turn."""
+    whole = tokenizer.render_chat(talk, add_generation_prompt=False)
+    if whole[: len(prompt)] != prompt:
+        at = next((n for n, (a, b) in enumerate(zip(prompt, whole)) if a != b), min(len(prompt), len(whole)))
+        raise ConfigError(
+            "the chat template does not continue its own prompt, so answers cannot be told from prompts: "
+            f"after {tokenizer.decode(prompt[max(at - 8, 0) : at], False)!r} the prompt goes on with "
+            f"{tokenizer.decode(prompt[at : at + 8], False)!r}, the conversation with "
+            f"{tokenizer.decode(whole[at : at + 8], False)!r}; use another template, or prompt and response "
+            "columns with a tokenizer that has none"
+        )
+    reply = whole[len(prompt) :]
+    ends = [n for n, token in enumerate(reply) if token in tokenizer.eos_ids]
+    return reply[: ends[-1] + 1] if ends else reply
+
+
+def _plain(talk: Talk, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Prompt and reply of a model without chat: the two texts, one after the other."""
+    if [message["role"] for message in talk] != ["user", "assistant"]:
+        raise ConfigError(
+            f"this tokenizer has no chat template, and so no form for {len(talk)} messages; expected a "
+            "prompt and a response, or a tokenizer with a template"
+        )
+    return tokenizer.encode(talk[0]["content"]), tokenizer.encode_reply(talk[1]["content"] or "")
+
+
+def _encoded(ids: list[int], spans: list[tuple[int, int]]) -> Encoded:
+    weights = np.zeros(len(ids), np.float32)
+    for begin, end in spans:
+        weights[begin:end] = 1
+    return Encoded(np.array(ids, np.int32), weights)

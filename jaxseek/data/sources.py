@@ -1,0 +1,256 @@
+"""Files of examples as one sequence of records with random access.
+
+A record is a dict from column names to values; a plain string is {"text": it}. Only what has to be is held in
+memory: of a .jsonl file the offsets of its lines, of a text file its name; .json and .parquet files whole.
+"""
+
+from __future__ import annotations
+
+import bisect
+import difflib
+import glob
+import importlib
+import itertools
+import json
+import mmap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from jaxseek.config import ConfigError
+
+Record = dict[str, Any]
+
+
+class Records(Protocol):
+    """A sequence of records that knows where each came from, for messages."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, i: int, /) -> Record: ...
+    def place(self, i: int, /) -> str: ...
+
+
+class Joined:
+    """Several sources, one after the other. `starts` holds the index of the first record of each."""
+
+    def __init__(self, parts: Sequence[Records]):
+        self._parts = parts
+        self.starts = [0, *itertools.accumulate(len(part) for part in parts)]
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, i: int) -> Record:
+        part = bisect.bisect(self.starts, i) - 1
+        return self._parts[part][i - self.starts[part]]
+
+    def place(self, i: int) -> str:
+        """Such as `train.jsonl, line 7`."""
+        part = bisect.bisect(self.starts, i) - 1
+        return self._parts[part].place(i - self.starts[part])
+
+
+class _Lines:
+    """A .jsonl file, memory-mapped; blank lines are passed over."""
+
+    def __init__(self, path: Path, name: str):
+        self._name = name
+        with path.open("rb") as file:
+            if not path.stat().st_size:
+                raise ConfigError(f"{name} is empty, expected a JSON object on each line")
+            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        ends, step = [], 1 << 24
+        for at in range(0, len(self._bytes), step):
+            ends.append(at + np.flatnonzero(np.frombuffer(self._bytes[at : at + step], np.uint8) == 10))
+        ends.append(np.array([len(self._bytes)]))
+        self._ends = np.concatenate(ends)
+        begins = np.concatenate([[0], self._ends[:-1] + 1])
+        filled = np.ones(len(begins), bool)
+        for short in np.flatnonzero(self._ends - begins <= 2):
+            filled[short] = bool(self._bytes[begins[short] : self._ends[short]].strip())
+        self._begins = begins[filled]
+
+    def __len__(self) -> int:
+        return len(self._begins)
+
+    def __getitem__(self, i: int) -> Record:
+        begin = int(self._begins[i])
+        line = self._bytes[begin : int(self._ends[np.searchsorted(self._ends, begin)])]
+        try:
+            return _record(json.loads(line), lambda: self.place(i))
+        except ValueError as error:
+            if isinstance(error, ConfigError):
+                raise
+            text = line[:60].decode(errors="replace")
+            raise ConfigError(f"{self.place(i)} is not JSON ({error}): {text!r}") from None
+
+    def place(self, i: int) -> str:
+        return f"{self._name}, line {np.searchsorted(self._ends, self._begins[i]) + 1}"
+
+
+class _Items:
+    """A list of objects or strings: a .json file or what a function returned."""
+
+    def __init__(self, items: Any, name: str):
+        if not isinstance(items, list):
+            raise ConfigError(
+                f"{name} holds a {type(items).__name__}, expected a list of objects (objects on a line each "
+                "belong in a file that ends in .jsonl)"
+            )
+        self._items, self._name = items, name
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, i: int) -> Record:
+        return _record(self._items[i], lambda: self.place(i))
+
+    def place(self, i: int) -> str:
+        return f"{self._name}, item {i + 1}"
+
+
+class _Table:
+    """A .parquet file."""
+
+    def __init__(self, path: Path, name: str):
+        try:
+            import pyarrow.parquet as parquet
+        except ImportError:
+            raise ConfigError(f"{name} needs pyarrow to be read: pip install 'jaxseek[data]'") from None
+        try:
+            self._table = parquet.read_table(path, memory_map=True)
+        except (ValueError, OSError) as error:  # ArrowInvalid is a ValueError
+            raise ConfigError(f"{name} cannot be read as parquet ({error})") from None
+        self._name = name
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def __getitem__(self, i: int) -> Record:
+        return self._table.slice(i, 1).to_pylist()[0]
+
+    def place(self, i: int) -> str:
+        return f"{self._name}, row {i + 1}"
+
+
+class _Text:
+    """Any other file: one document."""
+
+    def __init__(self, path: Path, name: str):
+        self._path, self._name = path, name
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, i: int) -> Record:
+        try:
+            return {"text": self._path.read_bytes().decode()}
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"{self._name} is not UTF-8 text ({error}); files that end in .jsonl, .json and .parquet "
+                "hold records, all others are read as text"
+            ) from None
+
+    def place(self, i: int) -> str:
+        return self._name
+
+
+def open_sources(names: Sequence[str], key: str) -> Joined:
+    """The records of all that `names` (a setting called `key`) names, in order; files of a name are sorted.
+
+    Raises ConfigError for a name behind which nothing is, and for a file that is not what its ending says.
+    """
+    parts: list[Records] = []
+    for name in names:
+        if name.startswith("python:"):
+            parts.append(_call(name))
+        elif name.startswith("hf://"):
+            parts += [_file(Path(local), shown) for local, shown in _download(name, key)]
+        else:
+            parts += [_file(path, str(path)) for path in _local(name, key)]
+    records = Joined(parts)
+    if not len(records):
+        raise ConfigError(f"{key} = {list(names)} holds no examples")
+    return records
+
+
+def _file(path: Path, name: str) -> Records:
+    match path.suffix:
+        case ".jsonl":
+            return _Lines(path, name)
+        case ".json":
+            try:
+                return _Items(json.loads(path.read_bytes()), name)
+            except ValueError as error:
+                if isinstance(error, ConfigError):
+                    raise
+                raise ConfigError(f"{name} is not JSON ({error})") from None
+        case ".parquet":
+            return _Table(path, name)
+    return _Text(path, name)
+
+
+def _local(name: str, key: str) -> list[Path]:
+    path = Path(name).expanduser()
+    if path.is_file():
+        return [path]
+    found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+    files = sorted(p for p in found if p.is_file() and not _hidden(p, path))
+    if files:
+        return files
+    if path.is_dir() or glob.has_magic(name):
+        raise ConfigError(f"{key}: no file in {name}" if path.is_dir() else f"{key}: no file matches {name}")
+    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, beside, 1)
+    where = f"; did you mean {path.parent / near[0]}?" if near else f" (from {Path.cwd()})"
+    raise ConfigError(f"{key}: there is no {name}{where}")
+
+
+def _hidden(file: Path, directory: Path) -> bool:
+    inside = file.relative_to(directory).parts if file.is_relative_to(directory) else ()
+    return any(part.startswith(".") for part in inside)
+
+
+def _download(name: str, key: str) -> list[tuple[str, str]]:
+    """(path in the hub's cache, hf:// name) of each file that an hf:// name, directory or glob stands for."""
+    try:
+        import huggingface_hub as hub
+    except ImportError:
+        raise ConfigError(f"{name} needs huggingface_hub: pip install 'jaxseek[data]'") from None
+    try:
+        remote = hub.HfFileSystem()
+        path = name.removeprefix("hf://")
+        found = remote.glob(path) if glob.has_magic(path) else [path]
+        files = sorted(file for p in found for file in (remote.find(p) if remote.isdir(p) else [p]))
+        places: list[Any] = [remote.resolve_path(file) for file in files]
+        local = [
+            hub.hf_hub_download(p.repo_id, p.path_in_repo, repo_type=p.repo_type, revision=p.revision)
+            for p in places
+        ]
+    except Exception as error:  # the hub's, the network's and the file system's own
+        raise ConfigError(
+            f"{key}: {name} cannot be fetched ({type(error).__name__}: {error}); expected "
+            "hf://datasets/OWNER/NAME/FILE, and HF_TOKEN set where the data set is gated"
+        ) from error
+    if not files:
+        raise ConfigError(f"{key}: no file matches {name}")
+    return [(path, f"hf://{file}") for path, file in zip(local, files)]
+
+
+def _call(name: str) -> Records:
+    module, _, function = name.removeprefix("python:").partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{name}: {error}; expected python:MODULE:FUNCTION") from None
+    return _Items(found(), name)
+
+
+def _record(value: Any, place: Any) -> Record:
+    if isinstance(value, str):
+        return {"text": value}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{place()} is a {type(value).__name__}, expected an object or a string")
+    return value
