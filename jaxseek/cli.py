@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -131,6 +132,18 @@ def _parser() -> argparse.ArgumentParser:
     sampling_arguments(p, 2048)
 
     p = verb(
+        "train",
+        _train,
+        "Pretraining, SFT, DPO or distillation, as a run file says; a stopped run goes on by the same command.",
+        "jaxseek train configs/runs/pretrain-tiny.toml --set steps=100 --set out=runs/mine",
+    )
+    p.add_argument("run_file", metavar="RUN.toml", help="run file; configs/runs has one of each kind")
+    p.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key (data.length=512)"
+    )
+    p.add_argument("--json", action="store_true", help="end with one line of JSON")
+
+    p = verb(
         "info",
         _info,
         "Config, parameters, cache and memory per chip; nothing is loaded.",
@@ -220,6 +233,23 @@ def _prompts(args: argparse.Namespace) -> list[Any]:
         system = [{"role": "system", "content": args.system}] if args.system else []
         prompts = [[*system, {"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
     return prompts
+
+
+def _train(args: argparse.Namespace) -> int:
+    from jaxseek.run_config import RunConfig
+
+    run = RunConfig.from_toml(args.run_file, args.set)
+    from jaxseek.sharding import initialize_distributed
+
+    initialize_distributed()
+    from jaxseek.train.loop import train
+
+    result = train(run)
+    if args.json:
+        print(json.dumps(dataclasses.asdict(result)))
+    else:
+        print(result)
+    return 1 if result.stopped else 0
 
 
 def _generate(args: argparse.Namespace) -> None:

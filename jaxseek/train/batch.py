@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -63,6 +64,13 @@ def make_batch(
         counts[:, j, :n] = np.where(same, weights[:, j + 1 :], 0)
     batch: Any = Batch(tokens, positions.astype(np.int32), segments, ahead, counts, reference)
     return jax.tree.map(lambda a: a.reshape(accumulation, B // accumulation, *a.shape[1:]), batch)
+
+
+def most(n: int) -> int:
+    """The largest n of any host, so that all take part in as many steps."""
+    if jax.process_count() == 1:
+        return n
+    return int(np.max(multihost_utils.process_allgather(np.int32(n))))
 
 
 def to_devices(batch: Batch, model: DeepSeek) -> Batch:

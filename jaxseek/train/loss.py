@@ -1,4 +1,4 @@
-"""Losses as pure functions: next-token cross-entropy in chunks, multi-token prediction, balance, distillation.
+"""Losses as pure functions: next-token cross-entropy in chunks, multi-token, balance, distillation.
 
 Papers: DeepSeekMoE (arXiv:2401.06066), DeepSeek-V2 (2405.04434),
 DeepSeek-V3 (2412.19437).

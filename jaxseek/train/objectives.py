@@ -24,10 +24,19 @@ Metrics = dict[str, Any]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Whole:
-    """Of the whole batch: the sum of the weights of its next tokens, and its number of microbatches."""
+    """Of the whole batch: the weights of its next tokens summed, rows that have any, and its microbatches."""
 
     weight: jax.Array
+    rows: jax.Array
     microbatches: jax.Array
+
+    @classmethod
+    def of(cls, batch: Batch) -> Whole:
+        """Of a batch with its leading axis of microbatches."""
+        weights_ABT = batch.weights_BJT[:, :, 0]
+        rows = (weights_ABT.sum(axis=-1) > 0).sum().astype(jnp.float32)
+        count = jnp.float32(weights_ABT.shape[0])
+        return cls(jnp.maximum(weights_ABT.sum(), 1), jnp.maximum(rows, 1), count)
 
 
 @dataclass(frozen=True)
@@ -88,12 +97,15 @@ class Objective:
         out = model.forward(batch.tokens_BT, ctx)
         logprob_BT = token_logprobs(model, out.hidden_BTD, batch.ahead_BJT[:, 0], ctx.rules)
         ratio_B = row_logprobs(logprob_BT, batch, ctx.rules) - batch.reference_B
-        pairs = ratio_B.shape[0] // 2
-        ratio_P2 = jax.lax.reshape(ratio_B, (pairs, 2), out_sharding=ctx.rules.spec("batch", None))
+        counts_B = ctx.rules.shard((batch.weights_BJT[:, 0].sum(axis=1) > 0).astype(jnp.float32), "batch")
+        ratio_P2, counts_P2 = (
+            jax.lax.reshape(a, (a.shape[0] // 2, 2), out_sharding=ctx.rules.spec("batch", None))
+            for a in (ratio_B, counts_B)
+        )
         margin_P = run.beta * (ratio_P2[:, 0] - ratio_P2[:, 1])
         loss_P = -(1 - run.label_smoothing) * jax.nn.log_sigmoid(margin_P)
         loss_P -= run.label_smoothing * jax.nn.log_sigmoid(-margin_P)
-        extra, metrics = self._routers(model, out, batch, whole, 0.0, ctx)
+        extra, metrics = self._routers(model, out, batch, whole, None, ctx)
         means = {
             "loss": loss_P,
             "margin": margin_P,
@@ -101,13 +113,14 @@ class Objective:
             "reward_chosen": run.beta * ratio_P2[:, 0],
             "reward_rejected": run.beta * ratio_P2[:, 1],
         }
-        means = {name: value.mean() / whole.microbatches for name, value in means.items()}
+        pairs = whole.rows / 2
+        means = {name: (counts_P2[:, 0] * value).sum() / pairs for name, value in means.items()}
         return means["loss"] + extra, metrics | means
 
     def _routers(self, model, out, batch, whole, mtp, ctx):
         """Multi-token loss (where a weight is given) and balance losses, and what the routers did."""
         extra, metrics, routing = jnp.zeros(()), {}, out.routing
-        if model.mtp and not isinstance(mtp, float):
+        if model.mtp and mtp is not None and self.run.loss.mtp != 0:
             logprobs, routed = multi_token_logprobs(model, out.hidden_BTD, batch, ctx)
             routing = (*routing, *routed)
             nll = sum(-(batch.weights_BJT[:, k + 1] * lp).sum() for k, lp in enumerate(logprobs))

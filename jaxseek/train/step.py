@@ -20,6 +20,7 @@ from jaxseek.layers.moe import MoE, RouterBias
 from jaxseek.model import DeepSeek
 from jaxseek.sharding import parameters
 from jaxseek.train.batch import Batch
+from jaxseek.train.lora import LoraParam
 from jaxseek.train.objectives import Metrics, Objective, Whole
 
 
@@ -34,8 +35,16 @@ class State:
 
 
 def trained(model: DeepSeek) -> dict[str, jax.Array]:
-    """The parameters that gradients change, by path."""
-    return {p: v.get_value() for p, v in parameters(model).items() if isinstance(v, nnx.Param)}
+    """The parameters that gradients change, by path: the adapters where there are any, else all."""
+    values = parameters(model)
+    kind = LoraParam if any(isinstance(v, LoraParam) for v in values.values()) else nnx.Param
+    return {p: v.get_value() for p, v in values.items() if isinstance(v, kind)}
+
+
+def changed(model: DeepSeek) -> dict[str, jax.Array]:
+    """What a step changes, by path: what is trained, and the routers' biases."""
+    biases = {p: v.get_value() for p, v in parameters(model).items() if isinstance(v, RouterBias)}
+    return trained(model) | biases
 
 
 def with_values(model: DeepSeek, values: dict[str, jax.Array]) -> DeepSeek:
@@ -92,9 +101,8 @@ def make_evaluation(objective: Objective) -> Callable[..., Metrics]:
 
 def accumulate(f: Callable[..., tuple[Any, Metrics]], params: Any, batch: Batch) -> tuple[Any, Metrics]:
     """Sums of f(params, microbatch, whole) over the microbatches; one microbatch at a time is in memory."""
-    count = batch.tokens_BT.shape[0]
-    whole = Whole(jnp.maximum(batch.weights_BJT[:, :, 0].sum(), 1), jnp.float32(count))
-    if count == 1:
+    whole = Whole.of(batch)
+    if batch.tokens_BT.shape[0] == 1:
         return f(params, jax.tree.map(lambda a: a[0], batch), whole)
 
     def add(total, part):

@@ -1,0 +1,153 @@
+"""Checkpoints of a run: written in the background, whole or not at all, restored onto any mesh.
+
+OUT/checkpoints/STEP/params    what training changes of the model, by dotted path
+OUT/checkpoints/STEP/moments   the optimizer's state
+OUT/checkpoints/STEP/run       each host's position in the data
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from jaxseek.checkpoint import CheckpointError
+from jaxseek.run_config import CheckpointConfig
+from jaxseek.train.step import State, changed, with_values
+
+
+class Checkpoints:
+    """Of one run. The newest `keep` stay, and the one with the lowest evaluation loss."""
+
+    def __init__(self, out: str | Path, cfg: CheckpointConfig):
+        self.directory = Path(out).absolute() / "checkpoints"
+        self.cfg, self.saved_at = cfg, time.monotonic()
+        keep = [LatestN(cfg.keep)]
+        keep += [BestN(get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)]
+        self.manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=AnyPreservationPolicy(keep), cleanup_tmp_directories=True
+            ),
+        )
+
+    def due(self, step: int) -> bool:
+        """Whether this step is one to save after, by number or by time."""
+        return step % self.cfg.every == 0 or time.monotonic() - self.saved_at > 60 * self.cfg.minutes
+
+    def save(self, step: int, state: State, position: Any, loss: float | None = None) -> None:
+        """Start writing; the state is copied before this returns. `loss` is that of an evaluation.
+
+        Raises CheckpointError where the disk is full, or where the write before this one failed.
+        """
+        if step in self.manager.all_steps():
+            return
+        params = changed(state.model)
+        needed = sum(a.nbytes for a in jax.tree.leaves((params, state.moments)))
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise CheckpointError(
+                f"{self.directory}: a checkpoint needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
+                f"free some and run again, it goes on from {self._last()}"
+            )
+        items = ocp.args.Composite(
+            params=ocp.args.PyTreeSave(params),
+            moments=ocp.args.PyTreeSave(state.moments),
+            run=ocp.args.JsonSave({"step": step, "positions": _gather(position)}),
+        )
+        metrics = None if loss is None else {"loss": loss}
+        self._guarded(lambda: self.manager.save(step, args=items, metrics=metrics, force=True))
+        self.saved_at = time.monotonic()
+
+    def wait(self) -> None:
+        """Until everything is on disk. Raises CheckpointError where writing failed."""
+        self._guarded(self.manager.wait_until_finished)
+
+    def close(self) -> None:
+        """Wait, and end the threads that write."""
+        self.wait()
+        self.manager.close()
+
+    @property
+    def latest(self) -> int | None:
+        """The newest whole checkpoint's step."""
+        return self.manager.latest_step()
+
+    @property
+    def best_loss(self) -> float:
+        """The lowest evaluation loss among the checkpoints kept; infinite where there is none."""
+        kept = (self.manager.metrics(step) for step in self.manager.all_steps())
+        return min((_loss(m) for m in kept if m), default=float("inf"))
+
+    def restore(self, step: int, state: State) -> tuple[State, Any]:
+        """The state of a checkpoint and this host's position in the data.
+
+        `state` may be abstract: it gives shapes, dtypes, and its model's mesh. Raises CheckpointError.
+        """
+        mesh = state.model.strategy.make_mesh()
+        wanted = {"params": changed(state.model), "moments": state.moments}
+
+        def restored(tree: Any) -> ocp.args.PyTreeRestore:
+            leaves = jax.tree.map(
+                lambda a: ocp.ArrayRestoreArgs(
+                    sharding=NamedSharding(mesh, a.sharding.spec), global_shape=a.shape, dtype=a.dtype
+                ),
+                tree,
+            )
+            return ocp.args.PyTreeRestore(tree, restore_args=leaves)
+
+        items = {name: restored(tree) for name, tree in wanted.items()}
+        try:
+            got = self.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore(), **items))
+        except (ValueError, KeyError, OSError) as e:
+            raise CheckpointError(
+                f"{self.directory / str(step)}: cannot be restored ({type(e).__name__}: {str(e)[:300]}); "
+                "remove it to go on from the one before"
+            ) from e
+        positions = got["run"]["positions"]
+        if len(positions) != jax.process_count():
+            raise CheckpointError(
+                f"{self.directory / str(step)}: was written by {len(positions)} hosts, each with its own "
+                f"place in the data; go on with as many, not {jax.process_count()}"
+            )
+        counter = jax.device_put(np.int32(got["run"]["step"]), NamedSharding(mesh, jax.P()))
+        model = with_values(state.model, got["params"])
+        return State(model, got["moments"], counter), positions[jax.process_index()]
+
+    def _guarded(self, act: Any) -> None:
+        try:
+            act()
+        except Exception as e:  # writers raise many kinds
+            full = "No space left" in str(e) or "ENOSPC" in str(e) or getattr(e, "errno", None) == 28
+            why = "the disk is full" if full else f"{type(e).__name__}: {str(e)[:300]}"
+            raise CheckpointError(
+                f"{self.directory}: a checkpoint could not be written ({why}); once that is mended, run "
+                f"again, it goes on from {self._last()}"
+            ) from e
+
+    def _last(self) -> str:
+        whole = self.manager.all_steps(read=True)
+        return f"step {max(whole)}" if whole else "the start"
+
+
+def _loss(metrics: Any) -> float:
+    return float(metrics["loss"])
+
+
+def _gather(position: Any) -> list[Any]:
+    """Every host's position, in their order."""
+    if jax.process_count() == 1:
+        return [position]
+    text = json.dumps(position).encode()
+    longest = int(np.max(multihost_utils.process_allgather(np.int32(len(text)))))
+    padded = np.frombuffer(text.ljust(longest), np.uint8)
+    return [json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]

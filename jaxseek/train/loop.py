@@ -1,0 +1,342 @@
+"""`train`: a run from its file to its end: data, steps, evaluation, checkpoints, logs, export.
+
+Started again in the same directory it goes on from the newest checkpoint, with the same numbers as if it had
+never stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxseek import checkpoint
+from jaxseek.config import ConfigError
+from jaxseek.data import Rows, open_rows
+from jaxseek.model import DeepSeek
+from jaxseek.run_config import RunConfig, at_fraction
+from jaxseek.tokenizer import Tokenizer
+from jaxseek.train import lora, start
+from jaxseek.train.batch import Batch, make_batch, most, to_devices
+from jaxseek.train.checkpoints import Checkpoints
+from jaxseek.train.diagnose import where_not_finite
+from jaxseek.train.metrics import MetricsLog, Progress, peak_flops, plot_loss, summarize, train_flops
+from jaxseek.train.objectives import Objective, Whole, logprobs_of_rows
+from jaxseek.train.optimizer import decays, make_optimizer
+from jaxseek.train.reference import Reference
+from jaxseek.train.samples import sampled_run
+from jaxseek.train.schedule import batch_rows, learning_rate
+from jaxseek.train.step import State, init_state, make_evaluation, make_step
+
+
+class TrainingError(ValueError):
+    """A run that cannot go on; the message says at which step, why, and what is kept."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of a run: steps done, the last training and evaluation loss, whether a signal stopped it."""
+
+    out: str
+    steps: int
+    loss: float | None
+    eval_loss: float | None
+    stopped: bool
+
+    def __str__(self) -> str:
+        """What a user wants to know when it is over."""
+        if self.stopped:
+            return f"stopped after step {self.steps}; the same command goes on"
+        losses = {"loss": self.loss, "held-out loss": self.eval_loss}
+        shown = "".join(f", {name} {value:.4f}" for name, value in losses.items() if value is not None)
+        return (
+            f"{self.steps} steps{shown}\n{self.out}: model/ (to generate, convert), loss.png, metrics.jsonl"
+        )
+
+
+def train(run: RunConfig) -> Result:
+    """Train as the run says, going on from what is in `run.out`. On several hosts, all call it.
+
+    Raises ConfigError for settings that do not fit, CheckpointError where a checkpoint cannot be written or
+    read, TrainingError for a loss that is not finite.
+    """
+    cfg = start.model_config(run)
+    strategy = start.open_strategy(run, cfg)
+    start.claim(run)
+    tokenizer = start.open_tokenizer(run)
+    tokenizer.check_fits(cfg.vocab_size)
+    if run.objective == "distill" and run.distill.by == "samples":
+        run = sampled_run(run, strategy, tokenizer)
+    return _Training(run, cfg, strategy, tokenizer).run_to_end()
+
+
+class _Training:
+    """One run while it is going on."""
+
+    def __init__(self, run: RunConfig, cfg: Any, strategy: Any, tokenizer: Tokenizer):
+        self.run, self.cfg, self.strategy, self.tokenizer = run, cfg, strategy, tokenizer
+        self.out = Path(run.out)
+        self.hosts = jax.process_index(), jax.process_count()
+        self.rows = _opened(run, tokenizer, "train", self.hosts)
+        self.objective = Objective(run, start.compute_dtype(run))
+        self.checkpoints = Checkpoints(self.out, run.checkpoint)
+        self.rate = learning_rate(run)
+        self.modules = cfg.num_nextn_predict_layers
+        self.teacher = start.open_teacher(run, cfg, strategy) if run.objective == "distill" else None
+        self.state, self.done = self._first_state()
+        self.reference = self._reference() if run.objective == "dpo" else None
+        self.optimizer_step = make_step(self.objective, self.optimizer)
+        self.evaluate = make_evaluation(self.objective)
+        self.eval_batches = self._eval_batches()
+        self.loss = self.eval_loss = None
+        self.best = self.checkpoints.best_loss
+
+    # ---------------------------------------------------------------- before the first step
+
+    def _first_state(self) -> tuple[State, int]:
+        """The state to go on from, and how many steps it has done."""
+        step, run = self.checkpoints.latest, self.run
+
+        def adapted(model: DeepSeek) -> DeepSeek:
+            return lora.adapt(model, run.lora, run.seed) if run.lora.rank else model
+
+        if step is None or run.lora.rank:  # a checkpoint of adapters holds no base
+            model = adapted(start.open_model(run, self.cfg, self.strategy))
+            self.optimizer = make_optimizer(run, decays(model))
+            state = init_state(model, self.optimizer)
+        else:
+            model = DeepSeek.abstract(self.cfg, self.strategy, jnp.float32)
+            self.optimizer = make_optimizer(run, decays(model))
+            with jax.sharding.use_abstract_mesh(self.strategy.abstract_mesh()):
+                state = jax.eval_shape(lambda m: init_state(m, self.optimizer), model)
+        if step is None:
+            return state, 0
+        state, position = self.checkpoints.restore(step, state)
+        self.rows.set_state(position)
+        return state, step
+
+    def _reference(self) -> Reference:
+        """Log-probabilities of every pair under the model that the run started from."""
+        base = self.state.model if self.done == 0 else start.open_model(self.run, self.cfg, self.strategy)
+        return Reference(self.run, base, self.tokenizer, logprobs_of_rows(self.objective))
+
+    def _eval_batches(self) -> list[Batch]:
+        """The same rows at every evaluation, in batches of the run's size."""
+        size, count = self.run.batch.size, self.hosts[1]
+        rows = open_rows(self.run, self.tokenizer, "eval", self.hosts, repeat=False)
+        if rows is None:
+            return []
+        mine = [row for row, _ in zip(rows, range(-(-self.run.eval.rows // count)))]
+        rows.close()
+        if not mine:
+            raise ConfigError("there is nothing to evaluate on; raise data.holdout, or give data.eval more")
+        own = size // count
+        parts = most(-(-len(mine) // own))
+        blank = {k: np.zeros_like(v) for k, v in mine[0].items()}  # weighs nothing
+        mine += [blank] * (parts * own - len(mine))
+        return [self._batch(mine[i * own : (i + 1) * own], "eval") for i in range(parts)]
+
+    def _batch(self, rows: list[dict[str, Any]], split: str = "train") -> Batch:
+        """This host's rows on the devices."""
+        stacked = {k: np.stack([row[k] for row in rows]) for k in ("tokens", "segments", "weights")}
+        reference = None
+        if self.run.objective == "dpo":
+            assert self.reference is not None
+            stacked = {k: v.reshape(-1, v.shape[-1]) for k, v in stacked.items()}
+            reference = self.reference.of([int(row["index"]) for row in rows], split)
+        accumulation = self.run.batch.accumulation
+        host = make_batch(**stacked, modules=self.modules, accumulation=accumulation, reference=reference)
+        return to_devices(host, self.state.model)
+
+    # ---------------------------------------------------------------- the steps
+
+    def run_to_end(self) -> Result:
+        run, out = self.run, self.out
+        if self.done >= run.steps and (out / "model").exists():
+            return Result(str(out), self.done, None, None, False)
+        stopped = False
+        with (
+            MetricsLog(out, run.log, self.done) as log,
+            Progress(run.steps, self.done) as progress,
+            _signals() as asked_to_stop,
+        ):
+            self.progress, self.log = progress, log
+            if self.done:
+                progress.note(f"going on from step {self.done} of {run.steps}")
+            profile = _Profile(run.log.profile, out)
+            batch, position = self._next_batch(self.done)
+            before = time.perf_counter()
+            while self.done < run.steps and not stopped:
+                step = self.done
+                profile.before(step)
+                with self.state.model.on_mesh():
+                    self.state, metrics = self.optimizer_step(
+                        self.state,
+                        self.teacher,
+                        batch,
+                        np.float32(at_fraction(run.loss.mtp, step / run.steps)),
+                        np.float32(at_fraction(run.loss.bias_speed, step / run.steps)),
+                    )
+                used, reached = batch, position
+                if step + 1 < run.steps:
+                    batch, position = self._next_batch(step + 1)  # while the devices work
+                values = summarize(metrics)
+                profile.after(step)
+                now = time.perf_counter()
+                self._record(step, used, values, now - before)
+                before = now
+                self.done = step + 1
+                evaluated = self._evaluate_when_due()
+                stopped = asked_to_stop()
+                self._save_when_due(reached, stopped, evaluated)
+                before = time.perf_counter() if evaluated else before
+            self.checkpoints.wait()
+            if stopped:
+                progress.note(f"stopped after step {self.done}, which is saved; run again to go on")
+            else:
+                self._export()
+        if self.done:
+            plot_loss(out)
+        self.checkpoints.close()
+        self.rows.close()
+        return Result(str(out), self.done, self.loss, self.eval_loss, stopped)
+
+    def _next_batch(self, step: int) -> tuple[Batch, Any]:
+        """The batch of a step, and where the data stands after it."""
+        multiple = self.strategy.parts(self.strategy.train, "batch") * self.run.batch.accumulation
+        own = batch_rows(self.run, step, multiple) // self.hosts[1]
+        rows = [next(self.rows) for _ in range(own)]
+        return self._batch(rows), self.rows.get_state()
+
+    def _save_when_due(self, position: Any, stopped: bool, evaluated: bool) -> None:
+        """At the end, when asked to stop, every so often, and where an evaluation is the best so far."""
+        loss = self.eval_loss if evaluated else None
+        best = loss is not None and loss < self.best
+        self.best = loss if best else self.best
+        if best or stopped or self.done == self.run.steps or self.checkpoints.due(self.done):
+            self.checkpoints.save(self.done, self.state, position, loss)
+
+    def _record(self, step: int, batch: Batch, values: dict[str, float], seconds: float) -> None:
+        if not values.pop("finite"):
+            raise TrainingError(self._not_finite(step, batch))
+        tokens = int(np.prod(batch.tokens_BT.shape))
+        self.loss = values["loss"]
+        values |= self.rows.counts | {
+            "learning_rate": float(self.rate(step)),
+            "tokens_per_second": tokens / seconds,
+        }
+        peak = peak_flops(self.state.model.mesh)
+        if peak:
+            values["mfu"] = train_flops(self.cfg, tokens, self.run.data.length) / seconds / peak
+        if step % self.run.log.every == 0 or step + 1 == self.run.steps:
+            self.log.write(step, values)
+        self.progress.update(step, values)
+
+    def _not_finite(self, step: int, batch: Batch) -> str:
+        where = where_not_finite(self.objective, self.state.model, batch)
+        last = self.checkpoints.latest
+        kept = (
+            f"step {last} is kept in {self.checkpoints.directory}" if last else "nothing was saved before it"
+        )
+        return (
+            f"step {step + 1}: loss or gradient is not finite, {where}. The weights are as before; {kept}. "
+            "Lower optimizer.learning_rate, raise schedule.warmup, or look at the data of this step"
+        )
+
+    def _evaluate_when_due(self) -> bool:
+        run = self.run
+        due = self.done == run.steps or (run.eval.every and self.done % run.eval.every == 0)
+        if not due or not self.eval_batches:
+            return False
+        total, weight = {}, 0.0
+        for batch in self.eval_batches:
+            with self.state.model.on_mesh():
+                metrics = self.evaluate(self.state.model, self.teacher, batch, np.float32(0))
+            own = self._weight(batch)
+            for name, value in summarize(metrics).items():
+                if name in EVALUATED:
+                    total[name] = total.get(name, 0.0) + own * value
+            weight += own
+        values = {f"eval_{name}": value / weight for name, value in total.items()}
+        self.eval_loss = values["eval_loss"]
+        self.log.write(self.done - 1, values)
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        self.progress.note(f"step {self.done}: {shown}")
+        return True
+
+    def _weight(self, batch: Batch) -> float:
+        """How many tokens, or pairs, a batch's means are over."""
+        with self.state.model.on_mesh():
+            whole = Whole.of(batch)
+        return float(whole.rows if self.run.objective == "dpo" else whole.weight)
+
+    def _export(self) -> None:
+        """The trained model as a checkpoint that every other command reads."""
+        origin = {"run": self.run.to_dict(), "steps": self.done, "eval_loss": self.eval_loss}
+        checkpoint.save(
+            lora.merge(self.state.model), self.out / "model", self.tokenizer, origin, overwrite=True
+        )
+
+
+EVALUATED = ("loss", "kl", "margin", "accuracy", "reward_chosen", "reward_rejected")
+
+
+def _opened(run: RunConfig, tokenizer: Tokenizer, split: str, hosts: tuple[int, int]) -> Rows:
+    rows = open_rows(run, tokenizer, split, hosts)
+    assert rows is not None
+    return rows
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM or the first ctrl-C has come, which end the run after its step; a second one at once.
+
+    On several hosts, whether it has come to any.
+    """
+    come: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if come and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        come.append(number)
+
+    def asked() -> bool:
+        if jax.process_count() == 1:
+            return bool(come)
+        from jax.experimental import multihost_utils
+
+        return bool(np.max(multihost_utils.process_allgather(np.int32(len(come)))))
+
+    try:
+        before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not the main thread: signals go elsewhere
+        before = {}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class _Profile:
+    """Traces the steps first..last (from 1) of `log.profile` into the run's directory, for xprof."""
+
+    steps: list[int]
+    out: Path
+
+    def before(self, step: int) -> None:
+        if self.steps and step + 1 == self.steps[0]:
+            jax.profiler.start_trace(str(self.out / "profile"))
+
+    def after(self, step: int) -> None:
+        if self.steps and step + 1 == self.steps[1]:
+            jax.profiler.stop_trace()

@@ -1,0 +1,96 @@
+"""Distillation as R1 did it: the student learns the teacher's answers (R1 paper, section 2.4)."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxseek.config import ConfigError
+from jaxseek.data import open_prompts
+from jaxseek.generate.sampling import Sampling
+from jaxseek.generate.text import TextStream, encode, engine_for
+from jaxseek.loading import load
+from jaxseek.run_config import Columns, RunConfig
+from jaxseek.sharding import Strategy
+from jaxseek.tokenizer import Tokenizer
+
+FILE = "samples.jsonl"
+BATCH = 16
+
+
+def sampled_run(run: RunConfig, strategy: Strategy, tokenizer: Tokenizer) -> RunConfig:
+    """An SFT run on the teacher's answers, which are written to samples.jsonl first; what is there is kept.
+
+    Answers that were cut off by `max_new_tokens` are left out, as they teach not to end.
+    """
+    path = Path(run.out) / FILE
+    if jax.process_count() > 1:
+        raise ConfigError(
+            'distill.by = "samples" runs on one host; sample there, then train on its samples.jsonl with sft'
+        )
+    prompts = [(talk, i) for talk, i in itertools.product(open_prompts(run), range(run.distill.per_prompt))]
+    done = _whole_lines(path)
+    if done < len(prompts):
+        _sample(run, strategy, tokenizer, prompts, done, path)
+    columns = Columns()
+    data = dataclasses.replace(run.data, train=[str(_finished(path))], columns=columns, roles={})
+    return run.replace(objective="sft", data=data)
+
+
+def _sample(run: RunConfig, strategy: Strategy, tokenizer: Tokenizer, prompts: Any, done: int, path: Path):
+    from rich.progress import Progress
+
+    teacher, own = load(run.distill.teacher, strategy)
+    own = own or tokenizer
+    engine, distill = engine_for(teacher), run.distill
+    with path.open("a", encoding="utf-8") as out, Progress(transient=True) as progress:
+        task = progress.add_task("sampling the teacher", total=len(prompts), completed=done)
+        for begin in range(done, len(prompts), BATCH):
+            some = prompts[begin : begin + BATCH]
+            requests = [
+                Sampling(
+                    distill.max_new_tokens,
+                    distill.temperature,
+                    top_p=distill.top_p,
+                    seed=run.seed + begin + i,
+                )
+                for i in range(len(some))
+            ]
+            stream = TextStream(engine, own, [encode(own, talk) for talk, _ in some], requests)
+            for _ in stream:
+                pass
+            for (talk, _), reply in zip(some, stream.replies()):
+                answer = {"role": "assistant", "content": reply.text}
+                record = {"messages": [*talk, answer], "finish_reason": reply.finish_reason}
+                out.write(json.dumps(record, ensure_ascii=False) + "\n")
+            out.flush()
+            progress.update(task, advance=len(some))
+
+
+def _whole_lines(path: Path) -> int:
+    """How many there are; what a killed run left of a further one is cut off."""
+    if not path.is_file():
+        return 0
+    blob = path.read_bytes()
+    end = blob.rfind(b"\n") + 1
+    if end < len(blob):
+        os.truncate(path, end)
+    return blob.count(b"\n")
+
+
+def _finished(path: Path) -> Path:
+    """The file of those answers that came to an end."""
+    kept = path.with_name("samples.finished.jsonl")
+    lines = [line for line in path.open(encoding="utf-8") if json.loads(line)["finish_reason"] == "stop"]
+    if not lines:
+        raise ConfigError(f"{path}: the teacher finished none of its answers; raise distill.max_new_tokens")
+    partial = kept.with_name(kept.name + ".partial")
+    partial.write_text("".join(lines), encoding="utf-8")
+    partial.replace(kept)
+    return kept

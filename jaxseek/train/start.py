@@ -1,0 +1,147 @@
+"""What a run starts from: its tokenizer, model, teacher, and the directory that it may go on from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxseek import checkpoint
+from jaxseek.config import ConfigError, ModelConfig, presets
+from jaxseek.data import train_tokenizer
+from jaxseek.loading import load
+from jaxseek.model import DeepSeek
+from jaxseek.run_config import RunConfig
+from jaxseek.sharding import Strategy, fill, parameters
+from jaxseek.tokenizer import Tokenizer
+
+# What may differ when a run goes on: where it runs and what it writes, not what it computes.
+FREE = ("out", "mesh", "steps", "remat", "batch.accumulation", "eval.", "checkpoint.", "log.")
+
+
+def compute_dtype(run: RunConfig) -> Any:
+    """The dtype of activations and matmuls."""
+    on_cpu = jax.default_backend() == "cpu"
+    return jnp.dtype(run.compute_dtype or ("float32" if on_cpu else "bfloat16"))
+
+
+def claim(run: RunConfig) -> None:
+    """Make the run's directory, or check that the run in it is this one. Raises ConfigError."""
+    out = Path(run.out)
+    kept = out / "run.json"
+    if kept.is_file():
+        before, now = (_flat(r) for r in (json.loads(kept.read_text(encoding="utf-8")), run.to_dict()))
+        differ = [
+            f"{key} (was {before.get(key)!r}, is {now.get(key)!r})"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key) and not key.startswith(FREE)
+        ]
+        if differ:
+            raise ConfigError(
+                f"{out} holds a run with other settings: {', '.join(differ)}. "
+                "Choose another out, or set them back to go on with that run"
+            )
+    elif out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{out} is not empty and holds no run; choose another out")
+    if jax.process_index() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(kept, run.to_dict())
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
+
+
+def open_tokenizer(run: RunConfig) -> Tokenizer:
+    """The run's tokenizer: its own, a newly trained one (kept in the run's directory), or the model's."""
+    made = Path(run.out) / "tokenizer"
+    if run.tokenizer.startswith("train:"):
+        tokenizer = Tokenizer.from_dir(made) if made.is_dir() else None
+        return train_tokenizer(run, made) if tokenizer is None else tokenizer
+    source = run.tokenizer or run.model
+    tokenizer = Tokenizer.from_dir(source) if Path(source).is_dir() else None
+    if tokenizer is None:
+        raise ConfigError(
+            f"{source} has no tokenizer; name a directory that has one (tokenizer = DIR), "
+            'or train one on the data (tokenizer = "train:2048")'
+        )
+    return tokenizer
+
+
+def model_config(run: RunConfig) -> ModelConfig:
+    """The config of the run's model, with its `[config]` fields changed."""
+    kind = checkpoint.kind_of(run.model)
+    if kind is None and run.model not in presets():
+        raise checkpoint.not_a_checkpoint(run.model)
+    cfg = ModelConfig.from_hf(run.model) if kind else ModelConfig.from_preset(run.model)
+    if not run.config:
+        return cfg
+    fields = cfg.to_hf()
+    if unknown := [key for key in run.config if key not in fields]:
+        raise ConfigError(f"config has {', '.join(unknown)}, which {cfg.model_type} models have not")
+    return ModelConfig.from_hf(fields | run.config)
+
+
+def open_strategy(run: RunConfig, cfg: ModelConfig) -> Strategy:
+    """The run's mesh: as it says, or all devices on the fsdp axis. ConfigError where it does not fit."""
+    strategy = Strategy.parse(
+        run.mesh or {"fsdp": 1 if jax.default_backend() == "cpu" else jax.device_count()}
+    )
+    strategy.check_fits(cfg)
+    rows, microbatches = strategy.parts(strategy.train, "batch"), run.batch.accumulation
+    if run.batch.size % (rows * microbatches):
+        raise ConfigError(
+            f"batch.size {run.batch.size} is not divisible by the mesh's {rows} parts of the batch x "
+            f"{microbatches} microbatches (batch.accumulation)"
+        )
+    length, columns = run.data.length, strategy.parts(strategy.train, "length")
+    if length % columns:
+        raise ConfigError(
+            f"data.length {length} is not divisible by the mesh's {columns} parts of the length"
+        )
+    if length > cfg.max_position_embeddings:
+        raise ConfigError(
+            f"data.length {length} is more than the model's context of {cfg.max_position_embeddings}; "
+            "extend it ([config] max_position_embeddings and rope_scaling), or shorten the rows"
+        )
+    groups = run.loss.device_groups
+    if (run.loss.device_balance or run.loss.communication_balance) and cfg.n_routed_experts % groups:
+        raise ConfigError(f"loss.device_groups {groups} does not divide the {cfg.n_routed_experts} experts")
+    return strategy
+
+
+def open_model(run: RunConfig, cfg: ModelConfig, strategy: Strategy) -> DeepSeek:
+    """The model that the run starts from, in float32; with adapters its base in the compute dtype."""
+    dtype = compute_dtype(run) if run.lora.rank else jnp.float32
+    if checkpoint.kind_of(run.model) is None:
+        return DeepSeek.init(cfg, strategy, run.seed, dtype)
+    model, _ = load(run.model, strategy, dtype)
+    if model.cfg == cfg:
+        return model
+    other = DeepSeek.abstract(cfg, strategy, dtype)
+    values = {p: v.get_value() for p, v in parameters(model).items()}
+    shapes = {p: v.get_value().shape for p, v in parameters(other).items()}
+    checkpoint.raise_mismatch(
+        f"[config] makes another model of {run.model}",
+        {p: v.shape for p, v in values.items()},
+        shapes,
+        "change only fields that leave the weights as they are, such as rope_scaling",
+    )
+    return fill(other, model.mesh, lambda p, *_: values[p])
+
+
+def open_teacher(run: RunConfig, student: ModelConfig, strategy: Strategy) -> DeepSeek:
+    """The model that is distilled, on the student's mesh. Raises ConfigError for another vocabulary."""
+    teacher, _ = load(run.distill.teacher, strategy, compute_dtype(run))
+    if teacher.cfg.vocab_size != student.vocab_size:
+        raise ConfigError(
+            f"distill.teacher has a vocabulary of {teacher.cfg.vocab_size}, the student of "
+            f'{student.vocab_size}; logits need the same one; use distill.by = "samples"'
+        )
+    return teacher
