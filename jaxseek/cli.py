@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     p = verb(
         "train",
         _train,
-        "Pretraining, SFT, DPO or distillation, as a run file says; a stopped run goes on by the same command.",
+        "Pretraining, SFT, DPO, distillation by a run file; the same command goes on with a stopped run.",
         "jaxseek train configs/runs/pretrain-tiny.toml --set steps=100 --set out=runs/mine",
     )
     p.add_argument("run_file", metavar="RUN.toml", help="run file; configs/runs has one of each kind")

@@ -80,6 +80,7 @@ def adapt(model: DeepSeek, cfg: LoraConfig, seed: int) -> DeepSeek:
 
 
 def _adapter(base: nnx.Variable, lead: int, left: int, cfg: LoraConfig, seed: list[int]) -> Adapted:
+    value: Any
     value, axes = base.get_value(), base.get_metadata("axes")
     stacked = value.ndim - len(axes)
     cut = stacked + lead

@@ -43,10 +43,10 @@ class Reference:
             for i in range(most(-(-len(mine) // own))):
                 some = mine[i * own : (i + 1) * own]
                 filled = (some or mine[:1]) * own
-                stacked = {
-                    k: np.concatenate([r[k] for r in filled[:own]]) for k in ("tokens", "segments", "weights")
-                }
-                batch = to_devices(make_batch(**stacked, modules=modules), model)
+                arrays = (
+                    np.concatenate([r[k] for r in filled[:own]]) for k in ("tokens", "segments", "weights")
+                )
+                batch = to_devices(make_batch(*arrays, modules=modules), model)
                 with model.on_mesh():
                     out = local_rows(logprobs(model, batch)).reshape(-1, 2)
                 self.table[split] |= {int(r["index"]): pair for r, pair in zip(some, out)}

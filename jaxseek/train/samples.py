@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import os
 from pathlib import Path
@@ -34,7 +33,7 @@ def sampled_run(run: RunConfig, strategy: Strategy, tokenizer: Tokenizer) -> Run
         raise ConfigError(
             'distill.by = "samples" runs on one host; sample there, then train on its samples.jsonl with sft'
         )
-    prompts = [(talk, i) for talk, i in itertools.product(open_prompts(run), range(run.distill.per_prompt))]
+    prompts = [(talk, i) for talk in open_prompts(run) or () for i in range(run.distill.per_prompt)]
     done = _whole_lines(path)
     if done < len(prompts):
         _sample(run, strategy, tokenizer, prompts, done, path)

@@ -76,8 +76,10 @@ def make_step(
         clip = objective.run.optimizer.clip
         scale = jnp.minimum(1, clip / (norm + 1e-6)) if clip else 1.0
         grads = jax.tree.map(lambda g: g * scale, grads)
+        updates: Any
         updates, moments = optimizer.update(grads, state.moments, params)
-        moved = optax.apply_updates(params, updates) | moved_biases(state.model, metrics, bias_speed)
+        moved = {p: (a + updates[p]).astype(a.dtype) for p, a in params.items()}
+        moved |= moved_biases(state.model, metrics, bias_speed)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         after = State(with_values(state.model, moved), moments, state.step + 1)
         after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
