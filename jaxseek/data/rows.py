@@ -166,7 +166,7 @@ class Rows:
         return pieces
 
     def _fitted(self) -> list[list[Encoded]]:
-        """Rows of whole examples, enough for WINDOW rows or to the end of the epoch: the longest first, each in
+        """Rows of whole examples, enough for WINDOW rows or to the end of the epoch: longest first, each in
         the row where it leaves the least room.
         """
         examples, room, epoch = [], WINDOW * self._length, None

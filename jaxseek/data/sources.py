@@ -12,7 +12,8 @@ import glob
 import importlib
 import itertools
 import json
-import mmap
+import threading
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,31 +54,35 @@ class Joined:
 
 
 class _Lines:
-    """A .jsonl file, memory-mapped; blank lines are passed over."""
+    """A .jsonl file; blank lines are passed over. Not memory-mapped: it may be cut short while it is read."""
 
     def __init__(self, path: Path, name: str):
-        self._name = name
-        with path.open("rb") as file:
-            if not path.stat().st_size:
-                raise ConfigError(f"{name} is empty, expected a JSON object on each line")
-            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        ends, step = [], 1 << 24
-        for at in range(0, len(self._bytes), step):
-            ends.append(at + np.flatnonzero(np.frombuffer(self._bytes[at : at + step], np.uint8) == 10))
-        ends.append(np.array([len(self._bytes)]))
-        self._ends = np.concatenate(ends)
+        self._name, self._lock, self._file = name, threading.Lock(), path.open("rb")
+        weakref.finalize(self, self._file.close)
+        ends, size = [], 0
+        while block := self._file.read(1 << 24):
+            ends.append(size + np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")))
+            size += len(block)
+        if not size:
+            raise ConfigError(f"{name} is empty, expected a JSON object on each line")
+        self._ends = np.concatenate([*ends, [size]])
         begins = np.concatenate([[0], self._ends[:-1] + 1])
         filled = np.ones(len(begins), bool)
         for short in np.flatnonzero(self._ends - begins <= 2):
-            filled[short] = bool(self._bytes[begins[short] : self._ends[short]].strip())
+            filled[short] = bool(self._bytes(int(begins[short]), int(self._ends[short])).strip())
         self._begins = begins[filled]
+
+    def _bytes(self, begin: int, end: int) -> bytes:
+        with self._lock:
+            self._file.seek(begin)
+            return self._file.read(end - begin)
 
     def __len__(self) -> int:
         return len(self._begins)
 
     def __getitem__(self, i: int) -> Record:
         begin = int(self._begins[i])
-        line = self._bytes[begin : int(self._ends[np.searchsorted(self._ends, begin)])]
+        line = self._bytes(begin, int(self._ends[np.searchsorted(self._ends, begin)]))
         try:
             return _record(json.loads(line), lambda: self.place(i))
         except ValueError as error:
