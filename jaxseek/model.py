@@ -113,11 +113,13 @@ class DeepSeek(nnx.Module):
         fresh: bool = True,
         dtype: Any = None,
         remat: str = "none",
+        fp8: bool = False,
     ) -> Context:
         """What the layers share. Segment 0 is padding; positions count from 0 in every segment unless given.
 
         Without `fresh`, queries attend to the caches, whose slots are positions, and need `positions_BT`.
         `dtype` is that of the activations, and of the weights as they are used; the default is the weights'.
+        `remat` and `fp8` are for training, see Context.
         """
         ones_BT = jnp.ones(tokens_BT.shape, jnp.int32)
         segment_ids_BT = ones_BT if segment_ids_BT is None else segment_ids_BT
@@ -135,7 +137,9 @@ class DeepSeek(nnx.Module):
         )
         mask = Mask(pos_BT, seg_BT, kv_pos, kv_seg)
         dtype = self.embed_VD[...].dtype if dtype is None else dtype
-        return Context(rules, rope_table(self.cfg, pos_BT), mask, valid_BT, slots_BT, fresh, dtype, remat)
+        return Context(
+            rules, rope_table(self.cfg, pos_BT), mask, valid_BT, slots_BT, fresh, dtype, remat, fp8
+        )
 
     def __call__(
         self,

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from pydoc_data.topics import topics
 
+PAGE = 1000  # characters at least, up to the end of a paragraph
+
 
 def python_manual() -> list[dict[str, str]]:
-    """The chapters of the Python language manual that `help()` shows: about half a megabyte of English."""
-    return [{"text": text.strip() + "\n"} for _, text in sorted(topics.items())]
+    """The Python language manual that `help()` shows, a page each: about half a megabyte of English."""
+    pages = []
+    for _, chapter in sorted(topics.items()):
+        page = ""
+        for paragraph in chapter.strip().split("\n\n"):
+            page += paragraph + "\n\n"
+            if len(page) >= PAGE:
+                pages.append(page)
+                page = ""
+        pages += [page] if page else []
+    return [{"text": page.strip() + "\n"} for page in pages]

@@ -28,7 +28,7 @@ class Context:
 
     `fresh`: keys are those of this pass, not of the cache. `slots_BT`: where tokens go in the cache, -1 for
     padding. `valid_BT`: false for padding, which the experts skip. `dtype`: of the activations. `remat`: what
-    the backward pass computes again, a key of `REMAT`.
+    the backward pass computes again, a key of `REMAT`. `fp8`: matmuls on operands rounded to FP8.
     """
 
     rules: Rules
@@ -39,6 +39,7 @@ class Context:
     fresh: bool
     dtype: Any
     remat: str = "none"
+    fp8: bool = False
 
 
 # What the backward pass finds in memory: everything; the results of matmuls without batch dimensions; or
@@ -71,9 +72,9 @@ class Layer(nnx.Module):
             x_BTD += y_BTD
         with jax.named_scope("mlp"):
             if isinstance(self.mlp, MoE):
-                y_BTD, routing = self.mlp(self.mlp_norm(x_BTD), ctx.valid_BT, ctx.rules)
+                y_BTD, routing = self.mlp(self.mlp_norm(x_BTD), ctx)
             else:
-                y_BTD, routing = self.mlp(self.mlp_norm(x_BTD), ctx.rules), None
+                y_BTD, routing = self.mlp(self.mlp_norm(x_BTD), ctx), None
         return x_BTD + y_BTD, cache, routing
 
 

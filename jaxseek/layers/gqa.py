@@ -12,6 +12,7 @@ from flax import nnx
 from jaxseek.cache import KVCache, write_slots
 from jaxseek.config import ModelConfig
 from jaxseek.kernels.attention import attend
+from jaxseek.layers.linear import linear
 from jaxseek.layers.rope import rotate
 from jaxseek.sharding import Init
 
@@ -41,10 +42,10 @@ class GQA(nnx.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """Attention of normed x; the cache, where given, gets this block's keys and values in `layer`."""
         cfg, rules, dtype, heads = self.cfg, ctx.rules, x_BTD.dtype, ("kv_heads", "q_groups")
-        q_spec, kv_spec = (rules.spec("batch", "length", *h, None) for h in (heads, heads[:1]))
-        q_BTKGH = jnp.einsum("BTD,DKGH->BTKGH", x_BTD, rules.use(self.q_DKGH, dtype), out_sharding=q_spec)
-        k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, rules.use(self.k_DKH, dtype), out_sharding=kv_spec)
-        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, rules.use(self.v_DKH, dtype), out_sharding=kv_spec)
+        q_BTKGH = linear(x_BTD, self.q_DKGH, ctx, "batch", "length", *heads, None)
+        k_BTKH, v_BTKH = (
+            linear(x_BTD, w, ctx, "batch", "length", "kv_heads", None) for w in (self.k_DKH, self.v_DKH)
+        )
         if cfg.attention_bias:
             q_BTKGH += rules.use(self.q_bias_KGH, dtype)[None, None]
             k_BTKH += rules.use(self.k_bias_KH, dtype)[None, None]
@@ -65,8 +66,7 @@ class GQA(nnx.Module):
             out_BTKGH = attend(
                 q_BTKGH, k_BKSH, v_BKSH, ctx.mask, cfg.softmax_scale, rules, heads, "cache_length"
             )
-        narrow = rules.spec("batch", "length", None)
-        y_BTD = jnp.tensordot(out_BTKGH, rules.use(self.o_KGHD, dtype), 3, out_sharding=narrow)
+        y_BTD = linear(out_BTKGH, self.o_KGHD, ctx, "batch", "length", None, contract=3)
         return (
             y_BTD if self.o_bias_D is None else y_BTD + rules.use(self.o_bias_D, dtype)[None, None]
         ), cache

@@ -17,6 +17,7 @@ from flax import nnx
 from jaxseek.cache import LatentCache, write_slots
 from jaxseek.config import ModelConfig
 from jaxseek.kernels.attention import Mask, attend
+from jaxseek.layers.linear import expand, linear
 from jaxseek.layers.norm import RMSNorm
 from jaxseek.layers.rope import rotate
 from jaxseek.sharding import Init
@@ -60,8 +61,8 @@ class MLA(nnx.Module):
     ) -> tuple[jax.Array, LatentCache | None]:
         """Attention of normed x; the cache, where given, gets this block's latents in `layer`."""
         P, rules, dtype = self.cfg.qk_nope_head_dim, ctx.rules, x_BTD.dtype
-        cq_BTQ = self._query_latent(x_BTD, rules)
-        q_BTNH = self._queries(x_BTD, cq_BTQ, rules)
+        cq_BTQ = self._query_latent(x_BTD, ctx)
+        q_BTNH = self._queries(x_BTD, cq_BTQ, ctx)
         qn_BTNP, qr_BTNR = q_BTNH[..., :P], rotate(q_BTNH[..., P:], ctx.rope, self.cfg.rope_interleave)
         latent_BTA, mask = self._latent(x_BTD, ctx), ctx.mask
         if cache is not None:
@@ -71,47 +72,42 @@ class MLA(nnx.Module):
             mask, cache = self.indexer(x_BTD, cq_BTQ, cache, layer, ctx)
         if ctx.fresh:
             latent_BSA = rules.shard(latent_BTA, "batch", None, None)
-            out_BTNH = self._expanded(qn_BTNP, qr_BTNR, latent_BSA, mask, rules)
+            out_BTNH = self._expanded(qn_BTNP, qr_BTNR, latent_BSA, mask, ctx)
         else:
             assert cache is not None, "queries without fresh keys need a cache"
             latent_BSA = cache.latent_LBSA[layer].astype(dtype)
             out_BTNH = self._absorbed(qn_BTNP, qr_BTNR, latent_BSA, mask, rules)
-        narrow = rules.spec("batch", "length", None)
-        y_BTD = jnp.tensordot(out_BTNH, rules.use(self.o_NHD, dtype), 2, out_sharding=narrow)
+        y_BTD = linear(out_BTNH, self.o_NHD, ctx, "batch", "length", None, contract=2)
         return (
             y_BTD if self.o_bias_D is None else y_BTD + rules.use(self.o_bias_D, dtype)[None, None]
         ), cache
 
-    def _query_latent(self, x_BTD, rules):
+    def _query_latent(self, x_BTD, ctx):
         if self.q_a_DQ is None:
             return None
-        narrow, dtype = rules.spec("batch", "length", None), x_BTD.dtype
+        rules, dtype = ctx.rules, x_BTD.dtype
         weight_DQ = rules.shard(rules.use(self.q_a_DQ, dtype), None, None)  # its norm needs the whole latent
-        cq_BTQ = jnp.einsum("BTD,DQ->BTQ", x_BTD, weight_DQ, out_sharding=narrow)
+        cq_BTQ = linear(x_BTD, weight_DQ, ctx, "batch", "length", None)
         if self.q_a_bias_Q is not None:
             cq_BTQ += rules.shard(rules.use(self.q_a_bias_Q, dtype), None)[None, None]
         return cq_BTQ if self.q_norm is None else self.q_norm(cq_BTQ)
 
-    def _queries(self, x_BTD, cq_BTQ, rules):
-        spec, dtype = rules.spec("batch", "length", "heads", None), x_BTD.dtype
-        if cq_BTQ is None:
-            return jnp.einsum("BTD,DNH->BTNH", x_BTD, rules.use(self.q_DNH, dtype), out_sharding=spec)
-        return jnp.einsum("BTQ,QNH->BTNH", cq_BTQ, rules.use(self.q_b_QNH, dtype), out_sharding=spec)
+    def _queries(self, x_BTD, cq_BTQ, ctx):
+        x, weight = (x_BTD, self.q_DNH) if cq_BTQ is None else (cq_BTQ, self.q_b_QNH)
+        return linear(x, weight, ctx, "batch", "length", "heads", None)
 
     def _latent(self, x_BTD, ctx):
         C, rules, dtype = self.cfg.kv_lora_rank, ctx.rules, x_BTD.dtype
-        narrow = rules.spec("batch", "length", None)
-        a_BTA = jnp.einsum("BTD,DA->BTA", x_BTD, rules.use(self.kv_a_DA, dtype), out_sharding=narrow)
+        a_BTA = linear(x_BTD, self.kv_a_DA, ctx, "batch", "length", None)
         if self.kv_a_bias_A is not None:
             a_BTA += rules.use(self.kv_a_bias_A, dtype)[None, None]
         k_BTR = rotate(a_BTA[..., C:], ctx.rope, self.cfg.rope_interleave)
         return jnp.concatenate([self.kv_norm(a_BTA[..., :C]), k_BTR], axis=-1)
 
-    def _expanded(self, qn_BTNP, qr_BTNR, latent_BSA, mask, rules):
-        C, dtype, spec = self.cfg.kv_lora_rank, latent_BSA.dtype, rules.spec("batch", "heads", None, None)
+    def _expanded(self, qn_BTNP, qr_BTNR, latent_BSA, mask, ctx):
+        C, rules, spec = self.cfg.kv_lora_rank, ctx.rules, ctx.rules.spec("batch", "heads", None, None)
         c_BSC, k_BSR = latent_BSA[..., :C], latent_BSA[..., C:]
-        kn_BNSP = jnp.einsum("BSC,NPC->BNSP", c_BSC, rules.use(self.k_b_NPC, dtype), out_sharding=spec)
-        v_BNSH = jnp.einsum("BSC,NHC->BNSH", c_BSC, rules.use(self.v_b_NHC, dtype), out_sharding=spec)
+        kn_BNSP, v_BNSH = (expand(c_BSC, w, ctx) for w in (self.k_b_NPC, self.v_b_NHC))
         kr_BNSR = jnp.broadcast_to(k_BSR[:, None], (*kn_BNSP.shape[:3], k_BSR.shape[-1]), out_sharding=spec)
         q_BTNH = jnp.concatenate([qn_BTNP, qr_BTNR], axis=-1)
         k_BNSH = jnp.concatenate([kn_BNSP, kr_BNSR], axis=-1)

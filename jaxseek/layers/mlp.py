@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from jaxseek.sharding import Init, Rules
+from jaxseek.layers.linear import linear
+from jaxseek.sharding import Init
+
+if TYPE_CHECKING:
+    from jaxseek.layers.block import Context
 
 
 class MLP(nnx.Module):
@@ -21,14 +26,13 @@ class MLP(nnx.Module):
         self.up_bias_F = init((F,), ("mlp",), fill=0.0) if bias else None
         self.down_bias_D = init((D,), ("embed",), fill=0.0) if bias else None
 
-    def __call__(self, x_BTD: jax.Array, rules: Rules) -> jax.Array:
-        dtype, wide = x_BTD.dtype, rules.spec("batch", "length", "mlp")
-        gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, rules.use(self.gate_DF, dtype), out_sharding=wide)
-        up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, rules.use(self.up_DF, dtype), out_sharding=wide)
+    def __call__(self, x_BTD: jax.Array, ctx: Context) -> jax.Array:
+        """[B, T, D] to [B, T, D]."""
+        dtype, use, wide = x_BTD.dtype, ctx.rules.use, ("batch", "length", "mlp")
+        gate_BTF, up_BTF = (linear(x_BTD, w, ctx, *wide) for w in (self.gate_DF, self.up_DF))
         if self.gate_bias_F is not None:
-            gate_BTF += rules.use(self.gate_bias_F, dtype)[None, None]
-            up_BTF += rules.use(self.up_bias_F, dtype)[None, None]
+            gate_BTF += use(self.gate_bias_F, dtype)[None, None]
+            up_BTF += use(self.up_bias_F, dtype)[None, None]
         hidden_BTF = jax.nn.silu(gate_BTF) * up_BTF
-        narrow = rules.spec("batch", "length", None)
-        y_BTD = jnp.einsum("BTF,FD->BTD", hidden_BTF, rules.use(self.down_FD, dtype), out_sharding=narrow)
-        return y_BTD if self.down_bias_D is None else y_BTD + rules.use(self.down_bias_D, dtype)[None, None]
+        y_BTD = linear(hidden_BTF, self.down_FD, ctx, "batch", "length", None)
+        return y_BTD if self.down_bias_D is None else y_BTD + use(self.down_bias_D, dtype)[None, None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,9 @@ from jaxseek.config import ModelConfig
 from jaxseek.layers.dispatch import dispatch
 from jaxseek.layers.mlp import MLP
 from jaxseek.sharding import Init, Rules
+
+if TYPE_CHECKING:
+    from jaxseek.layers.block import Context
 
 
 class RouterBias(nnx.Variable):
@@ -44,9 +48,9 @@ class MoE(nnx.Module):
         self.down_EFD = init((E, F, D), ("expert", "expert_mlp", "embed"))
         self.shared = MLP(D, F * cfg.n_shared_experts, cfg.mlp_bias, init) if cfg.n_shared_experts else None
 
-    def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array, rules: Rules) -> tuple[jax.Array, Routing]:
+    def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Routing]:
         """Returns ([B, T, D], Routing). Padding (not valid) reaches no expert."""
-        dtype = x_BTD.dtype
+        rules, valid_BT, dtype = ctx.rules, ctx.valid_BT, x_BTD.dtype
         with jax.named_scope("router"):
             ids_BTK, gates_BTK, logits_BTE = self.route(x_BTD, rules)
             affinity_BE = mean_affinity(self.cfg, logits_BTE, valid_BT, rules)
@@ -55,7 +59,7 @@ class MoE(nnx.Module):
             y_BTD, load_E, dropped = dispatch(x_BTD, ids_BTK, gates_BTK, valid_BT, experts, rules)
         if self.shared is not None:
             with jax.named_scope("shared_experts"):
-                y_BTD += self.shared(x_BTD, rules)
+                y_BTD += self.shared(x_BTD, ctx)
         return y_BTD, Routing(ids_BTK, affinity_BE, load_E, dropped)
 
     def route(self, x_BTD: jax.Array, rules: Rules) -> tuple[jax.Array, jax.Array, jax.Array]:

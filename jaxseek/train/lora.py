@@ -80,8 +80,8 @@ def adapt(model: DeepSeek, cfg: LoraConfig, seed: int) -> DeepSeek:
 
 
 def _adapter(base: nnx.Variable, lead: int, left: int, cfg: LoraConfig, seed: list[int]) -> Adapted:
-    value: Any
-    value, axes = base.get_value(), base.get_metadata("axes")
+    axes, value = base.get_metadata("axes"), base.get_value()
+    mesh: Any = value.sharding.mesh  # pyright: ignore[reportAttributeAccessIssue]
     stacked = value.ndim - len(axes)
     cut = stacked + lead
     shape, spec = value.shape, (*value.sharding.spec, *(None,) * (value.ndim - len(value.sharding.spec)))
@@ -90,12 +90,10 @@ def _adapter(base: nnx.Variable, lead: int, left: int, cfg: LoraConfig, seed: li
     def factor(shape: tuple[int, ...], spec: tuple[Any, ...], axes: tuple[Any, ...], std: float) -> LoraParam:
         draw = (std * rng.standard_normal(shape, np.float32)) if std else np.zeros(shape, np.float32)
         if isinstance(value, jax.Array):
-            sharding = NamedSharding(value.sharding.mesh, P(*spec))
+            sharding = NamedSharding(mesh, P(*spec))
             made = jax.make_array_from_callback(shape, sharding, lambda index: draw[index])
         else:
-            made = jax.ShapeDtypeStruct(
-                shape, jnp.float32, sharding=NamedSharding(value.sharding.mesh, P(*spec))
-            )
+            made = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*spec)))
         return LoraParam(made, axes=axes, fill=None)
 
     r, split = cfg.rank, cut + left

@@ -61,6 +61,7 @@ class Objective:
             batch.segments_BT,
             dtype=self.dtype,
             remat=self.run.remat,
+            fp8=self.run.fp8,
         )
 
     def _language(self, model, teacher, batch, whole, mtp):
