@@ -28,6 +28,11 @@ def softmax(x):
     return e / e.sum(axis=-1, keepdims=True)
 
 
+def log_softmax(x):
+    x = x - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
 def rms_norm(x, weight, eps):
     return weight * x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps)
 
@@ -171,10 +176,15 @@ def dsa_keep(cfg, w, x, cq):
 # -------------------------------------------------------------------- experts
 
 
+def affinity(cfg, logits):
+    """Scores of the router's logits [..., E]."""
+    return 1 / (1 + np.exp(-logits)) if cfg.scoring_func == "sigmoid" else softmax(logits)
+
+
 def route(cfg, logits_E, bias_E=None):
     """Chosen expert ids and their gates for one token."""
     E, G, K = len(logits_E), cfg.n_group, cfg.num_experts_per_tok
-    s = 1 / (1 + np.exp(-logits_E)) if cfg.scoring_func == "sigmoid" else softmax(logits_E)
+    s = affinity(cfg, logits_E)
     choice = s + (0 if bias_E is None else bias_E)
     if cfg.topk_method != "greedy" and G > 1:
         members = [range(g * E // G, (g + 1) * E // G) for g in range(G)]

@@ -7,6 +7,7 @@ the layers do not know. `merge` makes ordinary parameters of them again, for exp
 from __future__ import annotations
 
 import string
+import zlib
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxseek.config import ConfigError
 from jaxseek.layers.mlp import MLP
 from jaxseek.layers.moe import MoE
 from jaxseek.model import DeepSeek
@@ -63,7 +65,8 @@ class Adapted(nnx.Module):
 def adapt(model: DeepSeek, cfg: LoraConfig, seed: int) -> DeepSeek:
     """The model with an adapter on every matrix of `cfg.targets`; it computes the same until trained.
 
-    Left factors are normal with variance one over their inputs, right factors zero.
+    Left factors are normal with variance one over their inputs, right factors zero. Raises ConfigError for
+    a model that has none of the targets.
     """
     adapted = nnx.clone(model, variables=False)
     for i, layer in enumerate([*adapted.stacks, *(m.stack for m in adapted.mtp)]):
@@ -75,17 +78,22 @@ def adapt(model: DeepSeek, cfg: LoraConfig, seed: int) -> DeepSeek:
         for target, module, names in parts:
             for name, (lead, left) in names.items() if target in cfg.targets else ():
                 if (base := getattr(module, name, None)) is not None:
-                    setattr(module, name, _adapter(base, lead, left, cfg, [seed, i]))
+                    draw = np.random.default_rng([seed % 2**32, i, zlib.crc32(f"{target}.{name}".encode())])
+                    setattr(module, name, _adapter(base, lead, left, cfg, draw))
+    if not is_adapted(adapted):
+        raise ConfigError(
+            f"lora.targets is {cfg.targets}, of which a {model.cfg.model_type} model has none; expected some "
+            "of attention, mlp, experts"
+        )
     return adapted
 
 
-def _adapter(base: nnx.Variable, lead: int, left: int, cfg: LoraConfig, seed: list[int]) -> Adapted:
+def _adapter(base: nnx.Variable, lead: int, left: int, cfg: LoraConfig, rng: np.random.Generator) -> Adapted:
     axes, value = base.get_metadata("axes"), base.get_value()
     mesh: Any = value.sharding.mesh  # pyright: ignore[reportAttributeAccessIssue]
     stacked = value.ndim - len(axes)
     cut = stacked + lead
     shape, spec = value.shape, (*value.sharding.spec, *(None,) * (value.ndim - len(value.sharding.spec)))
-    rng = np.random.default_rng([*seed, *shape, left])
 
     def factor(shape: tuple[int, ...], spec: tuple[Any, ...], axes: tuple[Any, ...], std: float) -> LoraParam:
         draw = (std * rng.standard_normal(shape, np.float32)) if std else np.zeros(shape, np.float32)

@@ -20,7 +20,7 @@ from jaxseek.layers.moe import MoE, RouterBias
 from jaxseek.model import DeepSeek
 from jaxseek.sharding import parameters
 from jaxseek.train.batch import Batch
-from jaxseek.train.lora import LoraParam
+from jaxseek.train.lora import LoraParam, is_adapted
 from jaxseek.train.objectives import Metrics, Objective, Whole
 
 
@@ -37,14 +37,14 @@ class State:
 def trained(model: DeepSeek) -> dict[str, jax.Array]:
     """The parameters that gradients change, by path: the adapters where there are any, else all."""
     values = parameters(model)
-    kind = LoraParam if any(isinstance(v, LoraParam) for v in values.values()) else nnx.Param
+    kind = LoraParam if is_adapted(model) else nnx.Param
     return {p: v.get_value() for p, v in values.items() if isinstance(v, kind)}
 
 
 def changed(model: DeepSeek) -> dict[str, jax.Array]:
-    """What a step changes, by path: what is trained, and the routers' biases."""
+    """What a step changes, by path: what is trained and, without adapters, the routers' biases."""
     biases = {p: v.get_value() for p, v in parameters(model).items() if isinstance(v, RouterBias)}
-    return trained(model) | biases
+    return trained(model) | ({} if is_adapted(model) else biases)
 
 
 def with_values(model: DeepSeek, values: dict[str, jax.Array]) -> DeepSeek:
@@ -72,14 +72,15 @@ def make_step(
             return objective(with_values(state.model, params), teacher, part, whole, mtp)
 
         grads, metrics = accumulate(jax.grad(loss, has_aux=True), params, batch)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         clip = objective.run.optimizer.clip
         scale = jnp.minimum(1, clip / (norm + 1e-6)) if clip else 1.0
         grads = jax.tree.map(lambda g: g * scale, grads)
         updates: Any
         updates, moments = optimizer.update(grads, state.moments, params)
         moved = {p: (a + updates[p]).astype(a.dtype) for p, a in params.items()}
-        moved |= moved_biases(state.model, metrics, bias_speed)
+        if not is_adapted(state.model):
+            moved |= moved_biases(state.model, metrics, bias_speed)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         after = State(with_values(state.model, moved), moments, state.step + 1)
         after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
