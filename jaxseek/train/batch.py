@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxseek.model import DeepSeek
+from jaxseek.run_config import RunConfig
 
 
 @jax.tree_util.register_dataclass
@@ -72,6 +73,19 @@ def most(n: int) -> int:
     if jax.process_count() == 1:
         return n
     return int(np.max(multihost_utils.process_allgather(np.int32(n))))
+
+
+def meet(where: str) -> None:
+    """Wait until every host is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
+
+
+def blank_row(run: RunConfig) -> dict[str, np.ndarray]:
+    """A row, of a preference run a pair, that weighs nothing: it fills up a batch."""
+    shape = (2, run.data.length) if run.objective == "dpo" else (run.data.length,)
+    ints = {name: np.zeros(shape, np.int32) for name in ("tokens", "segments")}
+    return ints | {"weights": np.zeros(shape, np.float32), "index": np.int32(-1)}
 
 
 def to_devices(batch: Batch, model: DeepSeek) -> Batch:

@@ -22,6 +22,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from jaxseek.checkpoint import CheckpointError
 from jaxseek.run_config import CheckpointConfig
+from jaxseek.train.batch import most
 from jaxseek.train.step import State, changed, with_values
 
 
@@ -41,8 +42,9 @@ class Checkpoints:
         )
 
     def due(self, step: int) -> bool:
-        """Whether this step is one to save after, by number or by time."""
-        return step % self.cfg.every == 0 or time.monotonic() - self.saved_at > 60 * self.cfg.minutes
+        """Whether this step is one to save after, by number or by time on any host."""
+        late = time.monotonic() - self.saved_at > 60 * self.cfg.minutes
+        return step % self.cfg.every == 0 or most(late) > 0
 
     def save(self, step: int, state: State, position: Any, loss: float | None = None) -> None:
         """Start writing; the state is copied before this returns. `loss` is that of an evaluation.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,34 +18,45 @@ from jaxseek.train.step import trained, with_values
 def where_not_finite(objective: Objective, model: DeepSeek, batch: Batch) -> str:
     """Words for the first thing that is not finite: a weight, a layer's output, the loss, or gradients."""
     with model.on_mesh():
-        bad = _bad_layers({p: v.get_value() for p, v in parameters(model).items()})
+        bad = _bad(model, {p: v.get_value() for p, v in parameters(model).items()})
         if bad:
             return f"because these weights are not: {_few(bad)}"
-        whole, batch = Whole.of(batch), jax.tree.map(lambda a: a[0], batch)
-        if (where := _first_bad_layer(objective, model, batch)) is not None:
-            return f"first after {where}"
-
-        def loss(params):
-            return objective(with_values(model, params), None, batch, whole, jnp.float32(0))[0]
-
+        whole = Whole.of(batch)
+        parts = [jax.tree.map(lambda a, i=i: a[i], batch) for i in range(batch.tokens_BT.shape[0])]
+        for part in parts:
+            if (where := _first_bad_layer(objective, model, part)) is not None:
+                return f"first after {where}"
         if objective.run.objective == "distill":
             return "in the loss or its gradient, all layers' outputs are finite"
-        value, grads = jax.jit(jax.value_and_grad(loss))(trained(model))
-        if not np.isfinite(value):
-            return "in the loss itself, all layers' outputs are finite"
-        bad = _bad_layers(grads)
-        return f"in the gradients of {_few(bad)}" if bad else "though it is when computed again"
+
+        @jax.jit
+        @jax.value_and_grad
+        def loss(params, part):
+            return objective(with_values(model, params), None, part, whole, jnp.float32(1))[0]
+
+        for part in parts:
+            value, grads = loss(trained(model), part)
+            if not np.isfinite(value):
+                return "in the loss itself, all layers' outputs are finite"
+            if bad := _bad(model, grads):
+                return f"in the gradients of {_few(bad)}"
+        return "though it is when computed again"
 
 
-def _bad_layers(values: dict[str, jax.Array]) -> list[str]:
-    """Parameters with a value that is not finite; of a stack, with its first such layer."""
+def _bad(model: DeepSeek, values: dict[str, jax.Array]) -> list[str]:
+    """Names of values that are not finite; of a stack, with the number of its first such layer."""
+    before = [0, *itertools.accumulate(jax.tree.leaves(s)[0].shape[0] for s in model.stacks)]
     out = []
     for path, value in values.items():
         stacked = path.startswith("stacks.")
         axes = tuple(range(1 if stacked else 0, value.ndim))
         fine = np.atleast_1d(np.asarray(jnp.isfinite(value).all(axis=axes)))
-        if not fine.all():
-            out.append(f"{path}[{int(np.argmin(fine))}]" if stacked else path)
+        if fine.all():
+            continue
+        if stacked:
+            _, stack, path = path.split(".", 2)
+            path = f"layer {before[int(stack)] + int(np.argmin(fine))}'s {path}"
+        out.append(path)
     return out
 
 

@@ -25,7 +25,7 @@ from jaxseek.model import DeepSeek
 from jaxseek.run_config import RunConfig, at_fraction
 from jaxseek.tokenizer import Tokenizer
 from jaxseek.train import lora, start
-from jaxseek.train.batch import Batch, make_batch, most, to_devices
+from jaxseek.train.batch import Batch, blank_row, make_batch, most, to_devices
 from jaxseek.train.checkpoints import Checkpoints
 from jaxseek.train.diagnose import where_not_finite
 from jaxseek.train.metrics import MetricsLog, Progress, peak_flops, plot_loss, summarize, train_flops
@@ -71,23 +71,28 @@ def train(run: RunConfig) -> Result:
     cfg = start.model_config(run)
     strategy = start.open_strategy(run, cfg)
     start.claim(run)
-    tokenizer = start.open_tokenizer(run)
-    tokenizer.check_fits(cfg.vocab_size)
+    tokenizer = start.open_tokenizer(run, cfg)
     if run.objective == "distill" and run.distill.by == "samples":
         run = sampled_run(run, strategy, tokenizer)
-    return _Training(run, cfg, strategy, tokenizer).run_to_end()
+    with contextlib.ExitStack() as closing:
+        return _Training(run, cfg, strategy, tokenizer, closing).run_to_end()
 
 
 class _Training:
     """One run while it is going on."""
 
-    def __init__(self, run: RunConfig, cfg: Any, strategy: Any, tokenizer: Tokenizer):
+    def __init__(
+        self, run: RunConfig, cfg: Any, strategy: Any, tokenizer: Tokenizer, closing: contextlib.ExitStack
+    ):
         self.run, self.cfg, self.strategy, self.tokenizer = run, cfg, strategy, tokenizer
+        self.closing = closing
         self.out = Path(run.out)
         self.hosts = jax.process_index(), jax.process_count()
         self.rows = _opened(run, tokenizer, "train", self.hosts)
+        closing.callback(self.rows.close)
         self.objective = Objective(run, start.compute_dtype(run))
         self.checkpoints = Checkpoints(self.out, run.checkpoint)
+        closing.callback(self.checkpoints.close)
         self.rate = learning_rate(run)
         self.modules = cfg.num_nextn_predict_layers
         self.teacher = start.open_teacher(run, cfg, strategy) if run.objective == "distill" else None
@@ -125,7 +130,11 @@ class _Training:
 
     def _reference(self) -> Reference:
         """Log-probabilities of every pair under the model that the run started from."""
-        base = self.state.model if self.done == 0 else start.open_model(self.run, self.cfg, self.strategy)
+
+        def base() -> DeepSeek:
+            first = self.done == 0
+            return self.state.model if first else start.open_model(self.run, self.cfg, self.strategy)
+
         return Reference(self.run, base, self.tokenizer, logprobs_of_rows(self.objective))
 
     def _eval_batches(self) -> list[Batch]:
@@ -136,12 +145,11 @@ class _Training:
             return []
         mine = [row for row, _ in zip(rows, range(-(-self.run.eval.rows // count)))]
         rows.close()
-        if not mine:
-            raise ConfigError("there is nothing to evaluate on; raise data.holdout, or give data.eval more")
         own = size // count
         parts = most(-(-len(mine) // own))
-        blank = {k: np.zeros_like(v) for k, v in mine[0].items()}  # weighs nothing
-        mine += [blank] * (parts * own - len(mine))
+        if not parts:
+            raise ConfigError("there is nothing to evaluate on; raise data.holdout, or give data.eval more")
+        mine += [blank_row(self.run)] * (parts * own - len(mine))
         return [self._batch(mine[i * own : (i + 1) * own], "eval") for i in range(parts)]
 
     def _batch(self, rows: list[dict[str, Any]], split: str = "train") -> Batch:
@@ -171,7 +179,7 @@ class _Training:
             self.progress, self.log = progress, log
             if self.done:
                 progress.note(f"going on from step {self.done} of {run.steps}")
-            profile = _Profile(run.log.profile, out)
+            profile = self.closing.enter_context(contextlib.closing(_Profile(run.log.profile, out)))
             batch, position = self._next_batch(self.done)
             before = time.perf_counter()
             while self.done < run.steps and not stopped:
@@ -195,7 +203,7 @@ class _Training:
                 before = now
                 self.done = step + 1
                 evaluated = self._evaluate_when_due()
-                stopped = asked_to_stop()
+                stopped = asked_to_stop() and self.done < run.steps
                 self._save_when_due(reached, stopped, evaluated)
                 before = time.perf_counter() if evaluated else before
             self.checkpoints.wait()
@@ -205,8 +213,6 @@ class _Training:
                 self._export()
         if self.done:
             plot_loss(out)
-        self.checkpoints.close()
-        self.rows.close()
         return Result(str(out), self.done, self.loss, self.eval_loss, stopped)
 
     def _next_batch(self, step: int) -> tuple[Batch, Any]:
@@ -242,6 +248,7 @@ class _Training:
 
     def _not_finite(self, step: int, batch: Batch) -> str:
         where = where_not_finite(self.objective, self.state.model, batch)
+        self.checkpoints.wait()
         last = self.checkpoints.latest
         kept = (
             f"step {last} is kept in {self.checkpoints.directory}" if last else "nothing was saved before it"
@@ -332,11 +339,19 @@ class _Profile:
 
     steps: list[int]
     out: Path
+    on: bool = False
 
     def before(self, step: int) -> None:
         if self.steps and step + 1 == self.steps[0]:
             jax.profiler.start_trace(str(self.out / "profile"))
+            self.on = True
 
     def after(self, step: int) -> None:
-        if self.steps and step + 1 == self.steps[1]:
+        if self.on and step + 1 == self.steps[1]:
+            self.close()
+
+    def close(self) -> None:
+        """Also where the run ends within these steps."""
+        if self.on:
             jax.profiler.stop_trace()
+        self.on = False

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxseek.data import open_rows
 from jaxseek.model import DeepSeek
 from jaxseek.run_config import RunConfig
 from jaxseek.tokenizer import Tokenizer
-from jaxseek.train.batch import Batch, make_batch, most, to_devices
+from jaxseek.train.batch import Batch, blank_row, make_batch, meet, most, to_devices
 
 SPLITS = ("train", "eval")
 
@@ -23,47 +25,57 @@ class Reference:
     def __init__(
         self,
         run: RunConfig,
-        model: DeepSeek,
+        open_model: Callable[[], DeepSeek],
         tokenizer: Tokenizer,
         logprobs: Callable[[DeepSeek, Batch], jax.Array],
     ):
-        host, hosts = jax.process_index(), jax.process_count()
-        self.path = Path(run.out) / f"reference-{host}-of-{hosts}.npz"
-        if most(not self.path.is_file()) == 0:
-            with np.load(self.path) as kept:
-                self.table = {
-                    split: dict(zip(kept[f"{split}_index"].tolist(), kept[split])) for split in SPLITS
-                }
-            return
-        self.table = {split: {} for split in SPLITS}
-        modules, own = model.cfg.num_nextn_predict_layers, run.batch.size // hosts
-        for split in SPLITS:
-            rows = open_rows(run, tokenizer, split, (host, hosts), repeat=False)
-            mine = [] if rows is None else list(rows)
-            for i in range(most(-(-len(mine) // own))):
-                some = mine[i * own : (i + 1) * own]
-                filled = (some or mine[:1]) * own
-                arrays = (
-                    np.concatenate([r[k] for r in filled[:own]]) for k in ("tokens", "segments", "weights")
-                )
-                batch = to_devices(make_batch(*arrays, modules=modules), model)
-                with model.on_mesh():
-                    out = local_rows(logprobs(model, batch)).reshape(-1, 2)
-                self.table[split] |= {int(r["index"]): pair for r, pair in zip(some, out)}
-        self._keep()
+        self.path = Path(run.out) / "reference.npz"
+        if most(not self.path.is_file()):
+            model = open_model()
+            parts = {split: _computed(run, model, tokenizer, logprobs, split) for split in SPLITS}
+            if jax.process_index() == 0:
+                partial = self.path.with_suffix(".partial.npz")
+                arrays: Any = {f"{s}_{k}": a for s, part in parts.items() for k, a in part.items()}
+                np.savez(partial, **arrays)
+                partial.replace(self.path)
+            meet("reference is kept")
+        with np.load(self.path) as kept:
+            self.table = {s: dict(zip(kept[f"{s}_index"].tolist(), kept[f"{s}_pair"])) for s in SPLITS}
+        for table in self.table.values():
+            table[-1] = np.zeros(2, np.float32)  # of a blank row
 
     def of(self, indices: list[int], split: str) -> np.ndarray:
         """log p of rows 2i (chosen) and 2i + 1 (rejected), float32 [2 * pairs]."""
-        return np.concatenate([self.table[split].get(i, np.zeros(2, np.float32)) for i in indices])
+        return np.concatenate([self.table[split][i] for i in indices])
 
-    def _keep(self) -> None:
-        arrays = {}
-        for split, table in self.table.items():
-            arrays[f"{split}_index"] = np.array(list(table), np.int64)
-            arrays[split] = np.array(list(table.values()), np.float32).reshape(-1, 2)
-        partial = self.path.with_suffix(".partial.npz")
-        np.savez(partial, **arrays)
-        partial.replace(self.path)
+
+def _computed(
+    run: RunConfig,
+    model: DeepSeek,
+    tokenizer: Tokenizer,
+    logprobs: Callable[[DeepSeek, Batch], jax.Array],
+    split: str,
+) -> dict[str, np.ndarray]:
+    """The pairs of all hosts, of which each computes a part: in a later epoch any may meet any pair."""
+    host, hosts = jax.process_index(), jax.process_count()
+    modules, own = model.cfg.num_nextn_predict_layers, run.batch.size // hosts
+    rows = open_rows(run, tokenizer, split, (host, hosts), repeat=False)
+    mine = [] if rows is None else list(rows)
+    if rows is not None:
+        rows.close()
+    index, pairs = [], [np.zeros((0, 2), np.float32)]
+    for i in range(most(-(-len(mine) // own))):
+        some = mine[i * own : (i + 1) * own]
+        some += [blank_row(run)] * (own - len(some))
+        arrays = (np.concatenate([r[k] for r in some]) for k in ("tokens", "segments", "weights"))
+        batch = to_devices(make_batch(*arrays, modules=modules), model)
+        with model.on_mesh():
+            pairs.append(local_rows(logprobs(model, batch)).reshape(-1, 2))
+        index += [int(r["index"]) for r in some]
+    part = {"index": np.array(index, np.int64), "pair": np.concatenate(pairs)}
+    if hosts > 1:
+        part = multihost_utils.process_allgather(part, tiled=True)
+    return part
 
 
 def local_rows(x_B: jax.Array) -> np.ndarray:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from jaxseek import chat
 from jaxseek.config import ConfigError
 from jaxseek.data import open_prompts
 from jaxseek.generate.sampling import Sampling
@@ -61,11 +62,13 @@ def _sample(run: RunConfig, strategy: Strategy, tokenizer: Tokenizer, prompts: A
                 )
                 for i in range(len(some))
             ]
-            stream = TextStream(engine, own, [encode(own, talk) for talk, _ in some], requests)
+            encoded = [encode(own, talk) for talk, _ in some]
+            stream = TextStream(engine, own, encoded, requests)
             for _ in stream:
                 pass
-            for (talk, _), reply in zip(some, stream.replies()):
-                answer = {"role": "assistant", "content": reply.text}
+            for (talk, _), ids, reply in zip(some, encoded, stream.replies()):
+                opening = f"{chat.THINK}\n" if own.opened_think(ids) else ""  # stood in the prompt
+                answer = {"role": "assistant", "content": opening + reply.text}
                 record = {"messages": [*talk, answer], "finish_reason": reply.finish_reason}
                 out.write(json.dumps(record, ensure_ascii=False) + "\n")
             out.flush()

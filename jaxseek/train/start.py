@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from jaxseek.model import DeepSeek
 from jaxseek.run_config import RunConfig
 from jaxseek.sharding import Strategy, fill, parameters
 from jaxseek.tokenizer import Tokenizer
+from jaxseek.train.batch import meet
 
 # What may differ when a run goes on: where it runs and what it writes, not what it computes.
 FREE = ("out", "mesh", "steps", "remat", "batch.accumulation", "eval.", "checkpoint.", "log.")
@@ -29,10 +31,15 @@ def compute_dtype(run: RunConfig) -> Any:
 
 
 def claim(run: RunConfig) -> None:
-    """Make the run's directory, or check that the run in it is this one. Raises ConfigError."""
+    """Make the run's directory, or check that the run in it is this one. Raises ConfigError.
+
+    A directory where a run wrote nothing but its settings, because they were wrong, is free for others.
+    """
     out = Path(run.out)
     kept = out / "run.json"
-    if kept.is_file():
+    partial = kept.with_name("run.json.partial")
+    made = [path for path in out.iterdir() if path not in (kept, partial)] if out.is_dir() else []
+    if kept.is_file() and made:
         before, now = (_flat(r) for r in (json.loads(kept.read_text(encoding="utf-8")), run.to_dict()))
         differ = [
             f"{key} (was {before.get(key)!r}, is {now.get(key)!r})"
@@ -44,11 +51,14 @@ def claim(run: RunConfig) -> None:
                 f"{out} holds a run with other settings: {', '.join(differ)}. "
                 "Choose another out, or set them back to go on with that run"
             )
-    elif out.exists() and any(out.iterdir()):
+    elif made or (out.exists() and not out.is_dir()):
         raise ConfigError(f"{out} is not empty and holds no run; choose another out")
+    meet("run is checked")
     if jax.process_index() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(kept, run.to_dict())
+        checkpoint.write_json(partial, run.to_dict())
+        partial.replace(kept)  # at once: a run that is killed here starts again
+    meet("run is claimed")
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -58,12 +68,37 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def open_tokenizer(run: RunConfig) -> Tokenizer:
-    """The run's tokenizer: its own, a newly trained one (kept in the run's directory), or the model's."""
+def open_tokenizer(run: RunConfig, cfg: ModelConfig) -> Tokenizer:
+    """The run's tokenizer: its own, a newly trained one (kept in the run's directory), or the model's.
+
+    Raises ConfigError where there is none, and TokenizerError for one with more tokens than the model.
+    """
+    tokenizer = _trained_tokenizer(run, cfg) if run.tokenizer.startswith("train:") else _given_tokenizer(run)
+    tokenizer.check_fits(cfg.vocab_size)
+    return tokenizer
+
+
+def _trained_tokenizer(run: RunConfig, cfg: ModelConfig) -> Tokenizer:
+    size = run.tokenizer.removeprefix("train:")
+    if size.isdecimal() and int(size) > cfg.vocab_size:
+        raise ConfigError(
+            f"tokenizer = {run.tokenizer!r} is larger than the model's vocabulary of {cfg.vocab_size}; ask "
+            f"for train:{cfg.vocab_size} at most, or raise [config] vocab_size"
+        )
     made = Path(run.out) / "tokenizer"
-    if run.tokenizer.startswith("train:"):
-        tokenizer = Tokenizer.from_dir(made) if made.is_dir() else None
-        return train_tokenizer(run, made) if tokenizer is None else tokenizer
+    partial = made.with_name("tokenizer.partial")
+    if jax.process_index() == 0 and not made.is_dir():
+        shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
+        train_tokenizer(run, partial)
+        partial.rename(made)
+    meet("tokenizer is trained")
+    tokenizer = Tokenizer.from_dir(made)
+    if tokenizer is None:
+        raise ConfigError(f"{made} holds no tokenizer; remove it, and the run makes it again")
+    return tokenizer
+
+
+def _given_tokenizer(run: RunConfig) -> Tokenizer:
     source = run.tokenizer or run.model
     tokenizer = Tokenizer.from_dir(source) if Path(source).is_dir() else None
     if tokenizer is None:
@@ -90,11 +125,16 @@ def model_config(run: RunConfig) -> ModelConfig:
 
 def open_strategy(run: RunConfig, cfg: ModelConfig) -> Strategy:
     """The run's mesh: as it says, or all devices on the fsdp axis. ConfigError where it does not fit."""
-    strategy = Strategy.parse(
-        run.mesh or {"fsdp": 1 if jax.default_backend() == "cpu" else jax.device_count()}
-    )
+    hosts, devices = jax.process_count(), jax.device_count()
+    alone = jax.default_backend() == "cpu" and hosts == 1
+    strategy = Strategy.parse(run.mesh or {"fsdp": 1 if alone else devices})
     strategy.check_fits(cfg)
     rows, microbatches = strategy.parts(strategy.train, "batch"), run.batch.accumulation
+    if hosts > 1 and (strategy.num_devices != devices or rows % hosts):
+        raise ConfigError(
+            f"the mesh has {strategy.num_devices} devices and splits the batch in {rows} parts, expected all "
+            f"{devices} devices of the {hosts} hosts, and as many parts for each host"
+        )
     if run.batch.size % (rows * microbatches):
         raise ConfigError(
             f"batch.size {run.batch.size} is not divisible by the mesh's {rows} parts of the batch x "
