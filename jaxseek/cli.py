@@ -166,13 +166,25 @@ def _parser() -> argparse.ArgumentParser:
     p = verb(
         "bench",
         _bench,
-        "Prefill and decode speed here, with the fraction of the machine's memory bandwidth.",
-        "jaxseek bench tiny-v3 --batch 1 8 --against transformers",
+        "Prefill and decode speed here, with the fraction of the machine's memory bandwidth; with --train "
+        "the speed and memory of training steps, with the fraction of its FLOPs.",
+        "jaxseek bench tiny-v3 --batch 1 8 --against transformers\n"
+        "  jaxseek bench tiny-v3 --train --rows 4 --length 256 --against transformers",
     )
     model_arguments(p)
     p.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     p.add_argument("--prompt-tokens", type=int, default=64)
     p.add_argument("--new-tokens", type=int, default=64)
+    p.add_argument("--train", action="store_true", help="time training steps, not generation")
+    p.add_argument("--rows", type=int, default=4, help="with --train: sequences of a step")
+    p.add_argument("--length", type=int, default=256, help="with --train: tokens of a sequence")
+    p.add_argument(
+        "--remat",
+        nargs="+",
+        choices=("none", "dots", "full"),
+        default=["none"],
+        help="with --train: what the backward pass computes again instead of keeping it; each is timed",
+    )
     p.add_argument("--repeats", type=int, default=5, help="interleaved runs; the median is reported")
     p.add_argument(
         "--against", choices=("transformers",), help="time the reference too (needs the parity extra)"
@@ -446,6 +458,21 @@ def _table(title: str, rows: dict[str, str]) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
+    if args.train:
+        from jaxseek.bench_train import bench_train
+
+        bench_train(
+            args.model,
+            mesh=args.mesh,
+            dtype=args.dtype,
+            rows=args.rows,
+            length=args.length,
+            repeats=args.repeats,
+            remat=args.remat,
+            against=args.against,
+            as_json=args.json,
+        )
+        return
     from jaxseek.bench import bench
 
     bench(

@@ -1,0 +1,61 @@
+"""`jaxseek bench --train`: a program in its own process is timed, and says in one line what it cannot do."""
+
+import json
+
+import pytest
+
+from jaxseek.cli import main
+from jaxseek.config import ModelConfig
+from jaxseek.model import DeepSeek
+from jaxseek.train.metrics import train_flops
+from jaxseek_convert import save_hf
+
+CFG = ModelConfig.from_hf(
+    {
+        "model_type": "llama",
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 32,
+        "initializer_range": 0.2,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench") / "hf"
+    save_hf(DeepSeek.init(CFG), folder)
+    return str(folder)
+
+
+def test_training_steps_are_timed_beside_the_peak(capsys, tiny):
+    argv = ["bench", tiny, "--train", "--rows", "2", "--length", "8", "--repeats", "3", "--json"]
+    assert main(argv) == 0
+    found = json.loads(capsys.readouterr().out)
+    [row] = found["rows"]
+    assert (row["program"], row["remat"], found["shape"]) == ("jaxseek", "none", "2 x 8 tokens")
+    middle = sorted(row["seconds"])[1]
+    assert row["seconds_per_step"] == middle
+    assert row["tokens_per_second"] == pytest.approx(16 / middle)
+    peak = found["machine"]["peak_flops"]
+    assert row["fraction_of_peak_flops"] == pytest.approx(train_flops(CFG, 16, 8) / middle / peak)
+    assert row["first_step_seconds"] > middle  # compiled there
+    assert len(row["losses"]) == 4
+    assert 2**26 < row["peak_memory_bytes"] < 2**32
+
+
+def test_what_the_process_cannot_do_it_says_in_one_line(capsys, tiny, tmp_path):
+    for argv, message in (
+        ([tiny, "--length", "64"], "data.length 64 is more than the model's context of 32"),
+        ([str(tmp_path / "absent")], "does not exist"),
+        ([tiny, "--against", "transformers", "--dtype", "bfloat16"], "compares in float32"),
+    ):
+        assert main(["bench", *argv, "--train"]) == 1
+        [line] = capsys.readouterr().err.strip().splitlines()[-1:]
+        assert line.startswith("jaxseek bench: error: "), line
+        assert message in line
