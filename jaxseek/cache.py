@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxseek.config import ModelConfig
-from jaxseek.sharding import Rules
+from jaxseek.sharding import Rules, platform
 
 
 @jax.tree_util.register_dataclass
@@ -85,6 +85,9 @@ def write_slots(
         start = S * jax.lax.axis_index(length_axes) if length_axes else 0
         at_BT = slots_BT - start
         at_BT = jnp.where((slots_BT >= 0) & (at_BT >= 0) & (at_BT < S), at_BT, S)
+        if at_BT.size == 1 and platform() == "cpu":
+            # XLA:CPU makes a read, a select and copies of the cache of a scatter of one token; not of two
+            at_BT, new = jnp.pad(at_BT, ((0, 0), (0, 1)), constant_values=S), jnp.repeat(new, 2, axis=1)
         rows_B1 = jnp.arange(at_BT.shape[0])[:, None]
         where = (layer, rows_B1, slice(None), at_BT) if inner else (layer, rows_B1, at_BT)
         return cache.at[where].set(new.astype(cache.dtype), mode="drop")

@@ -112,3 +112,18 @@ def test_tokens_are_written_to_their_slots_and_others_dropped(mesh, kv_heads):
         )
         assert written.sharding.spec == rules.spec(*names)
     np.testing.assert_array_equal(written, expected)
+
+
+@pytest.mark.parametrize("slot", [-1, 5, 8])
+@pytest.mark.parametrize("inner", [(), (2,)], ids=["latent", "keys"])
+def test_one_token_of_one_row_is_written_or_dropped(inner, slot):
+    strategy = Strategy.parse(None)
+    cache, new = np.zeros((2, 1, *inner, 8, 4), np.float32), np.ones((1, 1, *inner, 4), np.float32)
+    with jax.set_mesh(strategy.make_mesh()):
+        written = jax.jit(lambda c, s, n: write_slots(c, 1, s, n, strategy.decode))(
+            cache, jnp.array([[slot]]), new
+        )
+    expected = cache.copy()
+    if slot == 5:
+        expected[1, 0, ..., 5, :] = 1
+    np.testing.assert_array_equal(written, expected)
