@@ -124,6 +124,14 @@ def test_keys_split_over_devices_give_the_same_softmax(mesh):
         assert_close(a, b, 1e-6)
 
 
+@pytest.mark.parametrize("mesh", [None, "tensor=2,context=2"])
+def test_a_single_query_equals_itself_among_others(mesh):
+    (q, k, v), mask = arrays(), packed()
+    one = Mask(mask.q_pos_BT[:, 9:10], mask.q_seg_BT[:, 9:10], mask.kv_pos_BS, mask.kv_seg_BS)
+    out, _ = run(mesh, q[:, 9:10], k, v, one, phase="decode", key_axis="cache_length")
+    assert_close(out, written(q, k, v, 0.3, may_see())[:, 9:10], 1e-5)
+
+
 def test_large_scores_and_queries_without_any_key_stay_finite():
     q, k, v = arrays()
     nobody = dataclasses.replace(packed(), q_seg_BT=jnp.full((B, T), 9))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
-from jaxseek.sharding import Rules
+from jaxseek.sharding import Rules, platform
 
 QUERY_BLOCK = 1024  # queries at a time: scores take B * N * QUERY_BLOCK * S floats
 
@@ -70,13 +70,23 @@ def attend(
 def _attend(q_BTKGH, k_BKSH, v_BKSH, mask, scale, rules, head_axes, key_axis):
     # dot_general, not einsum: with heads before tokens on both sides no operand is transposed for it
     q_BKGTH = jnp.moveaxis(q_BTKGH, 1, 3)
-    scores_BKGTS = jax.lax.dot_general(
-        q_BKGTH,
-        k_BKSH,
-        (((4,), (3,)), ((0, 1), (0, 1))),
-        preferred_element_type=jnp.float32,
-        out_sharding=rules.spec("batch", *head_axes, "length", key_axis),
-    )
+    if platform() == "cpu" and q_BTKGH.shape[1] == 1:  # with keys first, XLA:CPU does not transpose them
+        scores_BKSGT = jax.lax.dot_general(
+            k_BKSH,
+            q_BKGTH,
+            (((3,), (4,)), ((0, 1), (0, 1))),
+            preferred_element_type=jnp.float32,
+            out_sharding=rules.spec("batch", head_axes[0], key_axis, head_axes[1], "length"),
+        )
+        scores_BKGTS = jnp.moveaxis(scores_BKSGT, 2, 4)
+    else:
+        scores_BKGTS = jax.lax.dot_general(
+            q_BKGTH,
+            k_BKSH,
+            (((4,), (3,)), ((0, 1), (0, 1))),
+            preferred_element_type=jnp.float32,
+            out_sharding=rules.spec("batch", *head_axes, "length", key_axis),
+        )
     keep = mask.dense()[:, None, None]
     scores_BKGTS = jnp.where(keep, scale * scores_BKGTS, jnp.finfo(jnp.float32).min)
     probs_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BKSH.dtype)
