@@ -7,9 +7,12 @@ OUT/checkpoints/STEP/run       each host's position in the data
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from jaxseek.checkpoint import CheckpointError
 from jaxseek.run_config import CheckpointConfig
@@ -32,12 +35,13 @@ class Checkpoints:
     def __init__(self, out: str | Path, cfg: CheckpointConfig):
         self.directory = Path(out).absolute() / "checkpoints"
         self.cfg, self.saved_at = cfg, time.monotonic()
-        keep = [LatestN(cfg.keep)]
-        keep += [BestN(get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)]
         self.manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=AnyPreservationPolicy(keep), cleanup_tmp_directories=True
+                preservation_policy=_NewestAndBest(cfg.keep),
+                best_fn=_loss,  # without it metrics are not written
+                best_mode="min",
+                cleanup_tmp_directories=True,
             ),
         )
 
@@ -66,8 +70,7 @@ class Checkpoints:
             moments=ocp.args.PyTreeSave(state.moments),
             run=ocp.args.JsonSave({"step": step, "positions": _gather(position)}),
         )
-        metrics = None if loss is None else {"loss": loss}
-        self._guarded(lambda: self.manager.save(step, args=items, metrics=metrics, force=True))
+        self._guarded(lambda: self.manager.save(step, args=items, metrics={"loss": loss}, force=True))
         self.saved_at = time.monotonic()
 
     def wait(self) -> None:
@@ -87,8 +90,7 @@ class Checkpoints:
     @property
     def best_loss(self) -> float:
         """The lowest evaluation loss among the checkpoints kept; infinite where there is none."""
-        kept = (self.manager.metrics(step) for step in self.manager.all_steps())
-        return min((_loss(m) for m in kept if m), default=float("inf"))
+        return min((_loss(self.manager.metrics(step)) for step in self.manager.all_steps()), default=math.inf)
 
     def restore(self, step: int, state: State) -> tuple[State, Any]:
         """The state of a checkpoint and this host's position in the data.
@@ -101,7 +103,7 @@ class Checkpoints:
         def restored(tree: Any) -> ocp.args.PyTreeRestore:
             leaves = jax.tree.map(
                 lambda a: ocp.ArrayRestoreArgs(
-                    sharding=NamedSharding(mesh, a.sharding.spec), global_shape=a.shape, dtype=a.dtype
+                    sharding=NamedSharding(mesh, _spec(a)), global_shape=a.shape, dtype=a.dtype
                 ),
                 tree,
             )
@@ -137,12 +139,33 @@ class Checkpoints:
             ) from e
 
     def _last(self) -> str:
-        whole = self.manager.all_steps(read=True)
-        return f"step {max(whole)}" if whole else "the start"
+        with contextlib.suppress(Exception):  # of the write that failed
+            self.manager.wait_until_finished()
+        self.manager.reload()
+        return "the start" if self.latest is None else f"step {self.latest}"
+
+
+@dataclass
+class _NewestAndBest(PreservationPolicy):
+    """Keeps the newest checkpoints, and the one with the lowest loss of those that have one."""
+
+    newest: int
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        losses = [_loss(c.metrics) for c in checkpoints]
+        best = losses.index(min(losses)) if any(map(math.isfinite, losses)) else -1
+        return [i == best or i >= len(losses) - self.newest for i in range(len(losses))]
 
 
 def _loss(metrics: Any) -> float:
-    return float(metrics["loss"])
+    """The evaluation's; infinite where there was none."""
+    loss = metrics and metrics["loss"]
+    return math.inf if loss is None else float(loss)
+
+
+def _spec(a: Any) -> jax.P:
+    """How an array, real or abstract, is laid out; abstract scalars do not say."""
+    return jax.P() if a.sharding is None else a.sharding.spec
 
 
 def _gather(position: Any) -> list[Any]:

@@ -89,7 +89,8 @@ def _whole_lines(path: Path) -> int:
 def _finished(path: Path) -> Path:
     """The file of those answers that came to an end."""
     kept = path.with_name("samples.finished.jsonl")
-    lines = [line for line in path.open(encoding="utf-8") if json.loads(line)["finish_reason"] == "stop"]
+    with path.open(encoding="utf-8") as file:
+        lines = [line for line in file if json.loads(line)["finish_reason"] == "stop"]
     if not lines:
         raise ConfigError(f"{path}: the teacher finished none of its answers; raise distill.max_new_tokens")
     partial = kept.with_name(kept.name + ".partial")

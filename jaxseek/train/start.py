@@ -38,7 +38,7 @@ def claim(run: RunConfig) -> None:
     out = Path(run.out)
     kept = out / "run.json"
     partial = kept.with_name("run.json.partial")
-    made = [path for path in out.iterdir() if path not in (kept, partial)] if out.is_dir() else []
+    made = [path for path in out.rglob("*") if path.is_file() and path not in (kept, partial)]
     if kept.is_file() and made:
         before, now = (_flat(r) for r in (json.loads(kept.read_text(encoding="utf-8")), run.to_dict()))
         differ = [
