@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pydoc_data.topics import topics
 
-PAGE = 1000  # characters at least, up to the end of a paragraph
+PAGE = 400  # characters at least, up to the end of a paragraph
 
 
 def python_manual() -> list[dict[str, str]]:
-    """The Python language manual that `help()` shows, a page each: about half a megabyte of English."""
+    """The Python language manual that `help()` shows, a few paragraphs each: half a megabyte of English."""
     pages = []
     for _, chapter in sorted(topics.items()):
         page = ""
