@@ -41,7 +41,7 @@ def tiny(tmp_path_factory):
 
 
 def test_help_of_every_verb_shows_an_example(capsys):
-    for verb in ("convert", "generate", "chat", "info", "bench"):
+    for verb in ("convert", "generate", "chat", "train", "info", "bench"):
         with pytest.raises(SystemExit) as stop:
             main([verb, "--help"])
         assert stop.value.code == 0
@@ -89,6 +89,38 @@ def test_a_checkpoint_is_converted_and_generates_what_the_source_does(capsys, ti
         texts.append([json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()])
     assert texts[0] == texts[1]
     assert len(texts[0]) == 2
+
+
+def test_train_says_in_one_line_what_is_wrong_with_a_run_and_ends_with_its_result(capsys, tiny, tmp_path):
+    (tmp_path / "data.jsonl").write_text(json.dumps({"text": TEXT}) + "\n")
+    path = tmp_path / "run.toml"
+    path.write_text(
+        f'objective = "pretrain"\nmodel = "{tiny}"\nout = "{tmp_path}/out"\nsteps = 2\n'
+        f'[data]\ntrain = "{tmp_path}/data.jsonl"\nlength = 32\n'
+        "[batch]\nsize = 2\n[log]\ntensorboard = false\n"
+    )
+    with pytest.raises(SystemExit) as stop:
+        main(["train"])
+    assert stop.value.code == 2
+    assert "RUN.toml" in capsys.readouterr().err
+    for argv, message in (
+        (["absent.toml"], "absent.toml: no such run file"),
+        ([path, "--set", "step=3"], "unknown key step; did you mean steps"),
+        ([path, "--set", "steps"], "expected key=value"),
+        ([path, "--set", "steps=many"], "steps is 'many', expected int"),
+        ([path, "--set", "data.length=256"], "data.length 256 is more than the model's context of 128"),
+        ([path, "--set", "mesh=tensor=3"], "the mesh does not fit the model"),
+        ([path, "--set", "data.train=absent.jsonl"], "there is no absent.jsonl"),
+    ):
+        assert main(["train", *map(str, argv)]) == 1, argv
+        errors = capsys.readouterr().err.strip().splitlines()
+        assert len(errors) == 1
+        assert errors[0].startswith("jaxseek train: error: ")
+        assert message in errors[0]
+    assert main(["train", str(path), "--set", "batch.size=1", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["steps"], result["stopped"]) == (2, False)
+    assert main(["generate", str(tmp_path / "out/model"), "-p", "the", "-n", "2", "--json"]) == 0
 
 
 def test_generate_is_a_function_even_after_its_package_was_imported(tiny):

@@ -477,7 +477,7 @@ def test_distillation_by_logits_lowers_the_divergence_and_leaves_the_teacher(hom
 
 
 def test_distillation_by_samples_trains_on_finished_answers_and_goes_on_sampling(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(samples, "BATCH", 8)
+    monkeypatch.setattr(samples, "BATCH", 4)
     given = {"teacher": str(home / "teacher"), "by": "samples", "max_new_tokens": 12, "per_prompt": 2}
 
     def config(out):
@@ -493,7 +493,7 @@ def test_distillation_by_samples_trains_on_finished_answers_and_goes_on_sampling
     assert finished == [l for l, r in zip(lines, records) if r["finish_reason"] == "stop"]
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut/run.json").write_text(json.dumps(config(tmp_path / "cut").to_dict()))
-    (tmp_path / "cut/samples.jsonl").write_text("".join(lines[:3]) + lines[3][:9])
+    (tmp_path / "cut/samples.jsonl").write_text("".join(lines[:4]) + lines[4][:9])
     train(config(tmp_path / "cut"))
     assert (tmp_path / "cut/samples.jsonl").read_text().splitlines(keepends=True) == lines
     assert losses(tmp_path / "cut") == losses(tmp_path / "run")

@@ -39,12 +39,13 @@ def claim(run: RunConfig) -> None:
     kept = out / "run.json"
     partial = kept.with_name("run.json.partial")
     made = [path for path in out.rglob("*") if path.is_file() and path not in (kept, partial)]
-    if kept.is_file() and made:
-        before, now = (_flat(r) for r in (json.loads(kept.read_text(encoding="utf-8")), run.to_dict()))
+    now, before = run.to_dict(), json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
+    if before is not None and made:
+        was, is_ = _flat(before), _flat(now)
         differ = [
-            f"{key} (was {before.get(key)!r}, is {now.get(key)!r})"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and not key.startswith(FREE)
+            f"{key} (was {was.get(key)!r}, is {is_.get(key)!r})"
+            for key in sorted(was.keys() | is_.keys())
+            if was.get(key) != is_.get(key) and not key.startswith(FREE)
         ]
         if differ:
             raise ConfigError(
@@ -54,9 +55,9 @@ def claim(run: RunConfig) -> None:
     elif made or (out.exists() and not out.is_dir()):
         raise ConfigError(f"{out} is not empty and holds no run; choose another out")
     meet("run is checked")
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and now != before:
         out.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(partial, run.to_dict())
+        checkpoint.write_json(partial, now)
         partial.replace(kept)  # at once: a run that is killed here starts again
     meet("run is claimed")
 
