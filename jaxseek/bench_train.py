@@ -231,6 +231,8 @@ def _work(program: str, task: dict[str, Any]) -> None:
             answer({})
         sys.stdin.readline()
         answer({"seconds": seconds, "losses": losses, "peak_memory_bytes": _peak_memory()})
+    except BrokenPipeError:
+        return  # who asked has left
     except (ConfigError, ValueError, OSError, RuntimeError, ImportError) as e:
         if os.environ.get("JAXSEEK_TRACEBACK"):
             raise

@@ -11,26 +11,33 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxseek.kernels.fp8 import round_gradient, round_tiles
 from jaxseek.sharding import platform
 
 
 def grouped_mlp(
-    x_MD: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array, sizes_E: jax.Array
+    x_MD: jax.Array,
+    gate_EDF: jax.Array,
+    up_EDF: jax.Array,
+    down_EFD: jax.Array,
+    sizes_E: jax.Array,
+    fp8: bool = False,
 ) -> jax.Array:
     """down(silu(gate x) * up x) per expert, dropless: [M, D].
 
     Row m belongs to the expert whose run of `sizes_E` rows holds it; rows past `sum(sizes_E)` belong to none
-    and come back as zeros. For one device or inside shard_map.
+    and come back as zeros. For one device or inside shard_map. With `fp8`, activations and gradients are
+    rounded to FP8 on their way into each matmul; the weights are expected to be so already.
     Source: DeepSeekMoE paper, eq. 3-5; the expert MLP of HF DeepseekV3Experts.
     """
     implementation = _gmm_mlp if platform() == "tpu" else _tiled_mlp
-    return implementation(x_MD, gate_EDF, up_EDF, down_EFD, sizes_E)
+    return implementation(x_MD, gate_EDF, up_EDF, down_EFD, sizes_E, fp8)
 
 
 # -------------------------------------------------------------------- TPU
 
 
-def _gmm_mlp(x_MD, gate_EDF, up_EDF, down_EFD, sizes_E, interpret=False):
+def _gmm_mlp(x_MD, gate_EDF, up_EDF, down_EFD, sizes_E, fp8=False, interpret=False):
     from jax.experimental.pallas.ops.tpu.megablox import gmm
 
     M = x_MD.shape[0]
@@ -39,10 +46,12 @@ def _gmm_mlp(x_MD, gate_EDF, up_EDF, down_EFD, sizes_E, interpret=False):
     x_MD = jnp.pad(jnp.where(live_M1, x_MD, 0), ((0, -M % 128), (0, 0)))
 
     def matmul(a_MK, w_EKN):
-        return gmm(a_MK, w_EKN, sizes_E, a_MK.dtype, _tile_sizes, None, None, False, interpret)
+        a_MK = round_tiles(a_MK) if fp8 else a_MK
+        y_MN = gmm(a_MK, w_EKN, sizes_E, a_MK.dtype, _tile_sizes, None, None, False, interpret)
+        return round_gradient(y_MN) if fp8 else y_MN
 
     hidden_MF = jax.nn.silu(matmul(x_MD, gate_EDF)) * matmul(x_MD, up_EDF)
-    return jnp.where(live_M1, matmul(hidden_MF, down_EFD)[:M], 0)
+    return jnp.where(live_M1, matmul(hidden_MF, down_EFD)[:M], 0).astype(x_MD.dtype)
 
 
 def _tile_sizes(m: int, k: int, n: int) -> tuple[int, int, int]:
@@ -53,8 +62,13 @@ def _tile_sizes(m: int, k: int, n: int) -> tuple[int, int, int]:
 # -------------------------------------------------------------------- CPU and others
 
 
-def _tile_mlp(x_TD, gate_DF, up_DF, down_FD):
-    return (jax.nn.silu(x_TD @ gate_DF) * (x_TD @ up_DF)) @ down_FD
+def _tile_mlp(x_TD, gate_DF, up_DF, down_FD, fp8):
+    def matmul(a_TK, w_KN):
+        if not fp8:
+            return a_TK @ w_KN
+        return round_gradient(jnp.matmul(round_tiles(a_TK), w_KN, precision=jax.lax.Precision.HIGHEST))
+
+    return matmul(jax.nn.silu(matmul(x_TD, gate_DF)) * matmul(x_TD, up_DF), down_FD).astype(x_TD.dtype)
 
 
 def _tiles(M: int, E: int, sizes_E: jax.Array):
@@ -70,30 +84,31 @@ def _tiles(M: int, E: int, sizes_E: jax.Array):
     return e, jnp.where(rows < row_end_E[e][:, None], rows, M), last_E[-1]
 
 
-@jax.custom_vjp
-def _tiled_mlp(x_MD, gate_EDF, up_EDF, down_EFD, sizes_E):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _tiled_mlp(x_MD, gate_EDF, up_EDF, down_EFD, sizes_E, fp8=False):
     e, rows, count = _tiles(x_MD.shape[0], gate_EDF.shape[0], sizes_E)
 
     def body(i, y_MD):
         x_TD = x_MD.at[rows[i]].get(mode="fill", fill_value=0)
-        y_TD = _tile_mlp(x_TD, gate_EDF[e[i]], up_EDF[e[i]], down_EFD[e[i]])
+        y_TD = _tile_mlp(x_TD, gate_EDF[e[i]], up_EDF[e[i]], down_EFD[e[i]], fp8)
         return y_MD.at[rows[i]].set(y_TD, mode="drop")
 
     return jax.lax.fori_loop(0, count, body, jnp.zeros_like(x_MD))
 
 
 def _tiled_fwd(*args):
-    return _tiled_mlp(*args), args
+    return _tiled_mlp(*args), args[:5]
 
 
-def _tiled_bwd(args, dy_MD):
+def _tiled_bwd(fp8, args, dy_MD):
     x_MD, *weights, sizes_E = args
     e, rows, count = _tiles(x_MD.shape[0], weights[0].shape[0], sizes_E)
 
     def body(i, grads):
         x_TD = x_MD.at[rows[i]].get(mode="fill", fill_value=0)
         dy_TD = dy_MD.at[rows[i]].get(mode="fill", fill_value=0)
-        dx_TD, *dw = jax.vjp(_tile_mlp, x_TD, *(w[e[i]] for w in weights))[1](dy_TD)
+        mlp = functools.partial(_tile_mlp, fp8=fp8)
+        dx_TD, *dw = jax.vjp(mlp, x_TD, *(w[e[i]] for w in weights))[1](dy_TD)
         dx_MD, *dws = grads
         dws = (a.at[e[i]].add(d.astype(a.dtype)) for a, d in zip(dws, dw))
         return dx_MD.at[rows[i]].set(dx_TD, mode="drop"), *dws

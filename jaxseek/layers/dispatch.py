@@ -26,10 +26,12 @@ def dispatch(
     valid_BT: jax.Array,
     experts: list[jax.Array],
     rules: Rules,
+    fp8: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sum of gate times expert output over each token's experts: ([B, T, D], load [E], dropped []).
 
-    `experts` are gate [E, D, F], up [E, D, F] and down [E, F, D]; rows with `valid` false reach none.
+    `experts` are gate [E, D, F], up [E, D, F] and down [E, F, D]; rows with `valid` false reach none. `fp8`
+    is `grouped_mlp`'s.
     """
     E = experts[0].shape[0]
     expert_axes, width_axes = rules.axes("expert"), rules.axes("expert_mlp")
@@ -51,9 +53,9 @@ def dispatch(
             capacity = math.ceil(rules.capacity_factor * ids_NK.size / E)
             ids_NK, dropped = _limit(ids_NK, gates_NK, E, capacity)
         if exchange:
-            y_ND = _all_to_all(x_ND, ids_NK, gates_NK, experts, expert_axes, capacity)
+            y_ND = _all_to_all(x_ND, ids_NK, gates_NK, experts, expert_axes, capacity, fp8)
         else:
-            y_ND = _local(x_ND, ids_NK, gates_NK, experts, expert_axes)
+            y_ND = _local(x_ND, ids_NK, gates_NK, experts, expert_axes, fp8)
         sum_axes = width_axes + (() if exchange else expert_axes)
         y_ND = jax.lax.psum(y_ND, sum_axes) if sum_axes else y_ND
         if token_axes:
@@ -92,7 +94,7 @@ def _combine(y_MD, order_M, gates_NK):
     return jnp.einsum("NKD,NK->ND", y_NKD.astype(jnp.float32), gates_NK).astype(y_MD.dtype)
 
 
-def _local(x_ND, ids_NK, gates_NK, experts, expert_axes):
+def _local(x_ND, ids_NK, gates_NK, experts, expert_axes, fp8):
     """The part of the experts that this shard holds, for all the tokens it sees."""
     gate_EDF, up_EDF, down_EFD = experts
     E = gate_EDF.shape[0]
@@ -100,11 +102,11 @@ def _local(x_ND, ids_NK, gates_NK, experts, expert_axes):
     ids_M = ids_NK.reshape(-1) - first
     ids_M = jnp.where((ids_M >= 0) & (ids_M < E), ids_M, E)
     order_M, sizes_E = sort_by_expert(ids_M, E)
-    y_MD = grouped_mlp(x_ND[order_M // ids_NK.shape[1]], gate_EDF, up_EDF, down_EFD, sizes_E)
+    y_MD = grouped_mlp(x_ND[order_M // ids_NK.shape[1]], gate_EDF, up_EDF, down_EFD, sizes_E, fp8)
     return _combine(y_MD, order_M, gates_NK)
 
 
-def _all_to_all(x_ND, ids_NK, gates_NK, experts, axes, capacity):
+def _all_to_all(x_ND, ids_NK, gates_NK, experts, axes, capacity, fp8):
     """Rows to the shards of their experts and the results back, by two ragged exchanges."""
     gate_EDF, up_EDF, down_EFD = experts
     (N, K), P, E_local = ids_NK.shape, jax.lax.axis_size(axes), gate_EDF.shape[0]
@@ -125,7 +127,7 @@ def _all_to_all(x_ND, ids_NK, gates_NK, experts, axes, capacity):
     run_M = jnp.searchsorted(run_end, jnp.arange(most), side="right")
     ids_M = jnp.where(run_M < P * E_local, expert_of_run[jnp.minimum(run_M, P * E_local - 1)], E_local)
     by_expert_M, local_sizes_E = sort_by_expert(ids_M, E_local)
-    y_MD = grouped_mlp(got_MD[by_expert_M], gate_EDF, up_EDF, down_EFD, local_sizes_E)
+    y_MD = grouped_mlp(got_MD[by_expert_M], gate_EDF, up_EDF, down_EFD, local_sizes_E, fp8)
     y_MD = y_MD[jnp.argsort(by_expert_M)]
 
     back = (got_SP[:, me], rows_SP[:, me], sent_SP[:, me], rows_SP[me])

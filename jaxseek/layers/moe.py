@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxseek.config import ModelConfig
+from jaxseek.kernels.fp8 import round_blocks
 from jaxseek.layers.dispatch import dispatch
 from jaxseek.layers.mlp import MLP
 from jaxseek.sharding import Init, Rules
@@ -56,7 +57,8 @@ class MoE(nnx.Module):
             affinity_BE = mean_affinity(self.cfg, logits_BTE, valid_BT, rules)
         with jax.named_scope("experts"):
             experts = [rules.use(w, dtype) for w in (self.gate_EDF, self.up_EDF, self.down_EFD)]
-            y_BTD, load_E, dropped = dispatch(x_BTD, ids_BTK, gates_BTK, valid_BT, experts, rules)
+            experts = [round_blocks(w, lead=1) for w in experts] if ctx.fp8 else experts
+            y_BTD, load_E, dropped = dispatch(x_BTD, ids_BTK, gates_BTK, valid_BT, experts, rules, ctx.fp8)
         if self.shared is not None:
             with jax.named_scope("shared_experts"):
                 y_BTD += self.shared(x_BTD, ctx)
