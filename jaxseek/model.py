@@ -210,9 +210,18 @@ class DeepSeek(nnx.Module):
         return nullcontext() if traced else jax.set_mesh(self.mesh)
 
     def unrolled(self) -> DeepSeek:
-        """The same model with every layer a stack of its own; the layers' weights are copied."""
+        """The same model with every layer a stack of its own; the layers' weights are copied.
+
+        On a single CPU device they are also joined, see Layer.join.
+        """
         graph = nnx.clone(self, variables=False)
-        cut = jax.jit(lambda stack, l: jax.tree.map(lambda a: a[l][None], stack), static_argnums=1)
+        join = self.mesh.size == 1 and self.mesh.devices.flat[0].platform == "cpu"
+
+        @functools.partial(jax.jit, static_argnums=1)
+        def cut(stack: Layer, l: int) -> Layer:
+            layer = jax.tree.map(lambda a: a[l], stack)
+            return jax.tree.map(lambda a: a[None], layer.join() if join else layer)
+
         with self.on_mesh():
             graph.stacks = nnx.List(
                 [cut(s, l) for s in self.stacks for l in range(jax.tree.leaves(s)[0].shape[0])]

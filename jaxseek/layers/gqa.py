@@ -12,7 +12,7 @@ from flax import nnx
 from jaxseek.cache import KVCache, write_slots
 from jaxseek.config import ModelConfig
 from jaxseek.kernels.attention import attend
-from jaxseek.layers.linear import linear
+from jaxseek.layers.linear import Joined, linear
 from jaxseek.layers.rope import rotate
 from jaxseek.sharding import Init
 
@@ -31,21 +31,30 @@ class GQA(nnx.Module):
         self.k_DKH = init((D, K, H), ("embed", "kv_heads", None))
         self.v_DKH = init((D, K, H), ("embed", "kv_heads", None))
         self.o_KGHD = init((K, G, H, D), ("kv_heads", "q_groups", None, "embed"))
+        self.qkv: Joined | None = nnx.data(None)
         bias, out_bias = cfg.attention_bias, cfg.attention_out_bias
         self.q_bias_KGH = init((K, G, H), ("kv_heads", "q_groups", None), fill=0.0) if bias else None
         self.k_bias_KH = init((K, H), ("kv_heads", None), fill=0.0) if bias else None
         self.v_bias_KH = init((K, H), ("kv_heads", None), fill=0.0) if bias else None
         self.o_bias_D = init((D,), ("embed",), fill=0.0) if out_bias else None
 
+    def join(self) -> None:
+        """For Layer.join."""
+        self.qkv, self.o_KGHD = Joined(self.q_DKGH, self.k_DKH, self.v_DKH), Joined(self.o_KGHD, contract=3)
+        self.q_DKGH = self.k_DKH = self.v_DKH = None
+
     def __call__(
         self, x_BTD: jax.Array, cache: KVCache | None, layer: jax.Array | int, ctx: Context
     ) -> tuple[jax.Array, KVCache | None]:
         """Attention of normed x; the cache, where given, gets this block's keys and values in `layer`."""
         cfg, rules, dtype, heads = self.cfg, ctx.rules, x_BTD.dtype, ("kv_heads", "q_groups")
-        q_BTKGH = linear(x_BTD, self.q_DKGH, ctx, "batch", "length", *heads, None)
-        k_BTKH, v_BTKH = (
-            linear(x_BTD, w, ctx, "batch", "length", "kv_heads", None) for w in (self.k_DKH, self.v_DKH)
-        )
+        if self.qkv is None:
+            q_BTKGH = linear(x_BTD, self.q_DKGH, ctx, "batch", "length", *heads, None)
+            k_BTKH, v_BTKH = (
+                linear(x_BTD, w, ctx, "batch", "length", "kv_heads", None) for w in (self.k_DKH, self.v_DKH)
+            )
+        else:
+            q_BTKGH, k_BTKH, v_BTKH = self.qkv(x_BTD)
         if cfg.attention_bias:
             q_BTKGH += rules.use(self.q_bias_KGH, dtype)[None, None]
             k_BTKH += rules.use(self.k_bias_KH, dtype)[None, None]

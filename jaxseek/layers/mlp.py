@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import jax
 from flax import nnx
 
-from jaxseek.layers.linear import linear
+from jaxseek.layers.linear import Joined, linear
 from jaxseek.sharding import Init
 
 if TYPE_CHECKING:
@@ -22,14 +22,23 @@ class MLP(nnx.Module):
         self.gate_DF = init((D, F), ("embed", "mlp"))
         self.up_DF = init((D, F), ("embed", "mlp"))
         self.down_FD = init((F, D), ("mlp", "embed"))
+        self.gate_up: Joined | None = nnx.data(None)
         self.gate_bias_F = init((F,), ("mlp",), fill=0.0) if bias else None
         self.up_bias_F = init((F,), ("mlp",), fill=0.0) if bias else None
         self.down_bias_D = init((D,), ("embed",), fill=0.0) if bias else None
 
+    def join(self) -> None:
+        """For Layer.join."""
+        self.gate_up, self.down_FD = Joined(self.gate_DF, self.up_DF), Joined(self.down_FD)
+        self.gate_DF = self.up_DF = None
+
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> jax.Array:
         """[B, T, D] to [B, T, D]."""
         dtype, use, wide = x_BTD.dtype, ctx.rules.use, ("batch", "length", "mlp")
-        gate_BTF, up_BTF = (linear(x_BTD, w, ctx, *wide) for w in (self.gate_DF, self.up_DF))
+        if self.gate_up is None:
+            gate_BTF, up_BTF = (linear(x_BTD, w, ctx, *wide) for w in (self.gate_DF, self.up_DF))
+        else:
+            gate_BTF, up_BTF = self.gate_up(x_BTD)
         if self.gate_bias_F is not None:
             gate_BTF += use(self.gate_bias_F, dtype)[None, None]
             up_BTF += use(self.up_bias_F, dtype)[None, None]

@@ -16,7 +16,7 @@ from jaxseek.data import open_prompts
 from jaxseek.generate.sampling import Sampling
 from jaxseek.generate.text import TextStream, encode, engine_for
 from jaxseek.loading import load
-from jaxseek.run_config import Columns, RunConfig
+from jaxseek.run_config import RunConfig
 from jaxseek.sharding import Strategy
 from jaxseek.tokenizer import Tokenizer
 
@@ -38,8 +38,7 @@ def sampled_run(run: RunConfig, strategy: Strategy, tokenizer: Tokenizer) -> Run
     done = _whole_lines(path)
     if done < len(prompts):
         _sample(run, strategy, tokenizer, prompts, done, path)
-    columns = Columns()
-    data = dataclasses.replace(run.data, train=[str(_finished(path))], columns=columns, roles={})
+    data = dataclasses.replace(run.data, train=[str(_finished(path))])
     return run.replace(objective="sft", data=data)
 
 
@@ -48,7 +47,7 @@ def _sample(run: RunConfig, strategy: Strategy, tokenizer: Tokenizer, prompts: A
 
     teacher, own = load(run.distill.teacher, strategy)
     own = own or tokenizer
-    engine, distill = engine_for(teacher), run.distill
+    engine, distill, names = engine_for(teacher), run.distill, run.data.columns
     with path.open("a", encoding="utf-8") as out, Progress(transient=True) as progress:
         task = progress.add_task("sampling the teacher", total=len(prompts), completed=done)
         for begin in range(done, len(prompts), BATCH):
@@ -68,8 +67,11 @@ def _sample(run: RunConfig, strategy: Strategy, tokenizer: Tokenizer, prompts: A
                 pass
             for (talk, _), ids, reply in zip(some, encoded, stream.replies()):
                 opening = f"{chat.THINK}\n" if own.opened_think(ids) else ""  # stood in the prompt
-                answer = {"role": "assistant", "content": opening + reply.text}
-                record = {"messages": [*talk, answer], "finish_reason": reply.finish_reason}
+                talk = [*talk, {"role": "assistant", "content": opening + reply.text}]
+                record = {
+                    names.messages: [{names.role: m["role"], names.content: m["content"]} for m in talk]
+                }
+                record |= {"finish_reason": reply.finish_reason}
                 out.write(json.dumps(record, ensure_ascii=False) + "\n")
             out.flush()
             progress.update(task, advance=len(some))
