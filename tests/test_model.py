@@ -153,8 +153,9 @@ def test_models_without_the_part_asked_for_say_so():
 # -------------------------------------------------------------------- forms of one model
 
 
-def test_the_unrolled_model_equals_the_stacked_one():
-    model = tiny_model("v3")
+@pytest.mark.parametrize("name", ["v3", "llama"])
+def test_the_unrolled_model_equals_the_stacked_one(name):
+    model = tiny_model(name)
     unrolled = model.unrolled()
     assert len(unrolled.stacks) == model.cfg.num_hidden_layers
     assert_close(unrolled(TOKENS_BT), model(TOKENS_BT), 1e-6)

@@ -6,10 +6,13 @@ are not rounded.
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from jaxseek.kernels.fp8 import round_blocks, round_gradient, round_tiles
 
