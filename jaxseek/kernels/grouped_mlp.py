@@ -7,6 +7,7 @@ all experts on TPU; both are tens to hundreds of times slower than the work that
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ def _gmm_mlp(x_MD, gate_EDF, up_EDF, down_EFD, sizes_E, fp8=False, interpret=Fal
     # gmm leaves the rows of no expert unwritten, in gradients too: selected away at both ends
     x_MD = jnp.pad(jnp.where(live_M1, x_MD, 0), ((0, -M % 128), (0, 0)))
 
-    def matmul(a_MK, w_EKN):
+    def matmul(a_MK, w_EKN) -> Any:
         a_MK = round_tiles(a_MK) if fp8 else a_MK
         y_MN = gmm(a_MK, w_EKN, sizes_E, a_MK.dtype, _tile_sizes, None, None, False, interpret)
         return round_gradient(y_MN) if fp8 else y_MN
@@ -63,7 +64,7 @@ def _tile_sizes(m: int, k: int, n: int) -> tuple[int, int, int]:
 
 
 def _tile_mlp(x_TD, gate_DF, up_DF, down_FD, fp8):
-    def matmul(a_TK, w_KN):
+    def matmul(a_TK, w_KN) -> Any:
         if not fp8:
             return a_TK @ w_KN
         return round_gradient(jnp.matmul(round_tiles(a_TK), w_KN, precision=jax.lax.Precision.HIGHEST))

@@ -16,10 +16,10 @@ from jaxseek.config import ModelConfig
 from jaxseek.layers.block import Context
 from jaxseek.layers.moe import Routing
 from jaxseek.model import DeepSeek
-from jaxseek.sharding import Rules, Strategy
+from jaxseek.sharding import Rules, Strategy, platform
 from jaxseek.train.batch import Batch
 
-CHUNK_ELEMENTS = 2**25  # of float32 logits on a device at a time: 128 MiB
+CHUNK_ELEMENTS = 2**26  # of float32 logits on a device at a time: 256 MiB
 
 
 def token_logprobs(
@@ -41,7 +41,11 @@ def log_softmax_at(logits_BTV: jax.Array, targets_BT: jax.Array, rules: Rules) -
     # by comparison: a gather along a split vocabulary would bring it together
     hit_BTV = targets_BT[..., None] == rules.shard(jnp.arange(V), "vocab")[None, None]
     chosen_BT = jnp.where(hit_BTV, logits_BTV, 0).sum(axis=-1)
-    return chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
+    peak_BT1 = jax.lax.stop_gradient(logits_BTV.max(axis=-1, keepdims=True))
+    exp_BTV = jnp.exp(logits_BTV - peak_BT1)
+    if platform() == "cpu":  # fused into the sum, exponentials take ten times as long
+        exp_BTV = jax.lax.optimization_barrier(exp_BTV)
+    return chosen_BT - peak_BT1[..., 0] - jnp.log(exp_BTV.sum(axis=-1))
 
 
 def divergence(
