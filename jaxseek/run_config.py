@@ -151,7 +151,7 @@ class DistillConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """`[eval]`: loss on held-out rows every so many steps (0: at the end only)."""
+    """`[eval]`: loss on held-out rows before the first step and every so many (0: at the end only)."""
 
     every: int = 100
     rows: int = 64

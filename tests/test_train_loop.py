@@ -427,7 +427,7 @@ def exported_step(config, step):
 def test_supervised_fine_tuning_learns_the_answers_and_evaluates(home, tmp_path):
     train(run(home, tmp_path / "run", "sft", data={"holdout": 0.2}, eval={"every": 4, "rows": 4}))
     found = losses(tmp_path / "run", "eval_loss")
-    assert list(found) == [3, 7]
+    assert list(found) == [0, 3, 7]
     assert found[7] < found[3]
     manifest = checkpoint.read_manifest(tmp_path / "run/model")
     assert_close(manifest["origin"]["eval_loss"], found[7], 1e-6)

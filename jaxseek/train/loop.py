@@ -181,6 +181,8 @@ class _Training:
                 progress.note(f"going on from step {self.done} of {run.steps}")
             profile = self.closing.enter_context(contextlib.closing(_Profile(run.log.profile, out)))
             batch, position = self._next_batch(self.done)
+            if self.done == 0:
+                self._evaluate_when_due()  # what the run begins with
             before = time.perf_counter()
             while self.done < run.steps and not stopped:
                 step = self.done
@@ -274,7 +276,7 @@ class _Training:
             weight += own
         values = {f"eval_{name}": value / weight for name, value in total.items()}
         self.eval_loss = values["eval_loss"]
-        self.log.write(self.done - 1, values)
+        self.log.write(max(self.done - 1, 0), values)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         self.progress.note(f"step {self.done}: {shown}")
         return True
