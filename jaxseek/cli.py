@@ -458,34 +458,17 @@ def _table(title: str, rows: dict[str, str]) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
+    common = {name: getattr(args, name) for name in ("mesh", "dtype", "repeats", "against")}
+    common["as_json"] = args.json
     if args.train:
         from jaxseek.bench_train import bench_train
 
-        bench_train(
-            args.model,
-            mesh=args.mesh,
-            dtype=args.dtype,
-            rows=args.rows,
-            length=args.length,
-            repeats=args.repeats,
-            remat=args.remat,
-            against=args.against,
-            as_json=args.json,
-        )
+        bench_train(args.model, rows=args.rows, length=args.length, remat=args.remat, **common)
         return
     from jaxseek.bench import bench
 
-    bench(
-        args.model,
-        mesh=args.mesh,
-        dtype=args.dtype,
-        batches=args.batch,
-        prompt_tokens=args.prompt_tokens,
-        new_tokens=args.new_tokens,
-        repeats=args.repeats,
-        against=args.against,
-        as_json=args.json,
-    )
+    sizes = {"prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens}
+    bench(args.model, batches=args.batch, **sizes, **common)
 
 
 if __name__ == "__main__":

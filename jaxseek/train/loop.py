@@ -33,7 +33,7 @@ from jaxseek.train.objectives import Objective, Whole, logprobs_of_rows
 from jaxseek.train.optimizer import decays, make_optimizer
 from jaxseek.train.reference import Reference
 from jaxseek.train.samples import sampled_run
-from jaxseek.train.schedule import batch_rows, learning_rate
+from jaxseek.train.schedule import batch_rows
 from jaxseek.train.step import State, init_state, make_evaluation, make_step
 
 
@@ -93,7 +93,6 @@ class _Training:
         self.objective = Objective(run, start.compute_dtype(run))
         self.checkpoints = Checkpoints(self.out, run.checkpoint)
         closing.callback(self.checkpoints.close)
-        self.rate = learning_rate(run)
         self.modules = cfg.num_nextn_predict_layers
         self.teacher = start.open_teacher(run, cfg, strategy) if run.objective == "distill" else None
         self.state, self.done = self._first_state()
@@ -209,9 +208,7 @@ class _Training:
                 self._save_when_due(reached, stopped, evaluated)
                 before = time.perf_counter() if evaluated else before
             self.checkpoints.wait()
-            if stopped:
-                progress.note(f"stopped after step {self.done}, which is saved; run again to go on")
-            else:
+            if not stopped:
                 self._export()
         if self.done:
             plot_loss(out)
@@ -237,10 +234,7 @@ class _Training:
             raise TrainingError(self._not_finite(step, batch))
         tokens = int(np.prod(batch.tokens_BT.shape))
         self.loss = values["loss"]
-        values |= self.rows.counts | {
-            "learning_rate": float(self.rate(step)),
-            "tokens_per_second": tokens / seconds,
-        }
+        values |= self.rows.counts | {"tokens_per_second": tokens / seconds}
         peak = peak_flops(self.state.model.mesh)
         if peak:
             values["mfu"] = train_flops(self.cfg, tokens, self.run.data.length) / seconds / peak
@@ -268,7 +262,7 @@ class _Training:
         total, weight = {}, 0.0
         for batch in self.eval_batches:
             with self.state.model.on_mesh():
-                metrics = self.evaluate(self.state.model, self.teacher, batch, np.float32(0))
+                metrics = self.evaluate(self.state.model, self.teacher, batch, None)
             own = self._weight(batch)
             for name, value in summarize(metrics).items():
                 if name in EVALUATED:

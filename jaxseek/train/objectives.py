@@ -90,7 +90,10 @@ class Objective:
         logprob_BT = token_logprobs(model, out.hidden_BTD, batch.ahead_BJT[:, 0], ctx.rules)
         nll = -(batch.weights_BJT[:, 0] * logprob_BT).sum() / whole.weight
         extra, metrics = self._routers(model, out, batch, whole, mtp, ctx)
-        return weight * kl + (1 - weight) * nll + extra, metrics | {"loss": nll, "kl": kl}
+        loss = weight * kl + extra
+        if weight < 1:  # else the head's backward pass would be for a gradient of zeros
+            loss += (1 - weight) * nll
+        return loss, metrics | {"loss": nll, "kl": kl}
 
     def _dpo(self, model, teacher, batch, whole, mtp):
         """-log sigmoid(beta (log ratio of chosen - log ratio of rejected)) (DPO paper, eq. 7)."""

@@ -22,6 +22,7 @@ from jaxseek.sharding import parameters
 from jaxseek.train.batch import Batch
 from jaxseek.train.lora import LoraParam, is_adapted
 from jaxseek.train.objectives import Metrics, Objective, Whole
+from jaxseek.train.schedule import learning_rate
 
 
 @jax.tree_util.register_dataclass
@@ -64,6 +65,8 @@ def make_step(
 ) -> Callable[..., tuple[State, Metrics]]:
     """`step(state, teacher, batch, mtp weight, bias speed)`: the next state and the metrics of the batch."""
 
+    rate = learning_rate(objective.run)
+
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: State, teacher: DeepSeek | None, batch: Batch, mtp: Any, bias_speed: Any):
         params = trained(state.model)
@@ -84,13 +87,13 @@ def make_step(
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         after = State(with_values(state.model, moved), moments, state.step + 1)
         after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
-        return after, metrics | {"grad_norm": norm, "finite": finite}
+        return after, metrics | {"grad_norm": norm, "finite": finite, "learning_rate": rate(state.step)}
 
     return step
 
 
 def make_evaluation(objective: Objective) -> Callable[..., Metrics]:
-    """`evaluate(model, teacher, batch, mtp weight)`: the metrics of a batch."""
+    """`evaluate(model, teacher, batch, mtp weight)`: a batch's metrics; weight None leaves that loss out."""
 
     @jax.jit
     def evaluate(model: DeepSeek, teacher: DeepSeek | None, batch: Batch, mtp: Any) -> Metrics:
