@@ -19,7 +19,7 @@ from jaxseek.model import DeepSeek
 from jaxseek.sharding import Rules, Strategy, platform
 from jaxseek.train.batch import Batch
 
-CHUNK_ELEMENTS = 2**26  # of float32 logits on a device at a time: 256 MiB
+CHUNK_ELEMENTS = 2**25  # of float32 logits on a device at a time: 128 MiB
 
 
 def token_logprobs(
