@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 # Lowest first. A module imports from lower tiers, and within its own folder.
 TIERS = [
     {"config"},
+    {"rl_config"},
     {"run_config"},
     {"sharding"},
     {"kernels"},

@@ -1,0 +1,156 @@
+"""The sections of a run file for reinforcement learning: what GRPO computes, samples and rewards.
+
+Standard library only. Papers: DeepSeekMath (GRPO, arXiv:2402.03300), R1 (2501.12948), DAPO (2503.14476),
+Dr. GRPO (2503.20783), GSPO (2507.18071), CISPO (MiniMax-M1, 2506.13585), RLOO (2402.14740),
+REINFORCE++ (2501.03262).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class GrpoConfig:
+    """`[grpo]`: the policy loss. `preset` sets the other keys as a paper has them; keys given override it.
+
+    advantage      r - baseline, divided by `scale`. `baseline`: the mean of the group (GRPO), of the others
+                   in the group (leave_one_out: RLOO), or none. `scale`: the group's standard deviation,
+                   the batch's after subtracting its mean (REINFORCE++), or none (Dr. GRPO).
+    ratio          pi / pi_old of a token, of a sequence to the power 1/length (sequence_mean: GSPO), or of a
+                   sequence (sequence: as R1 prints it).
+    surrogate      `clip`: min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A); with `dual_clip` c > 1 at
+                   least c A where A < 0. `cispo`: stop_gradient(min(ratio, 1 + clip_high)) A log pi, and also
+                   max with 1 - clip_low.
+    normalization  of the sum over tokens: by all tokens of the minibatch (token: DAPO), by each sequence's
+                   tokens and then the sequences (sequence: GRPO), or by a constant, sequences times
+                   max_new_tokens (constant: Dr. GRPO).
+    beta, kl       weight and estimator of KL(pi || reference), in the loss or subtracted from the reward of
+                   each token. In the loss k1 has no useful gradient, and is refused there.
+    importance_cap truncated importance sampling: times min(pi_trainer / pi_rollout, cap) per token; 0 off.
+    overlong       answers cut off at max_new_tokens count for nothing (`overlong_mask`), or lose up to
+                   `overlong_penalty` over the last part `overlong_buffer` of max_new_tokens (DAPO, eq. 13).
+    dynamic_sampling  groups in which all rewards are equal are replaced by newly sampled ones (DAPO).
+    """
+
+    preset: Literal["r1_zero", "r1", "deepseekmath", "dapo", "dr_grpo", "gspo", "cispo"] = "r1_zero"
+    group_size: int = 16  # G
+    baseline: Literal["group", "leave_one_out", "none"] = "group"
+    scale: Literal["group", "batch", "none"] = "group"
+    ratio: Literal["token", "sequence_mean", "sequence"] = "token"
+    surrogate: Literal["clip", "cispo"] = "clip"
+    normalization: Literal["token", "sequence", "constant"] = "sequence"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float = 0.0
+    beta: float = 0.001
+    kl: Literal["k1", "k2", "k3"] = "k3"
+    kl_in: Literal["loss", "reward"] = "loss"
+    importance_cap: float = 0.0
+    overlong_mask: bool = False
+    overlong_buffer: float = 0.0  # DAPO: 4096 of 20480 tokens
+    overlong_penalty: float = 1.0
+    dynamic_sampling: bool = False
+    minibatches: int = 1  # optimizer steps per pass over a rollout
+    epochs: int = 1  # passes over a rollout
+    old_logprobs: Literal["rollout", "trainer"] = "rollout"  # pi_old: as sampled, or computed again
+    routing_replay: bool = False  # the update uses the experts that the rollout used
+
+
+# What the papers print, over the defaults above. R1's clip is 10 (R1 v2, Methods), R1-Zero's is not printed;
+# of CISPO's only the upper bound acts, whose value is not printed.
+PRESETS: dict[str, dict[str, Any]] = {
+    "r1_zero": {"group_size": 16, "beta": 0.001},
+    "r1": {"group_size": 16, "beta": 0.001, "clip_low": 10.0, "clip_high": 10.0},
+    "deepseekmath": {"group_size": 64, "beta": 0.04},
+    "dapo": {
+        "normalization": "token", "clip_high": 0.28, "beta": 0.0, "overlong_buffer": 0.2,
+        "dynamic_sampling": True,
+    },
+    "dr_grpo": {"normalization": "constant", "scale": "none", "beta": 0.0},
+    "gspo": {"ratio": "sequence_mean", "clip_low": 3e-4, "clip_high": 4e-4, "beta": 0.0},
+    "cispo": {"surrogate": "cispo", "normalization": "token", "clip_low": 1.0, "clip_high": 4.0, "beta": 0.0},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """`[rollout]`: answers sampled at each step from the policy, with its own weights.
+
+    The policy that is optimised is the one at `temperature`; top_k, top_p and min_p make what is drawn differ
+    from it, which `grpo.importance_cap` can correct. `slots` sequences are decoded at a time (0: all).
+    """
+
+    prompts: int = 32  # questions per step
+    max_prompt_tokens: int = 512
+    max_new_tokens: int = 512
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    slots: int = 0
+    stop: list[str] = field(default_factory=list)
+    dtype: Literal["", "float32", "bfloat16"] = (
+        ""  # of weights and cache while sampling; default: compute_dtype
+    )
+    record_experts: bool = False  # also without routing_replay: to count tokens that are routed elsewhere
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """`[reference]`: what KL is measured against (with grpo.beta above 0).
+
+    A copy of the starting policy on the devices (`device`) or in the hosts' memory (`host`), or the policy
+    without its adapters (`base`, for LoRA). The policy takes its place every `replace_every` steps (R1: 400).
+    """
+
+    kind: Literal["device", "host", "base"] = "device"
+    replace_every: int = 0
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """`[task]`: problems with answers that can be checked.
+
+    `arithmetic` (chains of `terms` digits with + - *, from left to right, modulo 10) and `countdown` (reach a
+    target with `terms` numbers) make their own; `gsm8k`, `math` and `jsonl` read [data], `jsonl` with the
+    columns prompt and answer. `template` lays a problem out as a prompt: as it is, as a user's message, or in
+    R1-Zero's template (R1 paper, table 1).
+    """
+
+    kind: Literal["arithmetic", "countdown", "gsm8k", "math", "jsonl"] = "jsonl"
+    template: Literal["plain", "chat", "r1_zero"] = "chat"
+    system: str = ""  # a system message, for chat
+    instruction: str = ""  # put behind every problem
+    terms: int = 6
+    held_out: int = 500  # problems that are evaluated on; no run trains on them
+    temperature: float = 0.0  # of the evaluation; 0 is greedy
+    samples: int = 1  # per held-out problem
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """`[[rewards]]`: one of the terms whose weighted sum is the reward; each is between 0 and 1.
+
+    exact         the final answer is the reference's text
+    math          it is equal as mathematics (math-verify)
+    countdown     it is an expression of the given numbers that reaches the target
+    format        `<think>...</think>` and then an answer; with `tags` also `<answer>...</answer>`
+    language      share of the words of the thinking that are in `language`
+    length        1 up to `target` tokens, falling to 0 at twice as many; for short answers
+    code          share of the problem's unit tests that the answer's code passes, in a sandbox
+    model         sigmoid of a reward model's score: a checkpoint's log-odds of `yes` over `no`, see docs
+    python        a function `module:function` of a list of answers, one number each
+    """
+
+    kind: Literal["exact", "math", "countdown", "format", "language", "length", "code", "model", "python"]
+    weight: float = 1.0
+    name: str = ""  # in the metrics; default: kind
+    seconds: float = 5.0  # time limit for one answer
+    tags: bool = False
+    language: Literal["en", "zh"] = "en"
+    target: int = 256
+    megabytes: int = 512  # memory of the sandbox
+    function: str = ""
+    model: str = ""
