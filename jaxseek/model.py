@@ -25,7 +25,7 @@ from jaxseek.cache import Cache, init_cache
 from jaxseek.config import ModelConfig
 from jaxseek.kernels.attention import Mask
 from jaxseek.layers.block import Context, Layer, run_stack
-from jaxseek.layers.moe import Routing
+from jaxseek.layers.moe import MoE, Routing
 from jaxseek.layers.norm import RMSNorm
 from jaxseek.layers.rope import rope_table
 from jaxseek.mtp import MTP
@@ -68,13 +68,25 @@ class DeepSeek(nnx.Module):
 
     # ---------------------------------------------------------------- the model
 
-    def forward(self, tokens_BT: jax.Array, ctx: Context, caches: Caches | None = None) -> Output:
-        """Hidden states after the final norm; `logits` turns them into logits."""
+    def forward(
+        self,
+        tokens_BT: jax.Array,
+        ctx: Context,
+        caches: Caches | None = None,
+        replay_LBTK: jax.Array | None = None,
+    ) -> Output:
+        """Hidden states after the final norm; `logits` turns them into logits.
+
+        `replay` are experts to use in the sparse layers in place of the routers' choice (-1: theirs).
+        """
         with jax.named_scope("embed"):
             x_BTD = self.embed(tokens_BT, ctx)
-        new_caches, routing = [], []
+        new_caches, routing, replayed = [], [], 0
         for i, stack in enumerate(self.stacks):
-            x_BTD, cache, routed = run_stack(stack, x_BTD, caches[i] if caches else None, ctx)
+            chosen = None
+            if replay_LBTK is not None and isinstance(stack.mlp, MoE):
+                chosen = replay_LBTK[replayed : (replayed := replayed + stack.depth)]
+            x_BTD, cache, routed = run_stack(stack, x_BTD, caches[i] if caches else None, ctx, chosen)
             new_caches.append(cache)
             routing += [routed] if routed is not None else []
         return Output(self.norm(x_BTD), tuple(new_caches) if caches else None, tuple(routing))
@@ -214,24 +226,14 @@ class DeepSeek(nnx.Module):
 
         On a single CPU device they are also joined, see Layer.join.
         """
-        graph = nnx.clone(self, variables=False)
         join = self.mesh.size == 1 and self.mesh.devices.flat[0].platform == "cpu"
-
-        @functools.partial(jax.jit, static_argnums=1)
-        def cut(stack: Layer, l: int) -> Layer:
-            layer = jax.tree.map(lambda a: a[l], stack)
-            return jax.tree.map(lambda a: a[None], layer.join() if join else layer)
-
         with self.on_mesh():
-            graph.stacks = nnx.List(
-                [cut(s, l) for s in self.stacks for l in range(jax.tree.leaves(s)[0].shape[0])]
-            )
-        return graph
+            return unroll(self, join)
 
     def init_caches(self, batch: int, capacity: int, dtype: Any, rules: Rules) -> Caches:
         """Empty caches, one per stack."""
-        counts = (jax.tree.leaves(s)[0].shape[0] for s in self.stacks)
-        return tuple(init_cache(self.cfg, batch, capacity, dtype, rules, n) for n in counts)
+        stacks = self.stacks
+        return tuple(init_cache(self.cfg, batch, capacity, dtype, rules, s.depth) for s in stacks)
 
     def check_tokens(self, tokens_BT: Any) -> None:
         """Raise ValueError for a wrong shape, a token outside the vocabulary, or too long a sequence."""
@@ -247,6 +249,19 @@ class DeepSeek(nnx.Module):
             raise ValueError(
                 f"token ids span {low}..{high}, outside the vocabulary 0..{self.cfg.vocab_size - 1}"
             )
+
+
+@functools.partial(jax.jit, static_argnames="join")
+def unroll(model: DeepSeek, join: bool) -> DeepSeek:
+    """See `DeepSeek.unrolled`; with `join`, see `Layer.join`. What is not in a stack is not copied."""
+    graph = nnx.clone(model, variables=False)
+
+    def cut(stack: Layer, l: int) -> Layer:
+        layer = jax.tree.map(lambda a: a[l], stack)
+        return jax.tree.map(lambda a: a[None], layer.join() if join else layer)
+
+    graph.stacks = nnx.List([cut(s, l) for s in model.stacks for l in range(s.depth)])
+    return graph
 
 
 def positions_in_segments(segment_ids_BT: jax.Array) -> jax.Array:

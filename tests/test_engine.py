@@ -173,7 +173,8 @@ def probabilities(logits_V, request):
 
 @functools.partial(jax.jit, static_argnames="mode")
 def draw(logits_BV, position_B, params, mode):
-    return sample(logits_BV, position_B, params, mode)
+    drawn = sample(logits_BV, position_B, params, mode)
+    return drawn.token_B, drawn.logprob_B
 
 
 def frequencies(logits_V, request, rows=4096):

@@ -123,7 +123,7 @@ def test_a_bfloat16_layer_routes_in_float32():
     moe.router_bias_E[...] = jnp.asarray(bias, jnp.float32)
     x_BTD = jnp.asarray(np.random.default_rng(0).standard_normal((1, 32, 32)) / 10, jnp.bfloat16)
     with model.on_mesh():
-        ids, gates, _ = jax.jit(lambda moe, x: moe.route(x, model.strategy.train))(moe, x_BTD)
+        ids, gates, *_ = jax.jit(lambda moe, x: moe.route(x, model.strategy.train))(moe, x_BTD)
     assert gates.dtype == jnp.float32
     logits = np.asarray(x_BTD, np.float64)[0] @ np.asarray(moe.router_DE[...], np.float64)
     for row_ids, row_gates, row in zip(np.asarray(ids)[0], np.asarray(gates)[0], logits):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxseek.cache import split_layers
-from jaxseek.generate.sampling import Mode, Sampling, SamplingArrays, batch_mode, sample
+from jaxseek.generate.sampling import Drawn, Mode, Sampling, SamplingArrays, batch_mode, sample
+from jaxseek.layers.moe import MoE
 from jaxseek.model import Caches, DeepSeek
 
 CAPACITY_STEP = 256  # cache slots are allotted in steps, so that few programs serve all lengths
@@ -121,10 +123,10 @@ class Engine:
             done_B[:rows] = [c.finish_reason is not None for c in completions]
             steps = min(tokens_per_dispatch, max(left))
             with self.decoder.on_mesh():
-                state, tokens_BN, logprobs_BN, taken = _decode(
-                    self.decoder, state, done_B, params, stops, steps, tokens_per_dispatch, mode
+                state, trace, taken = decode_steps(
+                    self.decoder, state, done_B, params, stops, steps, len(done_B), tokens_per_dispatch, mode
                 )
-            tokens_BN, logprobs_BN = _fetch(tokens_BN), _fetch(logprobs_BN)
+            tokens_BN, logprobs_BN = fetch(trace.tokens_BN), fetch(trace.logprobs_BN)
             for i, completion in enumerate(completions):
                 if completion.finish_reason is None:
                     n = min(int(taken), left[i])
@@ -165,8 +167,8 @@ class Engine:
                 batch_mode(requests),
             )
             if self.decoder is not model:
-                state = State(_split(state.caches), state.token_B, state.position_B, state.done_B)
-        first_B, logprob_B = _fetch(state.token_B), _fetch(logprob_B)
+                state = State(split(state.caches), state.token_B, state.position_B, state.done_B)
+        first_B, logprob_B = fetch(state.token_B), fetch(logprob_B)
         for i, completion in enumerate(completions):
             self._take(completion, first_B[i : i + 1], logprob_B[i : i + 1], stops_BK[i], budgets[i])
         return state, params, stops_BK
@@ -183,7 +185,7 @@ class Engine:
             completion.finish_reason = "length"
 
 
-def _fetch(x: jax.Array) -> np.ndarray:
+def fetch(x: jax.Array) -> np.ndarray:
     """A small device array on the host, also where other hosts hold parts of it."""
     if x.is_fully_addressable:
         return np.asarray(x)
@@ -195,6 +197,17 @@ def _fetch(x: jax.Array) -> np.ndarray:
 @functools.partial(jax.jit, static_argnames=("capacity", "cache_dtype", "mode"))
 def _prefill(model: DeepSeek, tokens_BT, lengths_B, params, capacity: int, cache_dtype: str, mode: Mode):
     """Caches of right-padded prompts, and their first new token with its log-probability."""
+    decode = model.strategy.decode
+    caches, logits_BV, _ = read_prompts(model, tokens_BT, lengths_B, capacity, cache_dtype)
+    drawn = draw(logits_BV, lengths_B, params, mode, decode)
+    token_B, logprob_B = (decode.shard(a, "batch") for a in (drawn.token_B, drawn.logprob_B))
+    position_B = decode.shard(lengths_B, "batch")
+    return State(caches, token_B, position_B, jnp.zeros_like(position_B, dtype=bool)), logprob_B
+
+
+def read_prompts(model: DeepSeek, tokens_BT, lengths_B, capacity: int, cache_dtype: str):
+    """Of right-padded prompts: their caches as decoding lays them out, the logits after their last tokens
+    [B, V], and what the routers did."""
     B, T = tokens_BT.shape
     rules, decode = model.strategy.prefill, model.strategy.decode
     segment_ids_BT = (jnp.arange(T)[None] < lengths_B[:, None]).astype(jnp.int32)
@@ -207,11 +220,7 @@ def _prefill(model: DeepSeek, tokens_BT, lengths_B, params, capacity: int, cache
     )
     last_BD = jnp.einsum("BTD,BT->BD", hidden_BTD, last_BT)
     logits_BV = model.logits(decode.shard(last_BD, "batch", None)[:, None], decode)[:, 0]
-    token_B, logprob_B = _sample(logits_BV, lengths_B, params, mode, decode)
-    token_B, logprob_B = (decode.shard(a, "batch") for a in (token_B, logprob_B))
-    caches = jax.tree.map(lambda a: _as_in_decode(a, decode), out.caches)
-    position_B = decode.shard(lengths_B, "batch")
-    return State(caches, token_B, position_B, jnp.zeros_like(position_B, dtype=bool)), logprob_B
+    return jax.tree.map(lambda a: _as_in_decode(a, decode), out.caches), logits_BV, out.routing
 
 
 def _as_in_decode(cache: jax.Array, rules) -> jax.Array:
@@ -220,47 +229,86 @@ def _as_in_decode(cache: jax.Array, rules) -> jax.Array:
 
 
 @jax.jit
-def _split(caches: Caches) -> Caches:
+def split(caches: Caches) -> Caches:
     return tuple(part for cache in caches for part in split_layers(cache))
 
 
-def _sample(logits_BV, position_B, params, mode, rules):
+def draw(logits_BV, position_B, params, mode: Mode, rules) -> Drawn:
     """Sampling with the rows where their caches are and the vocabulary whole."""
     logits_BV, position_B = rules.shard(logits_BV, "batch", None), rules.shard(position_B, "batch")
     params = jax.tree.map(lambda a: rules.shard(a, "batch", *(None,) * (a.ndim - 1)), params)
     return sample(logits_BV, position_B, params, mode)
 
 
-@functools.partial(jax.jit, static_argnames=("width", "mode"), donate_argnames="state")
-def _decode(model: DeepSeek, state: State, done_B, params, stops_BK, steps, width: int, mode: Mode):
-    """Up to `steps` (at most `width`) further tokens, fewer when every row has ended.
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Trace:
+    """Of a dispatch of up to N steps: each row's tokens and their log-probabilities [B, N], as in Drawn.
 
-    Returns (state, tokens [B, width], log-probabilities [B, width], steps taken).
+    Where recorded, also the tempered ones, those drawn from, and the experts that the token *before* each
+    used, [sparse layers, B, N, K].
+    """
+
+    tokens_BN: jax.Array
+    logprobs_BN: jax.Array
+    tempered_BN: jax.Array | None = None
+    drawn_BN: jax.Array | None = None
+    experts_LBNK: jax.Array | None = None
+
+
+@functools.partial(jax.jit, static_argnames=("width", "mode", "record"), donate_argnames="state")
+def decode_steps(
+    model: DeepSeek, state: State, done_B, params, stops_BK, steps, enough, width: int, mode: Mode,
+    record: tuple[str, ...] = (),
+):  # fmt: skip
+    """Up to `steps` (at most `width`) further tokens, fewer when `enough` rows have ended.
+
+    `record` may name "logprobs" and "experts". Returns (state, Trace, steps taken).
     """
     rules = model.strategy.decode
     B = state.token_B.shape[0]
     stops_BK = rules.shard(stops_BK, "batch", None)
 
     def step(carry):
-        state, tokens_BN, logprobs_BN, i = carry
+        state, trace, i = carry
         token_B1, position_B1 = state.token_B[:, None], state.position_B[:, None]
         live_B1 = (~state.done_B)[:, None].astype(jnp.int32)
         ctx = model.context(rules, token_B1, position_B1, live_B1, state.caches, fresh=False)
         out = model.forward(token_B1, ctx, state.caches)
         logits_BV = model.logits(out.hidden_BTD, rules)[:, 0]
-        token_B, logprob_B = _sample(logits_BV, state.position_B + 1, params, mode, rules)
-        done_B = state.done_B | (token_B[:, None] == stops_BK).any(axis=1)
-        tokens_BN = jax.lax.dynamic_update_index_in_dim(tokens_BN, token_B, i, 1)
-        logprobs_BN = jax.lax.dynamic_update_index_in_dim(logprobs_BN, logprob_B, i, 1)
+        new = draw(logits_BV, state.position_B + 1, params, mode, rules)
+        experts = jnp.concatenate([r.ids_BTK for r in out.routing]) if "experts" in record else None
+        made = Trace(new.token_B, new.logprob_B, new.tempered_B, new.drawn_B, experts)
+        trace = jax.tree.map(
+            lambda all, one: (
+                jax.lax.dynamic_update_slice_in_dim(all, one, i, 2)
+                if all.ndim == 4
+                else jax.lax.dynamic_update_index_in_dim(all, one, i, 1)
+            ),
+            trace,
+            made if "logprobs" in record else dataclasses.replace(made, tempered_BN=None, drawn_BN=None),
+        )
+        done_B = state.done_B | (new.token_B[:, None] == stops_BK).any(axis=1)
         position_B = state.position_B + (~state.done_B).astype(jnp.int32)
-        return State(out.caches, token_B, position_B, done_B), tokens_BN, logprobs_BN, i + 1
+        return State(out.caches, new.token_B, position_B, done_B), trace, i + 1
 
     def going(carry):
-        state, _, _, i = carry
-        return (i < steps) & ~state.done_B.all()
+        state, _, i = carry
+        return (i < steps) & (state.done_B.sum() < enough)
 
-    spec = rules.spec("batch", None)
+    def blank(dtype, *shape_and_axes):
+        shape, axes = zip(*shape_and_axes)
+        return jnp.zeros(shape, dtype, out_sharding=rules.spec(*axes))
+
+    def per_token(dtype):
+        return blank(dtype, (B, "batch"), (width, None))
+
+    extra = (per_token(jnp.float32), per_token(jnp.float32)) if "logprobs" in record else (None, None)
+    experts = None
+    if "experts" in record:
+        layers = sum(s.depth for s in model.stacks if isinstance(s.mlp, MoE))
+        K = model.cfg.num_experts_per_tok
+        experts = blank(jnp.int32, (layers, None), (B, "batch"), (width, None), (K, None))
+    trace = Trace(per_token(jnp.int32), per_token(jnp.float32), *extra, experts)
     start = State(state.caches, state.token_B, state.position_B, rules.shard(done_B, "batch"))
-    tokens_BN = jnp.zeros((B, width), jnp.int32, out_sharding=spec)
-    logprobs_BN = jnp.zeros((B, width), jnp.float32, out_sharding=spec)
-    return jax.lax.while_loop(going, step, (start, tokens_BN, logprobs_BN, jnp.zeros((), jnp.int32)))
+    return jax.lax.while_loop(going, step, (start, trace, jnp.zeros((), jnp.int32)))

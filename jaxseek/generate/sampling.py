@@ -82,32 +82,48 @@ def batch_mode(requests: list[Sampling]) -> Mode:
     return next(m for m in ("filtered", "plain", "greedy") if m in modes)
 
 
-def sample(
-    logits_BV: jax.Array, position_B: jax.Array, params: SamplingArrays, mode: Mode
-) -> tuple[jax.Array, jax.Array]:
-    """Next tokens [B] and their log-probabilities under the unfiltered model at temperature 1, [B] float32.
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Drawn:
+    """Next tokens [B], and float32 log-probabilities of each: under the model (temperature 1), under the
+    model at the request's temperature (1 where greedy), and under what was drawn from, filters included."""
+
+    token_B: jax.Array
+    logprob_B: jax.Array
+    tempered_B: jax.Array
+    drawn_B: jax.Array
+
+
+def sample(logits_BV: jax.Array, position_B: jax.Array, params: SamplingArrays, mode: Mode) -> Drawn:
+    """Draw each row's next token.
 
     Randomness is a function of the request's seed and the position alone: the same request gives the same
     text in any batch.
     """
     greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     if mode == "greedy":
-        token_B = greedy_B
-    else:
-        warm_B = params.temperature_B > 0
-        scaled_BV = logits_BV / jnp.where(warm_B, params.temperature_B, 1.0)[:, None]
-        if mode == "filtered":
-            scaled_BV = jnp.where(scaled_BV >= _threshold(scaled_BV, params)[:, None], scaled_BV, -jnp.inf)
+        logprob_B = _logprob(logits_BV, greedy_B)
+        return Drawn(greedy_B, logprob_B, logprob_B, jnp.zeros_like(logprob_B))
+    warm_B = params.temperature_B > 0
+    tempered_BV = logits_BV / jnp.where(warm_B, params.temperature_B, 1.0)[:, None]
+    kept_BV = tempered_BV
+    if mode == "filtered":
+        kept_BV = jnp.where(tempered_BV >= _threshold(tempered_BV, params)[:, None], tempered_BV, -jnp.inf)
 
-        def draw(key, position, logits_V):
-            key = jax.random.fold_in(jax.random.wrap_key_data(key), position)
-            return jax.random.categorical(key, logits_V)
+    def draw(key, position, logits_V):
+        key = jax.random.fold_in(jax.random.wrap_key_data(key), position)
+        return jax.random.categorical(key, logits_V)
 
-        drawn_B = jax.vmap(draw)(params.key_B, position_B, scaled_BV).astype(jnp.int32)
-        token_B = jnp.where(warm_B, drawn_B, greedy_B)
+    token_B = jax.vmap(draw)(params.key_B, position_B, kept_BV).astype(jnp.int32)
+    token_B = jnp.where(warm_B, token_B, greedy_B)
+    drawn_B = jnp.where(warm_B, _logprob(kept_BV, token_B), 0.0)
+    return Drawn(token_B, _logprob(logits_BV, token_B), _logprob(tempered_BV, token_B), drawn_B)
+
+
+def _logprob(logits_BV: jax.Array, token_B: jax.Array) -> jax.Array:
+    """log softmax(logits) of one token per row: [B]."""
     chosen_BV = jax.nn.one_hot(token_B, logits_BV.shape[-1], dtype=bool)
-    chosen_B = jnp.where(chosen_BV, logits_BV, 0).sum(-1)
-    return token_B, chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+    return jnp.where(chosen_BV, logits_BV, 0).sum(-1) - jax.nn.logsumexp(logits_BV, axis=-1)
 
 
 def _threshold(scaled_BV: jax.Array, params: SamplingArrays) -> jax.Array:

@@ -63,6 +63,11 @@ class Layer(nnx.Module):
         self.mlp_norm = RMSNorm(D, eps, init)
         self.mlp = MoE(cfg, init) if sparse else MLP(D, cfg.intermediate_size, cfg.mlp_bias, init)
 
+    @property
+    def depth(self) -> int:
+        """Of a stack of layers: how many."""
+        return self.attn_norm.scale_D.get_value().shape[0]
+
     def join(self) -> Layer:
         """Itself, with its weights laid out as one CPU device decodes with them fastest: see Joined."""
         for _, module in nnx.iter_modules(self):
@@ -71,7 +76,12 @@ class Layer(nnx.Module):
         return self
 
     def __call__(
-        self, x_BTD: jax.Array, cache: Cache | None, layer: jax.Array | int, ctx: Context
+        self,
+        x_BTD: jax.Array,
+        cache: Cache | None,
+        layer: jax.Array | int,
+        ctx: Context,
+        replay_BTK: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None, Routing | None]:
         """x after the block, the cache with this block's tokens in `layer`, and what the router did."""
         with jax.named_scope("attention"):
@@ -79,31 +89,38 @@ class Layer(nnx.Module):
             x_BTD += y_BTD
         with jax.named_scope("mlp"):
             if isinstance(self.mlp, MoE):
-                y_BTD, routing = self.mlp(self.mlp_norm(x_BTD), ctx)
+                y_BTD, routing = self.mlp(self.mlp_norm(x_BTD), ctx, replay_BTK)
             else:
                 y_BTD, routing = self.mlp(self.mlp_norm(x_BTD), ctx), None
         return x_BTD + y_BTD, cache, routing
 
 
 def run_stack(
-    stack: Layer, x_BTD: jax.Array, cache: Cache | None, ctx: Context
+    stack: Layer,
+    x_BTD: jax.Array,
+    cache: Cache | None,
+    ctx: Context,
+    replay_LBTK: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache | None, Routing | None]:
     """All layers of a stack (parameters have a leading layer axis), by a scan where there are several.
 
-    The cache of the stack is carried and updated in place; routings come back stacked over layers.
+    The cache of the stack is carried and updated in place; routings come back stacked over layers. `replay`
+    are experts to use, see MoE.
     """
-    L = jax.tree.leaves(stack)[0].shape[0]
+    L = stack.depth
 
     @REMAT[ctx.remat]
     def body(carry, xs):
-        (x_BTD, cache), (layer, l) = carry, xs
-        x_BTD, cache, routing = layer(x_BTD, cache, l, ctx)
+        (x_BTD, cache), (layer, l, replay_BTK) = carry, xs
+        x_BTD, cache, routing = layer(x_BTD, cache, l, ctx, replay_BTK)
         return (x_BTD, cache), routing
 
     if L == 1:
         layer = jax.tree.map(lambda a: a[0], stack)
-        (x_BTD, cache), routing = body((x_BTD, cache), (layer, 0))
+        replay_BTK = None if replay_LBTK is None else replay_LBTK[0]
+        (x_BTD, cache), routing = body((x_BTD, cache), (layer, 0, replay_BTK))
         return x_BTD, cache, jax.tree.map(lambda a: a[None], routing)
 
-    (x_BTD, cache), routing = jax.lax.scan(body, (x_BTD, cache), (stack, jax.numpy.arange(L)))
+    layers = (stack, jax.numpy.arange(L), replay_LBTK)
+    (x_BTD, cache), routing = jax.lax.scan(body, (x_BTD, cache), layers)
     return x_BTD, cache, routing

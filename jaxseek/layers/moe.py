@@ -27,12 +27,14 @@ class RouterBias(nnx.Variable):
 @dataclass(frozen=True)
 class Routing:
     """What the router did: chosen experts per token, each expert's affinity as the mean over the tokens of a
-    sequence (they sum to one), assignments per expert, and assignments dropped."""
+    sequence (they sum to one), assignments per expert, assignments dropped, and, where experts were replayed,
+    what it would have chosen itself."""
 
     ids_BTK: jax.Array
     affinity_BE: jax.Array
     load_E: jax.Array
     dropped: jax.Array
+    own_BTK: jax.Array | None = None
 
 
 class MoE(nnx.Module):
@@ -49,11 +51,17 @@ class MoE(nnx.Module):
         self.down_EFD = init((E, F, D), ("expert", "expert_mlp", "embed"))
         self.shared = MLP(D, F * cfg.n_shared_experts, cfg.mlp_bias, init) if cfg.n_shared_experts else None
 
-    def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Routing]:
-        """Returns ([B, T, D], Routing). Padding (not valid) reaches no expert."""
+    def __call__(
+        self, x_BTD: jax.Array, ctx: Context, replay_BTK: jax.Array | None = None
+    ) -> tuple[jax.Array, Routing]:
+        """Returns ([B, T, D], Routing). Padding (not valid) reaches no expert.
+
+        `replay_BTK` are experts to use in place of the router's choice, with its gates for them; -1 leaves
+        the choice to it.
+        """
         rules, valid_BT, dtype = ctx.rules, ctx.valid_BT, x_BTD.dtype
         with jax.named_scope("router"):
-            ids_BTK, gates_BTK, logits_BTE = self.route(x_BTD, rules)
+            ids_BTK, gates_BTK, logits_BTE, own_BTK = self.route(x_BTD, rules, replay_BTK)
             affinity_BE = mean_affinity(self.cfg, logits_BTE, valid_BT, rules)
         with jax.named_scope("experts"):
             experts = [rules.use(w, dtype) for w in (self.gate_EDF, self.up_EDF, self.down_EFD)]
@@ -62,10 +70,13 @@ class MoE(nnx.Module):
         if self.shared is not None:
             with jax.named_scope("shared_experts"):
                 y_BTD += self.shared(x_BTD, ctx)
-        return y_BTD, Routing(ids_BTK, affinity_BE, load_E, dropped)
+        return y_BTD, Routing(ids_BTK, affinity_BE, load_E, dropped, own_BTK)
 
-    def route(self, x_BTD: jax.Array, rules: Rules) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Chosen experts and their gates, [B, T, K] int32 and float32, and the router's logits [B, T, E].
+    def route(
+        self, x_BTD: jax.Array, rules: Rules, replay_BTK: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+        """Experts and their gates, [B, T, K] int32 and float32, the router's logits [B, T, E], and its own
+        choice [B, T, K] where others are replayed.
 
         float32 throughout: the bias is around 5 in released checkpoints, where bfloat16 steps by 1/32.
         """
@@ -77,7 +88,11 @@ class MoE(nnx.Module):
             out_sharding=rules.spec("batch", "length", None),
         )
         bias_E = None if self.router_bias_E is None else self.router_bias_E[...]
-        return *choose_experts(self.cfg, logits_BTE, bias_E), logits_BTE
+        ids_BTK, gates_BTK = choose_experts(self.cfg, logits_BTE, bias_E)
+        if replay_BTK is None:
+            return ids_BTK, gates_BTK, logits_BTE, None
+        used_BTK = jnp.where(replay_BTK >= 0, replay_BTK, ids_BTK)
+        return used_BTK, gates_of(self.cfg, affinities(self.cfg, logits_BTE), used_BTK), logits_BTE, ids_BTK
 
 
 def affinities(cfg: ModelConfig, logits: jax.Array) -> jax.Array:
@@ -108,12 +123,17 @@ def choose_experts(
     if cfg.topk_method != "greedy" and cfg.n_group > 1:
         choice = _keep_best_groups(cfg, choice)
     ids = jax.lax.top_k(choice, cfg.num_experts_per_tok)[1]
+    return ids, gates_of(cfg, scores, ids)
+
+
+def gates_of(cfg: ModelConfig, scores: jax.Array, ids: jax.Array) -> jax.Array:
+    """Weights [..., K] of the experts `ids` by the router's scores [..., E]."""
     # take_along_axis by comparison: a gather would need the layout of its result spelled out
     chosen = jax.nn.one_hot(ids, scores.shape[-1], dtype=bool)
     gates = jnp.where(chosen, scores[..., None, :], 0).sum(axis=-1)
     if cfg.norm_topk_prob:
         gates = gates / (gates.sum(axis=-1, keepdims=True) + 1e-20)
-    return ids, gates * cfg.routed_scaling_factor
+    return gates * cfg.routed_scaling_factor
 
 
 def _keep_best_groups(cfg: ModelConfig, choice: jax.Array) -> jax.Array:

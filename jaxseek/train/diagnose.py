@@ -45,7 +45,7 @@ def where_not_finite(objective: Objective, model: DeepSeek, batch: Batch) -> str
 
 def _bad(model: DeepSeek, values: dict[str, jax.Array]) -> list[str]:
     """Names of values that are not finite; of a stack, with the number of its first such layer."""
-    before = [0, *itertools.accumulate(jax.tree.leaves(s)[0].shape[0] for s in model.stacks)]
+    before = [0, *itertools.accumulate(s.depth for s in model.stacks)]
     out = []
     for path, value in values.items():
         stacked = path.startswith("stacks.")
@@ -67,7 +67,7 @@ def _first_bad_layer(objective: Objective, model: DeepSeek, batch: Batch) -> str
         return "the embedding"
     number = 0
     for stack in model.stacks:
-        for l in range(jax.tree.leaves(stack)[0].shape[0]):
+        for l in range(stack.depth):
             layer = jax.tree.map(lambda a, l=l: a[l], stack)
             x_BTD, _, _ = layer(x_BTD, None, 0, ctx)
             if not _finite(x_BTD):

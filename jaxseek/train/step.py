@@ -139,4 +139,4 @@ def sparse_stacks(model: DeepSeek) -> list[tuple[str, int]]:
     """Paths and numbers of layers of the stacks with experts, in the order of their routings."""
     stacks = [(f"stacks.{i}", s) for i, s in enumerate(model.stacks)]
     stacks += [(f"mtp.{i}.stack", m.stack) for i, m in enumerate(model.mtp)]
-    return [(path, jax.tree.leaves(s)[0].shape[0]) for path, s in stacks if isinstance(s.mlp, MoE)]
+    return [(path, s.depth) for path, s in stacks if isinstance(s.mlp, MoE)]
