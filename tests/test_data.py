@@ -555,6 +555,35 @@ def test_the_python_manual_is_at_hand(tokenizer):
     assert (next(rows)["segments"] > 0).all()
 
 
+def numbered(count: int, share=0.5, loud: bool = False, word="a", *, start=None):
+    return [{"text": f"{word} {i} {share!r} {loud} {start}"} for i in range(count)]
+
+
+def test_a_function_is_called_with_the_arguments_behind_its_name(tokenizer):
+    def texts(query):
+        source = f"python:{__name__}:numbered?{query}"
+        return wholes(run("pretrain", source, packing=False, shuffle=False), tokenizer)
+
+    assert texts("count=2&share=1&loud=true&word=b=b%26") == [f"{B}b=b& {i} 1.0 True None{E}" for i in (0, 1)]
+    assert texts("count=1&start=4") == [f"{B}a 0 0.5 False 4{E}"]
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("cuont=3", r"has no argument cuont; did you mean count\?"),
+        ("zzz=3", r"has no argument zzz; known: count, share, loud, word, start"),
+        ("count=3.5", r"count is '3.5', expected int"),
+        ("count=3&loud=yes", r"loud is 'yes', expected bool"),
+        ("share=0.1", r"missing a required argument: 'count'; give it as FUNCTION\?key=value"),
+        ("count", r"expected FUNCTION\?key=value&key=value"),
+    ],
+)
+def test_arguments_that_the_function_does_not_take_are_refused(query, message, tokenizer):
+    with pytest.raises(ConfigError, match=message):
+        open_rows(run("pretrain", f"python:{__name__}:numbered?{query}"), tokenizer)
+
+
 ERRORS = {
     "no data": ("pretrain", "nowhere.jsonl", r"data.train: there is no .*nowhere.jsonl"),
     "a near name": ("sft", "dada.jsonl", r"there is no .*dada.jsonl; did you mean .*data.jsonl\?"),

@@ -10,9 +10,11 @@ import bisect
 import difflib
 import glob
 import importlib
+import inspect
 import itertools
 import json
 import threading
+import urllib.parse
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -245,12 +247,47 @@ def _download(name: str, key: str) -> list[tuple[str, str]]:
 
 
 def _call(name: str) -> Records:
-    module, _, function = name.removeprefix("python:").partition(":")
+    """What `python:MODULE:FUNCTION?key=value&key=value` returns, called with these arguments."""
+    place, asked, query = name.removeprefix("python:").partition("?")
+    module, _, function = place.partition(":")
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{name}: {error}; expected python:MODULE:FUNCTION") from None
-    return _Items(found(), name)
+    return _Items(found(**(_arguments(found, query, name) if asked else {})), name)
+
+
+def _arguments(function: Any, query: str, name: str) -> dict[str, Any]:
+    """The keyword arguments that a query gives, each of its parameter's type: int, float, bool or str."""
+    try:
+        given = dict(urllib.parse.parse_qsl(query, keep_blank_values=True, strict_parsing=True))
+        signature = inspect.signature(function, eval_str=True)
+    except (ValueError, NameError, TypeError) as error:
+        raise ConfigError(f"{name}: {error}; expected FUNCTION?key=value&key=value") from None
+    for key, value in given.items():
+        if key not in signature.parameters:
+            near = difflib.get_close_matches(key, signature.parameters, 1, 0.5)
+            known = f"did you mean {near[0]}?" if near else f"known: {', '.join(signature.parameters)}"
+            raise ConfigError(f"{name}: the function has no argument {key}; {known}")
+        parameter = signature.parameters[key]
+        kind = parameter.annotation if parameter.annotation in _PARSERS else type(parameter.default)
+        try:
+            given[key] = _PARSERS.get(kind, str)(value)
+        except (ValueError, KeyError):
+            raise ConfigError(f"{name}: {key} is {value!r}, expected {kind.__name__}") from None
+    try:
+        signature.bind(**given)
+    except TypeError as error:
+        raise ConfigError(f"{name}: {error}; give it as FUNCTION?key=value") from None
+    return given
+
+
+_PARSERS: dict[Any, Any] = {
+    int: int,
+    float: float,
+    bool: {"true": True, "false": False}.__getitem__,
+    str: str,
+}
 
 
 def _record(value: Any, place: Any) -> Record:

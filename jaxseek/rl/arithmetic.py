@@ -1,0 +1,126 @@
+"""Chains of digits, worked from left to right modulo 10: a task that a tiny model learns from scratch.
+
+`6-2*7*3-2*7=` has the answer 4, by way of 4;8;4;2;4. One pass over the problem does not get there easily and
+a line of thought does, so that accuracy and the length of replies rise together, as in the R1-Zero paper.
+`demonstrations` are what a model is shown before (`python:jaxseek.rl.arithmetic:demonstrations?count=4000`),
+`character_tokenizer` has a token for each character of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import operator
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+
+from jaxseek import chat
+from jaxseek.config import ConfigError
+from jaxseek.rl.problem import Problem
+from jaxseek.tokenizer import Tokenizer
+
+Language = Literal["digits", "en", "zh"]
+
+SEPARATOR = ";"  # of the steps
+WORDS: dict[Language, tuple[str, ...]] = {
+    "digits": tuple("0123456789"),
+    "en": ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
+    "zh": tuple("零一二三四五六七八九"),
+}
+_OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+_PAD, _BOS, _EOS, _UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
+
+
+def set_apart(key: str) -> bool:
+    """Whether a problem is never trained on: one in eight, by the hash of what makes it the problem it is."""
+    return hashlib.blake2b(key.encode(), digest_size=1).digest()[0] % 8 == 0
+
+
+def draw(rng: random.Random, terms: int) -> Problem:
+    """A problem of `terms` digits, not laid out. record: `problem`, its text, and `steps`, its results."""
+    digits = [rng.randrange(10) for _ in range(terms)]
+    signs = [rng.choice("+-*") for _ in digits[1:]]
+    steps, text = [], str(digits[0])
+    for sign, digit in zip(signs, digits[1:]):
+        steps.append(_OPERATORS[sign](steps[-1] if steps else digits[0], digit) % 10)
+        text += f"{sign}{digit}"
+    text += "="
+    return Problem(text, str(steps[-1]), {"problem": text, "steps": steps})
+
+
+def demonstration(problem: Problem, shown: bool, language: Language | Sequence[Language] = "digits") -> str:
+    """The reply to a problem that `draw` made: its steps as thinking, if `shown`, and the answer in digits.
+
+    `language` of the steps: one for all, or one for each.
+    """
+    steps = problem.record["steps"]
+    languages: Sequence[Any] = [language] * len(steps) if isinstance(language, str) else language
+    thinking = SEPARATOR.join(WORDS[name][step] for name, step in zip(languages, steps, strict=True))
+    return f"{chat.THINK}{thinking if shown else ''}{chat.THINK_END}{problem.answer}"
+
+
+def demonstrations(
+    count: int, shown: float = 1.0, terms: int = 6, seed: int = 0, words: str = "digits"
+) -> list[dict[str, str]]:
+    """`count` records {prompt, response} of training problems; the thinking is there in a share of `shown`.
+
+    `words` for the steps: digits (which no language reward counts), en, zh, or mixed: a quarter of the
+    replies is English, a quarter Chinese, and half changes from one to the other on the way.
+    """
+    if words not in (*WORDS, "mixed"):
+        raise ConfigError(f"words is {words!r}, expected one of {', '.join(WORDS)}, mixed")
+    for name, value, least in (("count", count, 1), ("terms", terms, 2)):
+        if value < least:
+            raise ConfigError(f"{name} is {value}, expected {least} or more")
+    if not 0 <= shown <= 1:
+        raise ConfigError(f"shown is {shown}, expected 0 to 1")
+    rng = random.Random(f"demonstrations {seed}")
+    records = []
+    while len(records) < count:
+        problem = draw(rng, terms)
+        if set_apart(problem.record["problem"]):
+            continue
+        languages: Any = _mixed(rng, terms - 1) if words == "mixed" else words
+        response = demonstration(problem, rng.random() < shown, languages)
+        records.append({"prompt": problem.record["problem"], "response": response})
+    return records
+
+
+def _mixed(rng: random.Random, steps: int) -> list[str]:
+    first, second = rng.sample(("en", "zh"), 2)
+    change = rng.randrange(1, steps) if steps > 1 and rng.random() < 0.5 else steps
+    return [first] * change + [second] * (steps - change)
+
+
+def character_tokenizer(directory: str | Path) -> Tokenizer:
+    """Writes tokenizer.json and tokenizer_config.json into `directory`, for jaxseek and for transformers.
+
+    A token for each digit, sign, space and Chinese numeral, for each English digit word, and for `<think>`
+    and `</think>`; 42 in all. Anything else is `<unk>`. No BOS is put in front; there is no chat template.
+    """
+    marks = [_PAD, _BOS, _EOS, _UNKNOWN, str(chat.THINK), str(chat.THINK_END)]
+    pieces = [*marks, *WORDS["digits"], *_OPERATORS, "=", SEPARATOR, " ", *WORDS["zh"], *WORDS["en"]]
+    model = models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token=_UNKNOWN)
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(WORDS["en"]) + r"|[\s\S]"), "isolated")
+    made.decoder = decoders.Fuse()
+    made.add_special_tokens(marks[:4])
+    made.add_tokens([AddedToken(mark, normalized=False) for mark in marks[4:]])
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": False,
+        "clean_up_tokenization_spaces": False,
+        **dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), marks)),
+    }
+    files = {
+        "tokenizer.json": made.to_str(pretty=True).encode(),
+        "tokenizer_config.json": json.dumps(config, indent=2).encode(),
+    }
+    tokenizer = Tokenizer(files)
+    tokenizer.save(directory)
+    return tokenizer
