@@ -26,7 +26,8 @@ class Batch:
     `ahead` has the token after each position, then the one after that for every multi-token module, and
     `weights` how much its prediction counts: 0 for padding, for tokens that are not to be learnt, and where
     the token belongs to another example. `reference_B` is each row's log-probability under the reference
-    policy, for preference training, where rows 2i and 2i + 1 are the chosen and the rejected answer.
+    policy, for preference training, where rows 2i and 2i + 1 are the chosen and the rejected answer. `count`
+    says how many of the microbatches are in use, where the last ones may be blank.
     """
 
     tokens_BT: jax.Array
@@ -35,6 +36,7 @@ class Batch:
     ahead_BJT: jax.Array
     weights_BJT: jax.Array
     reference_B: jax.Array | None = None
+    count: jax.Array | None = None
 
 
 def make_batch(

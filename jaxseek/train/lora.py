@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import string
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -129,18 +130,27 @@ def merge(model: DeepSeek) -> DeepSeek:
     """An ordinary model that computes the same: base and adapter summed, in the base's dtype."""
     if not is_adapted(model):
         return model
-    merged = nnx.clone(model, variables=False)
-
-    @jax.jit
-    def whole(adapted: Adapted) -> jax.Array:
-        return adapted[...].astype(adapted.base[...].dtype)
-
     with model.on_mesh():
-        for layer in [*merged.stacks, *(m.stack for m in merged.mtp)]:
-            dense = layer.mlp.shared if isinstance(layer.mlp, MoE) else None
-            for module in filter(None, (layer.attn, layer.mlp, dense)):
-                for name in (*_ATTENTION, *_MLP, *_EXPERTS):
-                    if isinstance(adapted := getattr(module, name, None), Adapted):
-                        axes = adapted.get_metadata("axes")
-                        setattr(module, name, nnx.Param(whole(adapted), axes=axes, fill=None))
-    return merged
+        return jax.jit(merged)(model)
+
+
+def merged(model: DeepSeek) -> DeepSeek:
+    """`merge`, within a compiled function."""
+    return _without_adapters(model, lambda adapted: adapted[...].astype(adapted.base[...].dtype))
+
+
+def base(model: DeepSeek) -> DeepSeek:
+    """The model without its adapters; its arrays are the same ones."""
+    return _without_adapters(model, lambda adapted: adapted.base.get_value())
+
+
+def _without_adapters(model: DeepSeek, value: Callable[[Adapted], jax.Array]) -> DeepSeek:
+    plain = nnx.clone(model, variables=False)
+    for layer in [*plain.stacks, *(m.stack for m in plain.mtp)]:
+        dense = layer.mlp.shared if isinstance(layer.mlp, MoE) else None
+        for module in filter(None, (layer.attn, layer.mlp, dense)):
+            for name in (*_ATTENTION, *_MLP, *_EXPERTS):
+                if isinstance(adapted := getattr(module, name, None), Adapted):
+                    axes = adapted.get_metadata("axes")
+                    setattr(module, name, nnx.Param(value(adapted), axes=axes, fill=None))
+    return plain

@@ -74,14 +74,14 @@ def divergence(
 
 
 def by_chunks(
-    f: Callable[..., jax.Array],
+    f: Callable[..., Any],
     arrays: tuple[jax.Array, ...],
     strategy: Strategy,
     rules: Rules,
     width: int,
     limit: int = CHUNK_ELEMENTS,
-) -> jax.Array:
-    """f over arrays [B, T, ...] to [B, T], in chunks of positions that the backward pass computes again.
+) -> Any:
+    """f over arrays [B, T, ...] to [B, T] (one or several), in chunks that the backward pass computes again.
 
     `f` makes `width` floats per position; a chunk has at most `limit` of them on a device, as far as T
     divides. A chunk takes every n-th position, so that a split length stays split in each.
@@ -101,9 +101,12 @@ def by_chunks(
         parts = jax.lax.reshape(a, (B, T // n, n, *a.shape[2:]), out_sharding=spec)
         return jnp.moveaxis(parts, 2, 0)
 
-    out_nBT = jax.lax.map(lambda args: jax.checkpoint(f)(*args), tuple(map(split, arrays)))
-    spec = rules.spec("batch", "length")
-    return jax.lax.reshape(jnp.moveaxis(out_nBT, 0, 2), (B, T), out_sharding=spec)
+    def join(out_nBT: jax.Array) -> jax.Array:
+        return jax.lax.reshape(
+            jnp.moveaxis(out_nBT, 0, 2), (B, T), out_sharding=rules.spec("batch", "length")
+        )
+
+    return jax.tree.map(join, jax.lax.map(lambda args: jax.checkpoint(f)(*args), tuple(map(split, arrays))))
 
 
 def multi_token_logprobs(

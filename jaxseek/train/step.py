@@ -6,6 +6,7 @@ says so in its metrics.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -106,17 +107,29 @@ def make_evaluation(objective: Objective) -> Callable[..., Metrics]:
 
 
 def accumulate(f: Callable[..., tuple[Any, Metrics]], params: Any, batch: Batch) -> tuple[Any, Metrics]:
-    """Sums of f(params, microbatch, whole) over the microbatches; one microbatch at a time is in memory."""
-    whole = Whole.of(batch)
+    """Sums of f(params, microbatch, whole) over the microbatches; one microbatch at a time is in memory.
+
+    Of metrics that end in `_max` the largest.
+    """
+    whole, count, batch = Whole.of(batch), batch.count, dataclasses.replace(batch, count=None)
+
+    def part(i: Any) -> Any:
+        return f(params, jax.tree.map(lambda a: a[i], batch), whole)
+
     if batch.tokens_BT.shape[0] == 1:
-        return f(params, jax.tree.map(lambda a: a[0], batch), whole)
+        return part(0)
 
-    def add(total, part):
-        return jax.tree.map(jnp.add, total, f(params, part, whole)), None
+    def add(i: Any, total: Any) -> Any:
+        (sums, metrics), (more, news) = total, part(i)
+        metrics = {
+            name: (jnp.maximum if name.endswith("_max") else jnp.add)(value, news[name])
+            for name, value in metrics.items()
+        }
+        return jax.tree.map(jnp.add, sums, more), metrics
 
-    shapes = jax.eval_shape(lambda: f(params, jax.tree.map(lambda a: a[0], batch), whole))
+    shapes = jax.eval_shape(lambda: part(0))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding.spec), shapes)
-    return jax.lax.scan(add, zeros, batch)[0]
+    return jax.lax.fori_loop(0, batch.tokens_BT.shape[0] if count is None else count, add, zeros)
 
 
 def moved_biases(model: DeepSeek, metrics: Metrics, speed: jax.Array) -> dict[str, jax.Array]:
