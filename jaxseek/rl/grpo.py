@@ -238,7 +238,7 @@ def policy_loss(
         gap            |log pi - log rollout|, where pi is `old` if the trainer computed that again
     """
     keep_BT = mask_BT > 0
-    dtype = jnp.promote_types(logprob_BT.dtype, jnp.float32)  # ratios need more than bfloat16's 8 bits
+    dtype = np.promote_types(logprob_BT.dtype, np.float32)  # ratios need more than bfloat16's 8 bits
 
     def clean(x_BT: jax.Array) -> jax.Array:  # before any exponential: 0 times infinity is no gradient
         return jnp.where(keep_BT, x_BT.astype(dtype), 0)
