@@ -1,0 +1,99 @@
+"""A seccomp filter that leaves a Python program what computing takes, and no more.
+
+The filter is an allow-list in the kernel's classic BPF (seccomp(2), linux/seccomp.h): a system call that is
+not named here fails with EPERM, so there are no sockets, no processes, no signals to others, no changed
+files, no ptrace and no io_uring, and new kernels add nothing. Files open for reading only; what may be read
+is Landlock's part (jail.py). Standard library only.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+
+# AUDIT_ARCH_* of linux/audit.h, and the column below that holds the machine's numbers.
+MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
+
+# Numbers of asm/unistd_64.h (x86_64) and asm-generic/unistd.h (aarch64); None: it has no such call.
+ALLOWED: dict[str, tuple[int, int | None]] = {
+    # files that are open already, and questions about names
+    "read": (0, 63), "write": (1, 64), "readv": (19, 65), "writev": (20, 66), "pread64": (17, 67),
+    "close": (3, 57), "lseek": (8, 62), "fstat": (5, 80), "newfstatat": (262, 79), "statx": (332, 291),
+    "stat": (4, None), "lstat": (6, None), "access": (21, None), "faccessat": (269, 48),
+    "faccessat2": (439, 439), "readlink": (89, None), "readlinkat": (267, 78), "getcwd": (79, 17),
+    "getdents64": (217, 61), "dup": (32, 23), "dup2": (33, None), "dup3": (292, 24), "fadvise64": (221, 223),
+    "poll": (7, None), "ppoll": (271, 73), "select": (23, None), "pselect6": (270, 72),
+    # memory
+    "mmap": (9, 222), "munmap": (11, 215), "mprotect": (10, 226), "mremap": (25, 216),
+    "madvise": (28, 233), "brk": (12, 214),
+    # threads of this process
+    "futex": (202, 98), "set_robust_list": (273, 99), "rseq": (334, 293), "sched_yield": (24, 124),
+    "sched_getaffinity": (204, 123), "set_tid_address": (218, 96), "membarrier": (324, 283),
+    # signals to itself, by timers only
+    "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139),
+    "sigaltstack": (131, 132), "restart_syscall": (219, 128), "alarm": (37, None),
+    "setitimer": (38, 103), "getitimer": (36, 102),
+    # time, chance, identity, end
+    "nanosleep": (35, 101), "clock_nanosleep": (230, 115), "clock_gettime": (228, 113),
+    "clock_getres": (229, 114), "gettimeofday": (96, 169), "time": (201, None), "times": (100, 153),
+    "getrusage": (98, 165), "getpid": (39, 172), "gettid": (186, 178), "getppid": (110, 173),
+    "getuid": (102, 174), "geteuid": (107, 175), "getgid": (104, 176), "getegid": (108, 177),
+    "getrandom": (318, 278), "sysinfo": (99, 179), "uname": (63, 160), "exit": (60, 93),
+    "exit_group": (231, 94),
+}  # fmt: skip
+CLONE, CLONE3 = (56, 220), (435, 435)
+OPEN, OPENAT = (2, None), (257, 56)
+IOCTL, FCNTL = (16, 29), (72, 25)
+
+O_CHANGES = 0o3 | 0o100 | 0o1000 | 0o2000  # O_WRONLY and O_RDWR, O_CREAT, O_TRUNC, O_APPEND
+CLONE_THREAD = 0x10000
+TCGETS = 0x5401  # isatty
+F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC = 0, 1, 2, 3, 1030
+
+RET_KILL_PROCESS, RET_ERRNO, RET_ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
+LOAD, EQUAL, SET, RETURN = 0x20, 0x15, 0x45, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_JMP|JSET|K, BPF_RET|K
+NUMBER, ARCH, ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
+
+Instruction = tuple[int, int, int, int]  # code, jump if true, jump if false, k
+DENIED = RET_ERRNO | errno.EPERM
+
+
+def program(machine: str, opens: bool) -> bytes:
+    """The filter for `machine` (a key of MACHINES) as an array of struct sock_filter.
+
+    With `opens`, files may be opened for reading. Both machines are little-endian: the low word of an
+    argument comes first, and the arguments that are looked at are 32 bits wide.
+    """
+    arch, column = MACHINES[machine]
+
+    def argument(call: tuple[int, int | None], index: int, rest: list[Instruction]) -> list[Instruction]:
+        """`rest` decides on argument `index` of `call`; other calls jump past it."""
+        number = call[column]
+        if number is None:
+            return []
+        return [(EQUAL, 0, 1 + len(rest), number), (LOAD, 0, 0, ARGUMENTS + 8 * index), *rest]
+
+    def one_of(values: list[int]) -> list[Instruction]:
+        tests = [(EQUAL, len(values) - i, 0, value) for i, value in enumerate(values)]
+        return [*tests, (RETURN, 0, 0, DENIED), (RETURN, 0, 0, RET_ALLOW)]
+
+    reading = [(SET, 0, 1, O_CHANGES), (RETURN, 0, 0, DENIED), (RETURN, 0, 0, RET_ALLOW)]
+    thread = [(SET, 1, 0, CLONE_THREAD), (RETURN, 0, 0, DENIED), (RETURN, 0, 0, RET_ALLOW)]
+    code: list[Instruction] = [
+        (LOAD, 0, 0, ARCH),
+        (EQUAL, 1, 0, arch),
+        (RETURN, 0, 0, RET_KILL_PROCESS),
+        (LOAD, 0, 0, NUMBER),
+        *(argument(OPEN, 1, reading) + argument(OPENAT, 2, reading) if opens else []),
+        *argument(CLONE, 0, thread),
+        *argument(IOCTL, 1, one_of([TCGETS])),
+        *argument(FCNTL, 1, one_of([F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC])),
+        # glibc tries clone3 first, whose flags a filter cannot see, and then clone.
+        (EQUAL, 0, 1, CLONE3[column]),
+        (RETURN, 0, 0, RET_ERRNO | errno.ENOSYS),
+    ]
+    for numbers in ALLOWED.values():
+        if (number := numbers[column]) is not None:
+            code += [(EQUAL, 0, 1, number), (RETURN, 0, 0, RET_ALLOW)]
+    code.append((RETURN, 0, 0, DENIED))
+    return b"".join(struct.pack("<HBBI", *instruction) for instruction in code)
