@@ -335,11 +335,11 @@ def test_dapo_shapes_the_reward_of_long_answers_or_masks_them(masked, seed):
 
 
 def test_the_overlong_penalty_is_that_of_dapo():
-    lengths = np.array([1, 16384, 17408, 18432, 20480])
+    lengths = np.array([1, 16384, 17408, 18432, 20480, 30000])
     cfg = GrpoConfig(**PRESETS["dapo"])
-    np.testing.assert_allclose(grpo.overlong_penalty(lengths, 20480, cfg), [0, 0, -0.25, -0.5, -1])
+    np.testing.assert_allclose(grpo.overlong_penalty(lengths, 20480, cfg), [0, 0, -0.25, -0.5, -1, -1])
     cfg = dataclasses.replace(cfg, overlong_penalty=0.3)
-    np.testing.assert_allclose(grpo.overlong_penalty(lengths, 20480, cfg), [0, 0, -0.075, -0.15, -0.3])
+    np.testing.assert_allclose(grpo.overlong_penalty(lengths, 20480, cfg), [0, 0, -0.075, -0.15, -0.3, -0.3])
     assert not grpo.overlong_penalty(lengths, 20480, GrpoConfig()).any()
 
 
@@ -550,6 +550,22 @@ def test_far_log_ratios_stay_finite(ratio, far):
     assert np.isfinite(value)
     assert np.isfinite(grad).all()
     assert all(np.isfinite(list(metrics.values())))
+
+
+@pytest.mark.parametrize("fill", [np.nan, -np.inf, np.inf])
+def test_what_stands_behind_the_mask_does_not_matter(fill):
+    """Not compiled: XLA would turn a product with the mask into a choice, which hides that fault."""
+    cfg = GrpoConfig(ratio="sequence_mean", importance_cap=2.0)
+    mask = jnp.asarray([[1.0, 0.0, 1.0]])
+    x = jnp.asarray([[-1.0, fill, -2.0]])
+
+    def f(logprob):
+        segments = jnp.ones((1, 3), jnp.int32)
+        return grpo.policy_loss(cfg, logprob, x, x, mask, segments, 1, x, x)[0].sum()
+
+    value, grad = jax.value_and_grad(f)(x)
+    assert value == 3  # the advantages, less
+    np.testing.assert_allclose(grad, [[1.5, 0, 1.5]], rtol=1e-6)
 
 
 def categorical(kind, steps=300, tokens=64, rate=0.3):
