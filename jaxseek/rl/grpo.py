@@ -116,7 +116,8 @@ def sequence_weights(
     The loss is the sum over tokens of share times `policy_loss`. Answers that are not counted (cut off, with
     overlong_mask; or without a reward) have share 0. `token` and `sequence` are means over what is counted:
     by the counted answers' tokens (as TRL; DAPO's eq. 8 has those of a group), by the counted answers (TRL
-    divides by all, which differs by a factor only). `constant` divides by all answers times max_new_tokens (Dr. GRPO).
+    divides by all, which differs by a factor only). `constant` divides by all answers times max_new_tokens
+    (Dr. GRPO).
     """
     lengths_N = np.asarray(lengths_N, np.float64)
     counted_N = np.asarray(counted_N, bool)
