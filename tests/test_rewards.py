@@ -261,33 +261,33 @@ def python(function, **settings):
 BATCH = [answer(text) for text in ("a", "bb", "bad", "ccc", "d")]
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("raises", "KeyError: 'no such thing'"),
-        ("loops", "no answer within 0.3 seconds"),
-        ("hangs_in_c", "no answer within 0.3 seconds"),
-        ("exits", "the process ended: exit status 0"),
-        ("leaves", "SystemExit: 0"),
-        ("crashes", "the process ended"),
-        ("killed", "the process ended"),
-        ("closes", "the process ended"),
-        ("is_nan", "nan is not a finite number"),
-        ("is_inf", "not a finite number"),
-        ("is_text", "'1.0' is not a finite number"),
-        ("is_none", "a value of type NoneType is not a finite number"),
-        ("is_complex", "a value of type complex is not a finite number"),
-        ("is_huge", "a value of type int is not a finite number"),
-    ],
-)
-def test_only_the_answer_that_a_function_fails_on_has_no_score(functions, name, reason):
-    with Rewards([python(name, seconds=0.3), RewardConfig("length", weight=0.5)], cpu_workers=1) as rewards:
+REASONS = {
+    "raises": "KeyError: 'no such thing'",
+    "loops": "no answer within 0.3 seconds",
+    "hangs_in_c": "no answer within 0.3 seconds",
+    "exits": "the process ended: exit status 0",
+    "leaves": "SystemExit: 0",
+    "crashes": "the process ended: exit status -11",
+    "killed": "the process ended: exit status -9",
+    "closes": "the process ended",
+    "is_nan": "nan is not a finite number",
+    "is_inf": "not a finite number",
+    "is_text": "'1.0' is not a finite number",
+    "is_none": "a value of type NoneType is not a finite number",
+    "is_complex": "a value of type complex is not a finite number",
+    "is_huge": "a value of type int is not a finite number",
+}
+
+
+def test_only_the_answer_that_a_function_fails_on_has_no_score(functions):
+    with Rewards([python(name, name=name, seconds=0.3, weight=0.5) for name in REASONS]) as rewards:
         scores = rewards.score(BATCH)
-    np.testing.assert_array_equal(scores.parts["python"], [1, 2, np.nan, 3, 1])
-    np.testing.assert_array_equal(scores.total, [1.5, 2.5, np.nan, 3.5, 1.5])
-    (failure,) = scores.failures
-    assert (failure.index, failure.reward) == (2, "python")
-    assert reason in failure.reason
+    for name, reason in REASONS.items():
+        assert np.array_equal(scores.parts[name], [1, 2, np.nan, 3, 1], equal_nan=True), name
+        (failure,) = [f for f in scores.failures if f.reward == name]
+        assert failure.index == 2
+        assert reason in failure.reason
+    np.testing.assert_allclose(scores.total, 0.5 * len(REASONS) * np.array([1, 2, np.nan, 3, 1]))
 
 
 def test_the_wrong_number_of_rewards_fails_for_the_answer_that_lacks_one(functions):
@@ -330,6 +330,31 @@ def test_what_a_function_started_ends_with_it(functions):
         assert len(rewards.score(BATCH[2:3]).failures) == 1
     deadline = time.monotonic() + 5.0
     while group_exists(group):  # the kernel takes a moment to bury them
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_workers_end_with_the_trainer(functions, tmp_path):
+    script = """if True:
+        import threading
+        from jaxseek.rl.problem import Answer, Problem
+        from jaxseek.rl.rewards import Rewards
+        from jaxseek.rl_config import RewardConfig
+
+        rewards = Rewards([RewardConfig("python", function="reward_functions:loops", seconds=100.0)], 1)
+        print(next(iter(rewards.pool.workers)).process.pid, flush=True)
+        rewards.score([Answer(Problem("", ""), "bad", None, "bad", 1, "stop")])
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as trainer:
+        assert trainer.stdout is not None
+        worker = int(trainer.stdout.readline())
+        time.sleep(0.2)
+        assert group_exists(worker)
+        trainer.kill()
+    deadline = time.monotonic() + 5.0
+    while group_exists(worker):
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -460,7 +485,7 @@ MATH = [
 
 def test_mathematics_is_compared_by_value():
     pytest.importorskip("math_verify")
-    with Rewards([RewardConfig("math", seconds=6.0)], 2) as rewards:
+    with Rewards([RewardConfig("math", seconds=6.0)], 1) as rewards:
         scores = rewards.score([answer(text, reference) for text, reference, _ in MATH])
     assert scores.failures == []
     wrong = [(case, s) for case, s in zip(MATH, scores.total) if s != case[2]]

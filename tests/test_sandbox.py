@@ -15,7 +15,7 @@ import pytest
 
 from jaxseek.config import ConfigError
 from jaxseek.rl.problem import Answer, Problem
-from jaxseek.rl.rewards import sandbox, seccomp
+from jaxseek.rl.rewards import jail, sandbox, seccomp
 from jaxseek.rl.rewards.code import code, extract
 
 DATA = Path(__file__).parent.parent.parent / "shared" / "data"
@@ -66,7 +66,8 @@ def test_what_honest_programs_use_works(landlock, monkeypatch):
     assert "not permitted" in sandbox.run("open('/etc/passwd')", "", SECONDS).reason or landlock
 
 
-# Each prints "escaped" if it gets what it wants, and may fail or be ended in any way otherwise.
+# Each prints "escaped" if it gets what it wants, and fails or is ended otherwise. None does harm
+# where it succeeds: signals are of the kinds that nobody notices.
 TRY = "import os, sys, signal, socket, subprocess, ctypes, resource\n"
 ESCAPES = {
     "fork": "os.fork(); print('escaped')",
@@ -90,14 +91,14 @@ ESCAPES = {
     "passwords": "open('/etc/passwd').read(); print('escaped')",
     "listing": "os.listdir('/'); print('escaped')",
     "parent's environment": "open(f'/proc/{os.getppid()}/environ').read(); print('escaped')",
-    "kill the parent": "os.kill(os.getppid(), signal.SIGTERM); print('escaped')",
-    "kill all": "os.kill(-1, signal.SIGKILL); print('escaped')",
+    "signal the parent": "os.kill(os.getppid(), signal.SIGURG); print('escaped')",
+    "signal all": "os.kill(-1, 0); print('escaped')",
     "question the parent": "os.kill(os.getppid(), 0); print('escaped')",
     "raise limits": "resource.setrlimit(resource.RLIMIT_AS, (-1, -1)); print('escaped')",
     "trace": "print('escaped' if ctypes.CDLL(None).ptrace(0, 0, 0, 0) >= 0 else 'held')",
     "memory file": "os.memfd_create('x'); print('escaped')",
     "environment": "print('escaped' if 'JAXSEEK_SECRET' in os.environ else 'held')",
-    "files left open": "for i in range(3, 32): os.fstat(i); print('escaped')",
+    "files": "for i in range(3, 32): os.fstat(i); print('escaped')",
     "site packages": "import numpy; print('escaped')",
 }
 
@@ -134,9 +135,9 @@ def test_the_escapes_would_succeed_outside(tmp_path):
 
 
 GREEDY = {
-    "memory": ("x = 'a' * 10**10", "MemoryError"),
+    "memory": ("x = bytes(1 << 28)", "MemoryError"),
     "memory bit by bit": ("x = []\nwhile True: x.append(bytes(10**6))", "MemoryError"),
-    "open files": ("import os\nwhile True: os.dup(1)", "Too many open files"),
+    "open files": ("import os\nfor _ in range(100): os.dup(1)", "Too many open files"),
     "depth": ("def f(): f()\nf()", "RecursionError"),
     "digits": ("print(10**10**4)", "ValueError"),
     "output": ("while True: print('x' * 1000)", "printed more than"),
@@ -280,6 +281,19 @@ def test_plain_data_and_objects_pass_between_test_and_code():
     assert sandbox.judge(source, tests, seconds=SECONDS) == [True] * 6 + [False]
 
 
+def test_what_is_read_from_the_candidate_makes_plain_data_only():
+    value = {"a": [1, (2.5, {3}), b"x", None], 10**30: range(3)}
+    data = json.loads(json.dumps(jail.encode(value, None)))
+    assert jail.decode(data, None) == value
+    for hostile in (
+        {"made": ["os", "getpid", []]},
+        {"made": ["builtins", "eval", ["1"]]},
+        {"pickle": "gASVAA=="},
+    ):
+        with pytest.raises(ValueError, match="unknown kind"):
+            jail.decode(hostile, None)
+
+
 @inside
 def test_tests_before_a_hang_count_and_those_after_it_do_not():
     source = "def f(x):\n    while x == 2: pass\n    return x"
@@ -407,4 +421,4 @@ def test_reference_solutions_pass_and_broken_ones_fail(path, key):
         return [score(f"```python\n{text}\n```", **record) for text in (record[key], broken)]
 
     with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(both, records(path, 12))) == [[1.0, 0.0]] * 12
+        assert list(pool.map(both, records(path, 8))) == [[1.0, 0.0]] * 8

@@ -22,6 +22,7 @@ import contextlib
 import ctypes
 import functools
 import json
+import logging
 import os
 import platform
 import selectors
@@ -44,6 +45,9 @@ JAIL = Path(__file__).with_name("jail.py")
 # Hashes without a seed, so that a program gives the same output each time.
 ENVIRONMENT = {"LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}
 LANDLOCK_CREATE_RULESET, LANDLOCK_CREATE_RULESET_VERSION = 444, 1
+
+
+log = logging.getLogger(__name__)
 
 
 class SandboxError(RuntimeError):
@@ -133,6 +137,10 @@ def check_platform() -> None:
         raise ConfigError(f"rewards that run code need seccomp filters: {error}") from error
     if outcome.stdout != "42\n":
         raise ConfigError(f"the sandbox for code rewards does not run a first program: {outcome.reason}")
+    if not _landlock():
+        log.warning(
+            "no Landlock in this kernel: code that is rewarded imports only the modules listed in jail.py"
+        )
 
 
 @functools.cache
