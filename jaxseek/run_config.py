@@ -344,6 +344,10 @@ def _rl_problems(run: RunConfig) -> list[str]:
             'grpo.kl = "k1" in the loss has a gradient that is zero on average; use k3, or kl_in = "reward"',
         ),
         (
+            not (grpo.importance_cap and grpo.old_logprobs == "rollout"),
+            'grpo.importance_cap compares the trainer with the rollout; it needs old_logprobs = "trainer"',
+        ),
+        (
             not (run.reference.kind == "base" and grpo.beta and not run.lora.rank),
             'reference.kind = "base" is the model without its adapters; set lora.rank, or use "device"',
         ),

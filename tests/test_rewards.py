@@ -422,7 +422,7 @@ def test_no_answers_have_no_scores():
 
 
 def test_a_reward_model_is_called_in_this_process():
-    with Rewards([RewardConfig("model")], model_score=lambda answers: [0.5] * 4 + [np.nan]) as rewards:
+    with Rewards([RewardConfig("model")], model_score=lambda model, answers: [0.5] * 4 + [np.nan]) as rewards:
         scores = rewards.score(BATCH)
     np.testing.assert_array_equal(scores.total, [0.5] * 4 + [np.nan])
     assert [f.index for f in scores.failures] == [4]

@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jaxseek import chat
 from jaxseek.config import ConfigError
 from jaxseek.data import shuffled
 from jaxseek.data.examples import Talk, prompt
@@ -154,7 +153,7 @@ def lay_out(talk: Talk, task: TaskConfig, place: str) -> str | Messages:
             f'{place} is a conversation of {len(talk)} messages; task.template = "{task.template}" takes one '
             'by the user, expected "chat"'
         )
-    return content if task.template == "plain" else "".join(chat.render("r1_zero", talk))
+    return content if task.template == "plain" else talk
 
 
 def last_boxed(text: str) -> str | None:

@@ -50,6 +50,7 @@ class Result:
     loss: float | None
     eval_loss: float | None
     stopped: bool
+    accuracy: float | None = None  # of a run by GRPO, on held-out problems
 
     def __str__(self) -> str:
         """What a user wants to know when it is over."""
@@ -57,9 +58,10 @@ class Result:
             return f"stopped after step {self.steps}; the same command goes on"
         losses = {"loss": self.loss, "held-out loss": self.eval_loss}
         shown = "".join(f", {name} {value:.4f}" for name, value in losses.items() if value is not None)
-        return (
-            f"{self.steps} steps{shown}\n{self.out}: model/ (to generate, convert), loss.png, metrics.jsonl"
-        )
+        plot = "loss.png"
+        if self.accuracy is not None:
+            shown, plot = f", held-out accuracy {self.accuracy:.1%}", "rewards.png, answers/"
+        return f"{self.steps} steps{shown}\n{self.out}: model/ (to generate, convert), {plot}, metrics.jsonl"
 
 
 def train(run: RunConfig) -> Result:
@@ -173,7 +175,7 @@ class _Training:
         with (
             MetricsLog(out, run.log, self.done) as log,
             Progress(run.steps, self.done) as progress,
-            _signals() as asked_to_stop,
+            signals() as asked_to_stop,
         ):
             self.progress, self.log = progress, log
             if self.done:
@@ -299,7 +301,7 @@ def _opened(run: RunConfig, tokenizer: Tokenizer, split: str, hosts: tuple[int, 
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[Callable[[], bool]]:
+def signals() -> Iterator[Callable[[], bool]]:
     """Whether SIGTERM or the first ctrl-C has come, which end the run after its step; a second one at once.
 
     On several hosts, whether it has come to any.

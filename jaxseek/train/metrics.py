@@ -169,20 +169,20 @@ def plot_loss(directory: str | Path) -> Path:
     if jax.process_index() != 0:
         return path
     records = list(read_metrics(directory))
-    steps, loss = _series(records, "loss")
-    eval_steps, eval_loss = _series(records, "eval_loss")
+    steps, loss = series(records, "loss")
+    eval_steps, eval_loss = series(records, "eval_loss")
     if not steps and not eval_steps:
         raise ValueError(f"{Path(directory) / FILE} has no loss to plot")
-    load_steps, load = _series(records, "load_max_over_mean")
+    load_steps, load = series(records, "load_max_over_mean")
     fig = Figure(figsize=(8, 6.4 if load else 4.5), dpi=130, layout="constrained")
     axes: Any = fig.subplots(
         2 if load else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 1][: 1 + bool(load)]
     )
     top = axes[0, 0]
-    _curve(top, steps, loss, "tab:blue", "train")
+    curve(top, steps, loss, "tab:blue", "train")
     top.plot(eval_steps, eval_loss, "o-", color="tab:orange", markersize=4, linewidth=1, label="eval")
     top.set_ylabel("loss")
-    rate_steps, rate = _series(records, "learning_rate")
+    rate_steps, rate = series(records, "learning_rate")
     if rate:
         right = top.twinx()
         right.plot(rate_steps, rate, "--", color="0.55", linewidth=1)
@@ -195,7 +195,7 @@ def plot_loss(directory: str | Path) -> Path:
     top.legend(frameon=False)
     top.set_title(Path(directory).resolve().name)
     if load:
-        _curve(axes[1, 0], load_steps, load, "tab:green", "")
+        curve(axes[1, 0], load_steps, load, "tab:green", "")
         axes[1, 0].axhline(1, color="0.7", linewidth=0.8)
         axes[1, 0].set_ylabel("expert load,\nmax / mean")
     axes[-1, 0].set_xlabel("step")
@@ -206,12 +206,12 @@ def plot_loss(directory: str | Path) -> Path:
     return path
 
 
-def _series(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+def series(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
     found = [(r["step"], r[name]) for r in records if r.get(name) is not None]
     return [s for s, _ in found], [v for _, v in found]
 
 
-def _curve(ax: Any, steps: list[int], values: list[float], color: str, label: str) -> None:
+def curve(ax: Any, steps: list[int], values: list[float], color: str, label: str) -> None:
     """Every value, faint, and the mean of a fiftieth of all around it, of fewer at both ends."""
     at, sums = np.arange(len(values)), np.cumsum([0.0, *values])
     half = np.minimum(np.minimum(at, at[::-1]), len(values) // 100)
@@ -255,6 +255,11 @@ class Progress:
         elif now - self._shown >= self.seconds or step + 1 >= self.steps:
             self._print()
 
+    def during(self, step: int, text: str) -> None:
+        """What goes on within a step that takes long; shown in a terminal alone."""
+        if self._bar is not None:
+            self._bar.update(self._task, description=f"{step + 1}/{self.steps}  {text}")
+
     def note(self, text: str) -> None:
         """A line that stays, such as the result of an evaluation."""
         if not self._quiet:
@@ -271,6 +276,10 @@ class Progress:
         parts = [f"{step + 1}/{self.steps}", "" if left is None else f"{_duration(left)} left"]
         for name, show in (
             ("loss", "loss {:.4f}"),
+            ("reward", "reward {:.3f}"),
+            ("accuracy", "accuracy {:.1%}"),
+            ("tokens", "{:.0f} tokens an answer"),
+            ("flat_groups", "{:.0%} flat"),
             ("tokens_per_second", "{:,.0f} tok/s"),
             ("mfu", "{:.1%} of peak"),
             ("load_max_over_mean", "load max/mean {:.2f}"),

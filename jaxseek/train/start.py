@@ -136,17 +136,18 @@ def open_strategy(run: RunConfig, cfg: ModelConfig) -> Strategy:
             f"the mesh has {strategy.num_devices} devices and splits the batch in {rows} parts, expected all "
             f"{devices} devices of the {hosts} hosts, and as many parts for each host"
         )
-    if run.batch.size % (rows * microbatches):
+    by_rows = run.objective != "grpo"  # a rollout's rows are packed to fit
+    if by_rows and run.batch.size % (rows * microbatches):
         raise ConfigError(
             f"batch.size {run.batch.size} is not divisible by the mesh's {rows} parts of the batch x "
             f"{microbatches} microbatches (batch.accumulation)"
         )
     length, columns = run.data.length, strategy.parts(strategy.train, "length")
-    if length % columns:
+    if by_rows and length % columns:
         raise ConfigError(
             f"data.length {length} is not divisible by the mesh's {columns} parts of the length"
         )
-    if length > cfg.max_position_embeddings:
+    if by_rows and length > cfg.max_position_embeddings:
         raise ConfigError(
             f"data.length {length} is more than the model's context of {cfg.max_position_embeddings}; "
             "extend it ([config] max_position_embeddings and rope_scaling), or shorten the rows"

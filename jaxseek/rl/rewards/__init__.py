@@ -49,16 +49,16 @@ class Scores:
 class Rewards:
     """The rewards of a run. Close it, or use it as a context manager, to end its processes.
 
-    `model_score` computes rewards of kind `model`; `cpu_workers` processes compute those of kind math, python
-    and code at a time. A function of kind `python` is called with at most 16 answers at a time. Raises
-    ConfigError for rewards that cannot work here.
+    `model_score(model, answers)` computes rewards of kind `model`; `cpu_workers` processes compute those of
+    kind math, python and code at a time. A function of kind `python` is called with at most 16 answers at a
+    time. Raises ConfigError for rewards that cannot work here.
     """
 
     def __init__(
         self,
         configs: list[RewardConfig],
         cpu_workers: int = 2,
-        model_score: Callable[[list[Answer]], list[float]] | None = None,
+        model_score: Callable[[str, list[Answer]], list[float]] | None = None,
     ):
         self.configs = {config.name or config.kind: config for config in configs}
         if not configs or len(self.configs) < len(configs):
@@ -112,7 +112,7 @@ class Rewards:
             return self.pool.map(partial(_attempt, _function(config)), answers)
         if config.kind == "model":
             assert self.model_score is not None
-            return numbers(self.model_score(answers), len(answers))
+            return numbers(self.model_score(config.model, answers), len(answers))
         return [_attempt(_function(config), answer) for answer in answers]
 
     def close(self) -> None:

@@ -1,0 +1,106 @@
+"""The policy's loss on a microbatch of sampled answers, and log-probabilities of them under any policy."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxseek.model import DeepSeek
+from jaxseek.rl.experience import PolicyBatch
+from jaxseek.rl.grpo import policy_loss
+from jaxseek.sharding import Rules
+from jaxseek.train.loss import by_chunks, log_softmax_at
+from jaxseek.train.objectives import Metrics, Objective, Whole
+
+
+@dataclass(frozen=True)
+class PolicyObjective(Objective):
+    """`loss(model, None, PolicyBatch, whole, None)`: the GRPO loss as `run.grpo` has it.
+
+    The policy is the one at `rollout.temperature`. Multi-token modules are not trained, and the routers'
+    biases stay. Metrics are sums, `*_max` maxima; `tokens` and `routed` say what to divide by.
+    """
+
+    segments: int = 1
+
+    def __call__(
+        self, model: DeepSeek, teacher: DeepSeek | None, batch: Any, whole: Whole, mtp: Any
+    ) -> tuple[jax.Array, Metrics]:
+        run, ctx = self.run, self.context(model, batch)
+        out, logprob_BT, entropy_BT = self.logprobs(model, batch)
+        old_BT = batch.sampled_BT if batch.old_BT is None else batch.old_BT
+        loss_BT, sums = policy_loss(
+            run.grpo,
+            logprob_BT,
+            old_BT,
+            batch.advantage_BT,
+            batch.mask_BT,
+            batch.segments_BT,
+            self.segments,
+            batch.reference_BT,
+            batch.sampled_BT,
+        )
+        loss = (batch.weights_BJT[:, 0] * loss_BT).sum()
+        extra, metrics = self._routers(model, out, batch, whole, None, ctx)
+        sums["entropy"] = (batch.mask_BT * jax.lax.stop_gradient(entropy_BT)).sum()
+        if batch.experts_BTLK is not None:
+            sums |= _routed_elsewhere(out.routing, batch.experts_BTLK)
+        return loss + extra, metrics | sums | {"loss": loss}
+
+    def logprobs(self, model: DeepSeek, batch: Any) -> tuple[Any, jax.Array, jax.Array]:
+        """The forward pass, log p of every next token, and the entropy of the policy there, [B, T]."""
+        ctx = self.context(model, batch)
+        experts_BTLK = batch.experts_BTLK if self.run.grpo.routing_replay else None
+        replay_LBTK = None if experts_BTLK is None else jnp.moveaxis(experts_BTLK, 2, 0)
+        out = model.forward(batch.tokens_BT, ctx, replay_LBTK=replay_LBTK)
+        targets_BT, temperature = batch.ahead_BJT[:, 0], self.run.rollout.temperature
+        return out, *logprobs_and_entropy(model, out.hidden_BTD, targets_BT, ctx.rules, temperature)
+
+
+def logprobs_and_entropy(
+    model: DeepSeek, hidden_BTD: jax.Array, targets_BT: jax.Array, rules: Rules, temperature: float
+) -> tuple[jax.Array, jax.Array]:
+    """log p(target) and the entropy of p at every position, float32 [B, T], in chunks of the vocabulary's
+    logits; no gradient flows through the entropy."""
+    head = model.head(rules, hidden_BTD.dtype)
+
+    def chunk(hidden_BTD, targets_BT):
+        logits_BTV = model.logits(hidden_BTD, rules, head) / temperature
+        logprob_BT = log_softmax_at(logits_BTV, targets_BT, rules)
+        fixed_BTV = jax.lax.stop_gradient(logits_BTV)
+        log_BTV = fixed_BTV - jax.nn.logsumexp(fixed_BTV, axis=-1, keepdims=True)
+        return logprob_BT, -(jnp.exp(log_BTV) * log_BTV).sum(axis=-1)
+
+    return by_chunks(chunk, (hidden_BTD, targets_BT), model.strategy, rules, model.cfg.vocab_size)
+
+
+def _routed_elsewhere(routing: tuple[Any, ...], experts_BTLK: jax.Array) -> Metrics:
+    """Tokens whose experts the trainer's routers choose otherwise than the rollout's did, in any layer."""
+    own_LBTK = jnp.concatenate([r.ids_BTK if r.own_BTK is None else r.own_BTK for r in routing])
+    own_LBTK = jnp.sort(jax.lax.stop_gradient(own_LBTK), axis=-1)
+    theirs_LBTK = jnp.sort(jnp.moveaxis(experts_BTLK, 2, 0), axis=-1)
+    known_BT = theirs_LBTK[0, :, :, 0] >= 0
+    differ_BT = (own_LBTK != theirs_LBTK).any(axis=(0, 3)) & known_BT
+    return {"routed": known_BT.sum().astype(jnp.float32), "rerouted": differ_BT.sum().astype(jnp.float32)}
+
+
+def make_logprobs(objective: PolicyObjective) -> Callable[[DeepSeek, PolicyBatch], jax.Array]:
+    """A compiled pass: log p of every next token of a batch under any policy, [A, B, T]; 0 in microbatches
+    that are not in use."""
+
+    @jax.jit
+    def logprobs(model: DeepSeek, batch: PolicyBatch) -> jax.Array:
+        count, batch = batch.count, dataclasses.replace(batch, count=None)
+
+        def part(i: jax.Array, out_ABT: jax.Array) -> jax.Array:
+            one = jax.tree.map(lambda a: a[i], batch)
+            return jax.lax.dynamic_update_index_in_dim(out_ABT, objective.logprobs(model, one)[1], i, 0)
+
+        return jax.lax.fori_loop(0, count, part, jnp.zeros_like(batch.mask_BT))
+
+    return logprobs

@@ -1,0 +1,83 @@
+"""The reference policy: what KL is measured against, and where it lives between its uses."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxseek import checkpoint
+from jaxseek.model import DeepSeek
+from jaxseek.rl.rollout import cast
+from jaxseek.run_config import RunConfig
+from jaxseek.sharding import Strategy
+from jaxseek.train import lora
+
+
+class ReferencePolicy:
+    """Gives the model that the policy is held to; `replace` lets the policy take its place.
+
+    A policy that took its place is also written to OUT/reference/STEP, from where a run that goes on has it
+    again; older ones stay for a while, as the checkpoint to go on from may be older.
+    """
+
+    def __init__(self, run: RunConfig, strategy: Strategy, dtype: Any):
+        self.kind, self.strategy, self.dtype = run.reference.kind, strategy, jnp.dtype(dtype)
+        self.directory = Path(run.out) / "reference"
+        self.since = 0  # the step at which it became the reference
+        self._model: DeepSeek | None = None  # with kind "host" its shapes and layout alone
+        self._parts: list[dict[str, np.ndarray]] = []
+
+    def open(self, since: int, first: Callable[[], DeepSeek]) -> None:
+        """The reference of a run that starts (since 0: `first` gives it), or goes on."""
+        self.since = since
+        if self.kind != "base":
+            path = self.directory / str(since)
+            self._keep(checkpoint.restore(path, self.strategy, self.dtype) if since else first())
+
+    def replace(self, policy: DeepSeek, step: int) -> None:
+        """The policy after `step` steps becomes the reference. The two that came before are kept."""
+        checkpoint.save(lora.merge(policy), self.directory / str(step), None, {"step": step}, overwrite=True)
+        self._keep(policy)
+        self.since = step
+        if jax.process_index() == 0:
+            old = sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdecimal())
+            for name in old[:-3]:
+                shutil.rmtree(self.directory / str(name))
+
+    def of(self, policy: DeepSeek) -> DeepSeek:
+        """The reference on the policy's mesh; from the hosts' memory it is brought for this use."""
+        if self.kind == "base":
+            return lora.base(policy)
+        assert self._model is not None, "open comes first"
+        if self.kind == "device":
+            return self._model
+        leaves, structure = jax.tree.flatten(self._model)
+        placed = [
+            jax.make_array_from_callback(a.shape, a.sharding, lambda index, own=own: own[str(index)])
+            for a, own in zip(leaves, self._parts)
+        ]
+        return jax.tree.unflatten(structure, placed)
+
+    def _keep(self, model: DeepSeek) -> None:
+        """A copy: the policy's own arrays are given away by its next update."""
+        with model.on_mesh():
+            model = _copy(lora.merge(model), self.dtype.name)
+        if self.kind == "device":
+            self._model = model
+            return
+        leaves, structure = jax.tree.flatten(model)
+        self._parts = [{str(s.index): np.asarray(s.data) for s in a.addressable_shards} for a in leaves]
+        shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for a in leaves]
+        self._model = jax.tree.unflatten(structure, shapes)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _copy(model: DeepSeek, dtype: str) -> DeepSeek:
+    return jax.tree.map(jnp.copy, cast(model, dtype))

@@ -1,0 +1,157 @@
+"""Sampling answers from the policy that is trained: its own weights, laid out for decoding once a rollout."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxseek import chat
+from jaxseek.generate.engine import Engine
+from jaxseek.generate.groups import GroupTiming, Sampled, sample_groups
+from jaxseek.generate.sampling import Sampling
+from jaxseek.generate.text import encode
+from jaxseek.model import DeepSeek
+from jaxseek.rl.problem import Answer, Problem
+from jaxseek.run_config import RunConfig
+from jaxseek.sharding import parameters
+from jaxseek.tokenizer import Tokenizer
+from jaxseek.train import lora
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A sampled answer with all that its update needs. `thinking_tokens` stand before `</think>`."""
+
+    prompt: list[int]
+    sampled: Sampled
+    answer: Answer
+    thinking_tokens: int
+
+
+class Sampler:
+    """Samples groups of answers with the weights that `load` was given last."""
+
+    def __init__(self, run: RunConfig, tokenizer: Tokenizer, dtype: Any):
+        self.run, self.tokenizer, self.dtype = run, tokenizer, dtype
+        self.think_end = tokenizer.token_id(chat.THINK_END)
+        self._engine: Engine | None = None
+
+    def load(self, model: DeepSeek) -> float:
+        """Take over the policy's weights; returns the seconds that laying them out for decoding took.
+
+        Adapters are merged, and weights cast to the rollout's dtype; where nothing changes nothing is copied.
+        """
+        self._engine = None  # its weights go before the new ones are made
+        start = time.perf_counter()
+        with model.on_mesh():
+            model = _as_in_decode(model, jnp.dtype(self.dtype).name)
+        self._engine = Engine(model, self.dtype)
+        jax.block_until_ready(jax.tree.leaves(self._engine.decoder))
+        return time.perf_counter() - start
+
+    def free(self) -> None:
+        """Let go of the weights."""
+        self._engine = None
+
+    def encode(self, problem: Problem) -> list[int]:
+        """A problem's prompt as tokens. Raises TokenizerError where it does not fit the template."""
+        if self.run.task.template == "r1_zero":
+            return self.tokenizer.render_chat(problem.prompt, template="r1_zero")  # type: ignore[arg-type]
+        return encode(self.tokenizer, problem.prompt)
+
+    def sample(
+        self,
+        problems: Sequence[Problem],
+        prompts: Sequence[list[int]],
+        seeds: Sequence[Sequence[int]],
+        temperature: float,
+        record_experts: bool = False,
+        progress: Callable[[int], None] = lambda tokens: None,
+    ) -> tuple[list[list[Episode]], GroupTiming]:
+        """An answer per problem and seed; temperature 0 is greedy, and knows no other filters."""
+        engine, rollout = self._engine, self.run.rollout
+        assert engine is not None, "load comes first"
+        eos = tuple(dict.fromkeys((*engine.model.cfg.eos_ids, *self.tokenizer.eos_ids)))
+        filters = (rollout.top_k, rollout.top_p, rollout.min_p) if temperature else (0, 1.0, 0.0)
+        requests = [
+            [
+                Sampling(rollout.max_new_tokens, temperature, *filters, seed=s, stop_ids=eos, )
+                for s in group
+            ]
+            for group in seeds
+        ]  # fmt: skip
+        groups, timing = sample_groups(
+            engine,
+            prompts,
+            requests,
+            slots=rollout.slots,
+            capacity=rollout.max_prompt_tokens + rollout.max_new_tokens,
+            record_experts=record_experts,
+            ended=self._ended if rollout.stop else None,
+            progress=progress,
+        )
+        return [
+            [self._episode(problem, prompt, sampled) for sampled in group]
+            for problem, prompt, group in zip(problems, prompts, groups)
+        ], timing
+
+    def _ended(self, tokens: list[int]) -> int | None:
+        """How many tokens reach to the end of the first stop string."""
+        stops, decode = self.run.rollout.stop, self.tokenizer.decode
+        if not any(stop in decode(tokens, False) for stop in stops):
+            return None
+        low, high = 1, len(tokens)  # the text of a beginning only grows
+        while low < high:
+            middle = (low + high) // 2
+            found = any(stop in decode(tokens[:middle], False) for stop in stops)
+            low, high = (low, middle) if found else (middle + 1, high)
+        return low
+
+    def _episode(self, problem: Problem, prompt: list[int], sampled: Sampled) -> Episode:
+        tokens = sampled.tokens
+        said = tokens[:-1] if tokens and tokens[-1] in self.tokenizer.eos_ids else tokens
+        text = self.tokenizer.decode(said, False)
+        before, mark, after = text.partition(chat.THINK_END)
+        opened = self.tokenizer.opened_think(prompt) or before.lstrip().startswith(chat.THINK)
+        thinking = before.lstrip().removeprefix(chat.THINK) if mark else None
+        final = after if mark else ("" if opened else text)
+        if self.think_end is not None and self.think_end in tokens:
+            count = tokens.index(self.think_end) - (tokens[0] == self.tokenizer.token_id(chat.THINK))
+        else:
+            count = len(self.tokenizer.encode(thinking, bos=False)) if thinking else 0
+        answer = Answer(problem, text, thinking, final, len(tokens), sampled.finish_reason or "length")
+        return Episode(prompt, sampled, answer, count)
+
+
+def seed_of(*parts: int) -> int:
+    """A seed for each (run seed, step, problem, answer): the same whenever it is asked for, never shared."""
+    high, low = np.random.SeedSequence([p % 2**63 for p in parts]).generate_state(2, np.uint32)
+    return (int(high) << 31) ^ int(low)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _as_in_decode(model: DeepSeek, dtype: str) -> DeepSeek:
+    """The model without adapters, cast, and laid out as decoding uses it, so that no step moves weights."""
+    model = cast(lora.merged(model) if lora.is_adapted(model) else model, dtype)
+    rules, values = model.strategy.decode, []
+    for param in parameters(model).values():
+        value, axes = param.get_value(), param.get_metadata("axes")
+        values.append(rules.shard(value, *(None,) * (value.ndim - len(axes)), *axes))
+    return jax.tree.unflatten(jax.tree.structure(model), values)
+
+
+def cast(model: DeepSeek, dtype: Any) -> DeepSeek:
+    """The model in another dtype; its routers stay in float32, as the trainer computes them: rounded, they
+    would send tokens to other experts."""
+    values = [
+        v.get_value() if path.rsplit(".", 1)[-1].startswith("router_") else v.get_value().astype(dtype)
+        for path, v in parameters(model).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(model), values)
