@@ -153,10 +153,15 @@ class DistillConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """`[eval]`: loss on held-out rows before the first step and every so many (0: at the end only)."""
+    """`[eval]`: loss on held-out rows before the first step and every so many (0: at the end only).
+
+    A run whose held-out loss falls under `enough` is over. With grpo, held-out problems are answered instead,
+    see TaskConfig.
+    """
 
     every: int = 100
     rows: int = 64
+    enough: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -167,6 +167,8 @@ def test_a_tiny_preset_fits_a_laptop_and_says_its_size(name):
     cfg = ModelConfig.from_preset(name)
     assert cfg.num_params() < 12e6
     assert f" {cfg.num_params() / 1e6:.1f}M " in presets()[name].read_text(encoding="utf-8").splitlines()[0]
+    if name == "tiny-r1":  # the quickstart's: as fast as can be on a CPU, with a tokenizer of its own
+        return
     assert (cfg.bos_token_id, cfg.eos_ids) == (0, (1,))
     assert cfg.hidden_size % 128 == cfg.intermediate_size % 128 == cfg.moe_intermediate_size % 128 == 0
 

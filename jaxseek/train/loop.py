@@ -7,6 +7,7 @@ never stopped.
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -64,8 +65,10 @@ class Result:
         return f"{self.steps} steps{shown}\n{self.out}: model/ (to generate, convert), {plot}, metrics.jsonl"
 
 
-def train(run: RunConfig) -> Result:
+def train(run: RunConfig, deadline: float = math.inf) -> Result:
     """Train as the run says, going on from what is in `run.out`. On several hosts, all call it.
+
+    Past `deadline` (of time.monotonic) the run ends after the step, as if that were its last.
 
     Raises ConfigError for settings that do not fit, CheckpointError where a checkpoint cannot be written or
     read, TrainingError for a loss that is not finite.
@@ -77,7 +80,7 @@ def train(run: RunConfig) -> Result:
     if run.objective == "distill" and run.distill.by == "samples":
         run = sampled_run(run, strategy, tokenizer)
     with contextlib.ExitStack() as closing:
-        return _Training(run, cfg, strategy, tokenizer, closing).run_to_end()
+        return _Training(run, cfg, strategy, tokenizer, closing).run_to_end(deadline)
 
 
 class _Training:
@@ -167,11 +170,11 @@ class _Training:
 
     # ---------------------------------------------------------------- the steps
 
-    def run_to_end(self) -> Result:
+    def run_to_end(self, deadline: float) -> Result:
         run, out = self.run, self.out
-        if self.done >= run.steps and (out / "model").exists():
-            return Result(str(out), self.done, None, None, False)
-        stopped = False
+        if (steps := start.finished(run)) is not None:
+            return Result(str(out), steps, None, None, False)
+        stopped, self.last = False, self.done >= run.steps
         with (
             MetricsLog(out, run.log, self.done) as log,
             Progress(run.steps, self.done) as progress,
@@ -180,12 +183,12 @@ class _Training:
             self.progress, self.log = progress, log
             if self.done:
                 progress.note(f"going on from step {self.done} of {run.steps}")
-            profile = self.closing.enter_context(contextlib.closing(_Profile(run.log.profile, out)))
+            profile = self.closing.enter_context(contextlib.closing(Profile(run.log.profile, out)))
             batch, position = self._next_batch(self.done)
             if self.done == 0:
                 self._evaluate_when_due()  # what the run begins with
             before = time.perf_counter()
-            while self.done < run.steps and not stopped:
+            while not self.last and not stopped:
                 step = self.done
                 profile.before(step)
                 with self.state.model.on_mesh():
@@ -205,12 +208,17 @@ class _Training:
                 self._record(step, used, values, now - before)
                 before = now
                 self.done = step + 1
+                self.last = self.done == run.steps or most(time.monotonic() > deadline) > 0
                 evaluated = self._evaluate_when_due()
-                stopped = asked_to_stop() and self.done < run.steps
+                enough = evaluated and self.eval_loss is not None and self.eval_loss < run.eval.enough
+                self.last = self.last or enough
+                stopped = asked_to_stop() and not self.last
+                if self.last:
+                    self._export()  # first: a run with a model is over
                 self._save_when_due(reached, stopped, evaluated)
                 before = time.perf_counter() if evaluated else before
             self.checkpoints.wait()
-            if not stopped:
+            if self.last and not (out / "model").exists():
                 self._export()
         if self.done:
             plot_loss(out)
@@ -228,7 +236,7 @@ class _Training:
         loss = self.eval_loss if evaluated else None
         best = loss is not None and loss < self.best
         self.best = loss if best else self.best
-        if best or stopped or self.done == self.run.steps or self.checkpoints.due(self.done):
+        if best or stopped or self.last or self.checkpoints.due(self.done):
             self.checkpoints.save(self.done, self.state, position, loss)
 
     def _record(self, step: int, batch: Batch, values: dict[str, float], seconds: float) -> None:
@@ -258,7 +266,7 @@ class _Training:
 
     def _evaluate_when_due(self) -> bool:
         run = self.run
-        due = self.done == run.steps or (run.eval.every and self.done % run.eval.every == 0)
+        due = self.last or (run.eval.every and self.done % run.eval.every == 0)
         if not due or not self.eval_batches:
             return False
         total, weight = {}, 0.0
@@ -332,7 +340,7 @@ def signals() -> Iterator[Callable[[], bool]]:
 
 
 @dataclass
-class _Profile:
+class Profile:
     """Traces the steps first..last (from 1) of `log.profile` into the run's directory, for xprof."""
 
     steps: list[int]

@@ -62,6 +62,15 @@ def claim(run: RunConfig) -> None:
     meet("run is claimed")
 
 
+def finished(run: RunConfig) -> int | None:
+    """The steps that a run took which is over, be it before its last step; None for one that can go on."""
+    path = Path(run.out) / "model"
+    if checkpoint.kind_of(path) is None:
+        return None
+    origin = checkpoint.read_manifest(path)["origin"]
+    return origin["steps"] if origin["run"]["steps"] == run.steps else None
+
+
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in tree.items():

@@ -1,0 +1,134 @@
+"""Rewards of answers, and held-out problems answered by a model with fixed seeds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxseek.config import ConfigError
+from jaxseek.rl.problem import Answer, Problem
+from jaxseek.rl.rewards import Rewards
+from jaxseek.rl.rollout import Episode, Sampler, seed_of
+from jaxseek.rl.scorer import Judge
+from jaxseek.run_config import RunConfig
+from jaxseek.sharding import Strategy
+
+EVALUATION = 2**62  # stands where a step's number stands in seeds
+
+
+class Marking:
+    """The rewards of a run, as the first host computes them, so that all learn from the same."""
+
+    def __init__(self, run: RunConfig, strategy: Strategy):
+        self._names = [r.name or r.kind for r in run.rewards]
+        self._rewards = Rewards(run.rewards, model_score=Judge(strategy))
+        self.failure = ""  # the first of the last call, in words
+
+    def __call__(self, answers: list[Answer]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Of each answer its reward and, by name, the terms; float64 [N], NaN where one failed."""
+        table = np.full((1 + len(self._names), len(answers)), np.nan)
+        if jax.process_index() == 0:
+            scores = self._rewards.score(answers)
+            table = np.stack([scores.total, *(scores.parts[name] for name in self._names)])
+            self.failure = str(scores.failures[0]) if scores.failures else ""
+        if jax.process_count() > 1:
+            table = np.asarray(multihost_utils.broadcast_one_to_all(table))
+        return table[0], dict(zip(self._names, table[1:]))
+
+    def __enter__(self) -> Marking:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._rewards.close()
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Problems with their prompts, and how many were left out because their prompt is too long."""
+
+    problems: list[tuple[Problem, list[int]]]
+    left_out: int
+
+    @classmethod
+    def of(cls, problems: list[Problem], sampler: Sampler, run: RunConfig) -> HeldOut:
+        """Raises ConfigError where none is left."""
+        longest = run.rollout.max_prompt_tokens
+        encoded = [(problem, sampler.encode(problem)) for problem in problems]
+        fitting = [e for e in encoded if len(e[1]) <= longest]
+        if not fitting:
+            raise ConfigError(
+                f"all held-out prompts are longer than rollout.max_prompt_tokens {longest}; raise it"
+            )
+        return cls(fitting, len(encoded) - len(fitting))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`values`: accuracy (the first of [[rewards]]), each reward's mean, lengths. `answers`: as written."""
+
+    values: dict[str, float]
+    answers: list[dict[str, Any]]
+
+    def write(self, path: Path) -> None:
+        """One line of JSON for each answer, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in self.answers)
+        partial.write_text("".join(lines), encoding="utf-8")
+        partial.replace(path)
+
+    def __str__(self) -> str:
+        return (
+            f"accuracy {self.values['accuracy']:.1%} on {len(self.answers)} held-out problems, "
+            f"{self.values['thinking_tokens']:.1f} thinking tokens of {self.values['tokens']:.1f}"
+        )
+
+
+def evaluate(run: RunConfig, sampler: Sampler, held_out: HeldOut, marking: Marking) -> Evaluation:
+    """Answer every held-out problem `task.samples` times, at task.temperature."""
+    task, size = run.task, run.rollout.prompts * run.grpo.group_size
+    work = [(p, prompt, s) for p, prompt in held_out.problems for s in range(task.samples)]
+    episodes: list[Episode] = []
+    for begin in range(0, len(work), size):
+        some = work[begin : begin + size]
+        problems, prompts, numbers = zip(*(some + [some[-1]] * (size - len(some))))  # one program for all
+        seeds = [[seed_of(EVALUATION, s)] for s in numbers]
+        groups, _ = sampler.sample(problems, prompts, seeds, task.temperature)
+        episodes += [group[0] for group in groups[: len(some)]]
+    totals_N, parts = marking([e.answer for e in episodes])
+    correct_N = np.nan_to_num(next(iter(parts.values())))
+    values = {"accuracy": float(correct_N.mean())} | of_answers(episodes)
+    values |= {
+        f"reward_{name}": float(np.nanmean(part)) for name, part in parts.items() if np.isfinite(part).any()
+    }
+    answers = [
+        {
+            "prompt": e.answer.problem.prompt,
+            "answer": e.answer.problem.answer,
+            "text": e.answer.text,
+            "correct": float(correct),
+            "reward": None if np.isnan(total) else float(total),
+            "tokens": e.answer.tokens,
+            "thinking_tokens": e.thinking_tokens,
+            "finish_reason": e.answer.finish_reason,
+        }
+        for e, total, correct in zip(episodes, totals_N, correct_N)
+    ]
+    return Evaluation(values, answers)
+
+
+def of_answers(episodes: list[Episode]) -> dict[str, float]:
+    """Lengths and endings of answers."""
+    tokens_N = np.array([e.answer.tokens for e in episodes])
+    return {
+        "tokens": float(tokens_N.mean()),
+        "tokens_max": float(tokens_N.max()),
+        "thinking_tokens": float(np.mean([e.thinking_tokens for e in episodes])),
+        "cut_off": float(np.mean([e.answer.finish_reason == "length" for e in episodes])),
+    }
