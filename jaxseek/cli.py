@@ -65,6 +65,17 @@ def _parser() -> argparse.ArgumentParser:
         return p
 
     p = verb(
+        "quickstart",
+        _quickstart,
+        "A tiny DeepSeek-V3 learns to think by GRPO, here and now: trained, measured, drawn, exported.",
+        "jaxseek quickstart --out runs/quickstart",
+    )
+    p.add_argument("--out", default="runs/quickstart", metavar="DIR", help="where it goes (and goes on from)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--minutes", type=float, default=5.0, help="at most this long (default 5)")
+    p.add_argument("--json", action="store_true", help="end with one line of JSON")
+
+    p = verb(
         "convert",
         _convert,
         "Hugging Face safetensors (or a GGUF file) to a sharded Orbax checkpoint, or back with --to hf.",
@@ -134,7 +145,8 @@ def _parser() -> argparse.ArgumentParser:
     p = verb(
         "train",
         _train,
-        "Pretraining, SFT, DPO, distillation by a run file; the same command goes on with a stopped run.",
+        "Pretraining, SFT, DPO, distillation, GRPO or a pipeline of them by a run file; the same command goes "
+        "on with a stopped run.",
         "jaxseek train configs/runs/pretrain-tiny.toml --set steps=100 --set out=runs/mine",
     )
     p.add_argument("run_file", metavar="RUN.toml", help="run file; configs/runs has one of each kind")
@@ -196,6 +208,15 @@ def _parser() -> argparse.ArgumentParser:
 # -------------------------------------------------------------------- verbs
 
 
+def _quickstart(args: argparse.Namespace) -> None:
+    from jaxseek.rl.quickstart import quickstart
+
+    result = quickstart(args.out, args.seed, args.minutes)
+    print(result)
+    if args.json:
+        print(json.dumps(dataclasses.asdict(result)))
+
+
 def _convert(args: argparse.Namespace) -> None:
     from jaxseek_convert import convert
 
@@ -248,15 +269,18 @@ def _prompts(args: argparse.Namespace) -> list[Any]:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from jaxseek.run_config import RunConfig
-
-    run = RunConfig.from_toml(args.run_file, args.set)
+    from jaxseek.run_config import RunConfig, read_toml
     from jaxseek.sharding import initialize_distributed
 
+    stages = "stages" in read_toml(args.run_file, args.set)
+    settings = None if stages else RunConfig.from_toml(args.run_file, args.set)
     initialize_distributed()
-    from jaxseek.train.loop import train
+    from jaxseek.rl.pipeline import Pipeline, run_pipeline, run_stage
 
-    result = train(run)
+    if settings is None:
+        result = run_pipeline(Pipeline.from_toml(args.run_file, args.set))
+    else:
+        result = run_stage(settings)
     if args.json:
         print(json.dumps(dataclasses.asdict(result)))
     else:

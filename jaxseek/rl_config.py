@@ -7,6 +7,7 @@ REINFORCE++ (2501.03262).
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -154,3 +155,90 @@ class RewardConfig:
     megabytes: int = 512  # memory of the sandbox
     function: str = ""
     model: str = ""
+
+
+@dataclass(frozen=True)
+class RejectConfig:
+    """`[reject]`: rejection sampling (R1 paper, section 2.3.3): which sampled answers become an SFT set.
+
+    `problems` of the task are answered grpo.group_size times each; an answer is kept where it ended by itself
+    and each reward named in `keep` is at least as given ({exact = 1.0, language = 1.0}), up to `per_problem`
+    of each. `mix` are sources of further examples, of which `mix_count` are added.
+    """
+
+    problems: int = 1000
+    keep: dict[str, float] = field(default_factory=dict)
+    per_problem: int = 1
+    mix: list[str] = field(default_factory=list)
+    mix_count: int = 0
+
+
+def rl_problems(run: Any) -> list[str]:
+    """What is wrong with these sections of a RunConfig."""
+
+    def value(dotted: str) -> Any:
+        return operator.attrgetter(dotted)(run)
+
+    grpo, rollout, task = run.grpo, run.rollout, run.task
+    sequences = rollout.prompts * grpo.group_size
+    least = {
+        "grpo.group_size": 1 if grpo.baseline == "none" else 2, "grpo.minibatches": 1, "grpo.epochs": 1,
+        "rollout.prompts": 1, "rollout.max_prompt_tokens": 1, "rollout.max_new_tokens": 1, "rollout.slots": 0,
+        "reference.replace_every": 0, "reject.problems": 1, "reject.per_problem": 1,
+        "reject.mix_count": 0, "task.terms": 2, "task.held_out": 1, "task.samples": 1,
+    }  # fmt: skip
+    above = ("grpo.clip_low", "grpo.clip_high", "grpo.beta", "grpo.importance_cap", "grpo.overlong_penalty",
+             "task.temperature", "rollout.top_k")  # fmt: skip
+    checks = [(value(n) >= m, f"{n} is {value(n)}, expected {m} or more") for n, m in least.items()]
+    checks += [(value(n) >= 0, f"{n} is {value(n)}, expected 0 or more") for n in above]
+    checks += [
+        (
+            sequences % (grpo.minibatches * run.batch.accumulation) == 0,
+            f"rollout.prompts x grpo.group_size = {sequences} answers are not divisible by grpo.minibatches "
+            f"{grpo.minibatches} x batch.accumulation {run.batch.accumulation}",
+        ),
+        (
+            not grpo.dual_clip or grpo.dual_clip > 1,
+            f"grpo.dual_clip is {grpo.dual_clip}, expected 0 (off) or above 1",
+        ),
+        (
+            0 <= grpo.overlong_buffer < 1,
+            f"grpo.overlong_buffer is {grpo.overlong_buffer}, expected a part of max_new_tokens, 0 to 1",
+        ),
+        (rollout.temperature > 0, f"rollout.temperature is {rollout.temperature}, expected above 0"),
+        (0 < rollout.top_p <= 1, f"rollout.top_p is {rollout.top_p}, expected above 0, up to 1"),
+        (0 <= rollout.min_p <= 1, f"rollout.min_p is {rollout.min_p}, expected 0 to 1"),
+        (
+            not (grpo.kl == "k1" and grpo.kl_in == "loss" and grpo.beta),
+            'grpo.kl = "k1" in the loss has a gradient that is zero on average; use k3, or kl_in = "reward"',
+        ),
+        (
+            not (grpo.importance_cap and grpo.old_logprobs == "rollout"),
+            'grpo.importance_cap compares the trainer with the rollout; it needs old_logprobs = "trainer"',
+        ),
+        (
+            not (run.reference.kind == "base" and grpo.beta and not run.lora.rank),
+            'reference.kind = "base" is the model without its adapters; set lora.rank, or use "device"',
+        ),
+        (
+            not (run.reference.kind == "base" and run.reference.replace_every),
+            "reference.replace_every replaces a copy; with reference.kind base there is none",
+        ),
+        (bool(run.rewards), 'no [[rewards]] are given, expected one or more, such as kind = "exact"'),
+        (task.template == "chat" or not task.system, 'task.system needs task.template = "chat"'),
+        (
+            len({r.name or r.kind for r in run.rewards}) == len(run.rewards),
+            "two [[rewards]] have one name; give them names of their own",
+        ),
+    ]
+    names = [reward.name or reward.kind for reward in run.rewards]
+    checks += [
+        (name in names, f"reject.keep names {name}, expected one of the rewards: {', '.join(names)}")
+        for name in run.reject.keep
+    ]
+    for reward in run.rewards:
+        wants = {"python": "function", "model": "model"}.get(reward.kind)
+        if wants:
+            checks.append((bool(getattr(reward, wants)), f"rewards: kind {reward.kind} needs {wants}"))
+        checks.append((reward.seconds > 0, f"rewards: seconds is {reward.seconds}, expected above 0"))
+    return [text for ok, text in checks if not ok]

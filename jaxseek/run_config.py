@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jaxseek.config import ConfigError
-from jaxseek.rl_config import PRESETS, GrpoConfig, ReferenceConfig, RewardConfig, RolloutConfig, TaskConfig
+from jaxseek.rl_config import (
+    PRESETS,
+    GrpoConfig,
+    ReferenceConfig,
+    RejectConfig,
+    RewardConfig,
+    RolloutConfig,
+    TaskConfig,
+    rl_problems,
+)
 
 # A number for the whole run, or [[fraction of the run, value from there on], ...].
 Steps = float | list
@@ -40,7 +49,8 @@ class DataConfig:
     """`[data]`: where examples come from and how they become rows of `length` tokens.
 
     A source is a file (.jsonl, .json, .parquet; others are text, a document each), a directory or a glob of
-    them, `hf://datasets/OWNER/NAME/FILE`, or `python:MODULE:FUNCTION`, a function that returns dicts.
+    them, `hf://datasets/OWNER/NAME/FILE`, or `python:MODULE:FUNCTION?key=value`, a function that returns
+    dicts.
     """
 
     train: list[str] = field(default_factory=list)
@@ -187,11 +197,13 @@ class LogConfig:
 class RunConfig:
     """A training run. `out` is the run's directory: started again, the run goes on from what is there."""
 
-    objective: Literal["pretrain", "sft", "dpo", "distill", "grpo"]
+    objective: Literal["pretrain", "sft", "dpo", "distill", "grpo", "reject"]
     model: str  # checkpoint, Hugging Face directory, or a preset, which starts from random weights
     out: str
     steps: int
-    tokenizer: str = ""  # a directory; or train:SIZE, a new sentencepiece one; default: the model's
+    # A directory; train:SIZE, a new sentencepiece one; python:MODULE:FUNCTION, which writes one into the
+    # directory that it is given; default: the model's.
+    tokenizer: str = ""
     config: dict[str, Any] = field(default_factory=dict)  # config.json fields to change, such as rope_scaling
     seed: int = 0
     mesh: str = ""  # as --mesh elsewhere: sizes such as fsdp=8, a strategy TOML or a shipped one's name
@@ -211,6 +223,7 @@ class RunConfig:
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     rewards: list[RewardConfig] = field(default_factory=list)
+    reject: RejectConfig = field(default_factory=RejectConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -221,15 +234,7 @@ class RunConfig:
 
         Raises ConfigError for a file that is no TOML, unknown keys, and values of a wrong type or range.
         """
-        path = Path(path)
-        try:
-            raw = tomllib.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"{path}: no such run file") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-            raise ConfigError(f"{path}: not valid TOML ({e})") from None
-        for override in overrides:
-            _override(raw, override)
+        raw = read_toml(path, overrides)
         try:
             return cls.from_dict(raw)
         except ConfigError as e:
@@ -239,7 +244,7 @@ class RunConfig:
     def from_dict(cls, raw: dict[str, Any]) -> RunConfig:
         """From nested tables, as TOML or `to_dict` has them. Raises ConfigError."""
         grpo = raw.get("grpo")
-        if isinstance(grpo, dict) or raw.get("objective") == "grpo":
+        if isinstance(grpo, dict) or raw.get("objective") in ("grpo", "reject"):
             grpo = grpo or {}
             raw = raw | {"grpo": PRESETS.get(grpo.get("preset", GrpoConfig.preset), {}) | grpo}
         return _build(cls, raw, "")
@@ -276,7 +281,8 @@ class RunConfig:
             need(_get(self, name) > 0, f"{name} is {_get(self, name)}, expected above 0")
         for name in ("optimizer.clip", "optimizer.weight_decay"):
             need(_get(self, name) >= 0, f"{name} is {_get(self, name)}, expected 0 or more")
-        made = self.objective == "grpo" and self.task.kind in ("arithmetic", "countdown")
+        sampling = self.objective in ("grpo", "reject")
+        made = sampling and self.task.kind in ("arithmetic", "countdown")
         need(bool(data.train) or made, "data.train names no source, expected a list of files")
         need(
             batch.size % batch.accumulation == 0,
@@ -301,8 +307,8 @@ class RunConfig:
             schedule.warmup < self.steps, f"schedule.warmup {schedule.warmup} is not below steps {self.steps}"
         )
         need(self.objective != "distill" or bool(self.distill.teacher), "distill.teacher is not set")
-        if self.objective == "grpo":
-            problems += _rl_problems(self)
+        if sampling:
+            problems += rl_problems(self)
         need(len(self.log.profile) in (0, 2), f"log.profile is {self.log.profile}, expected [first, last]")
         for name in ("loss.mtp", "loss.bias_speed"):
             value = _get(self, name)
@@ -312,67 +318,6 @@ class RunConfig:
             need(bool(ok), f"{name} is {value}, expected a number or [[0, value], [fraction, value], ...]")
         if problems:
             raise ConfigError("; ".join(problems))
-
-
-def _rl_problems(run: RunConfig) -> list[str]:
-    """What is wrong with the sections of a GRPO run."""
-    grpo, rollout, task = run.grpo, run.rollout, run.task
-    sequences = rollout.prompts * grpo.group_size
-    least = {
-        "grpo.group_size": 1 if grpo.baseline == "none" else 2, "grpo.minibatches": 1, "grpo.epochs": 1,
-        "rollout.prompts": 1, "rollout.max_prompt_tokens": 1, "rollout.max_new_tokens": 1, "rollout.slots": 0,
-        "reference.replace_every": 0, "task.terms": 2, "task.held_out": 1, "task.samples": 1,
-    }  # fmt: skip
-    above = ("grpo.clip_low", "grpo.clip_high", "grpo.beta", "grpo.importance_cap", "grpo.overlong_penalty",
-             "task.temperature", "rollout.top_k")  # fmt: skip
-    checks = [(_get(run, n) >= m, f"{n} is {_get(run, n)}, expected {m} or more") for n, m in least.items()]
-    checks += [(_get(run, n) >= 0, f"{n} is {_get(run, n)}, expected 0 or more") for n in above]
-    checks += [
-        (
-            sequences % (grpo.minibatches * run.batch.accumulation) == 0,
-            f"rollout.prompts x grpo.group_size = {sequences} answers are not divisible by grpo.minibatches "
-            f"{grpo.minibatches} x batch.accumulation {run.batch.accumulation}",
-        ),
-        (
-            not grpo.dual_clip or grpo.dual_clip > 1,
-            f"grpo.dual_clip is {grpo.dual_clip}, expected 0 (off) or above 1",
-        ),
-        (
-            0 <= grpo.overlong_buffer < 1,
-            f"grpo.overlong_buffer is {grpo.overlong_buffer}, expected a part of max_new_tokens, 0 to 1",
-        ),
-        (rollout.temperature > 0, f"rollout.temperature is {rollout.temperature}, expected above 0"),
-        (0 < rollout.top_p <= 1, f"rollout.top_p is {rollout.top_p}, expected above 0, up to 1"),
-        (0 <= rollout.min_p <= 1, f"rollout.min_p is {rollout.min_p}, expected 0 to 1"),
-        (
-            not (grpo.kl == "k1" and grpo.kl_in == "loss" and grpo.beta),
-            'grpo.kl = "k1" in the loss has a gradient that is zero on average; use k3, or kl_in = "reward"',
-        ),
-        (
-            not (grpo.importance_cap and grpo.old_logprobs == "rollout"),
-            'grpo.importance_cap compares the trainer with the rollout; it needs old_logprobs = "trainer"',
-        ),
-        (
-            not (run.reference.kind == "base" and grpo.beta and not run.lora.rank),
-            'reference.kind = "base" is the model without its adapters; set lora.rank, or use "device"',
-        ),
-        (
-            not (run.reference.kind == "base" and run.reference.replace_every),
-            "reference.replace_every replaces a copy; with reference.kind base there is none",
-        ),
-        (bool(run.rewards), 'no [[rewards]] are given, expected one or more, such as kind = "exact"'),
-        (task.template == "chat" or not task.system, 'task.system needs task.template = "chat"'),
-        (
-            len({r.name or r.kind for r in run.rewards}) == len(run.rewards),
-            "two [[rewards]] have one name; give them names of their own",
-        ),
-    ]
-    for reward in run.rewards:
-        wants = {"python": "function", "model": "model"}.get(reward.kind)
-        if wants:
-            checks.append((bool(getattr(reward, wants)), f"rewards: kind {reward.kind} needs {wants}"))
-        checks.append((reward.seconds > 0, f"rewards: seconds is {reward.seconds}, expected above 0"))
-    return [text for ok, text in checks if not ok]
 
 
 def at_fraction(value: Steps, fraction: float) -> float:
@@ -388,7 +333,21 @@ def _get(config: Any, dotted: str) -> Any:
     return config
 
 
-def _override(raw: dict[str, Any], text: str) -> None:
+def read_toml(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
+    """The tables of a run file with `key=value` overrides put in. Raises ConfigError."""
+    try:
+        raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such run file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: not valid TOML ({e})") from None
+    for override in overrides:
+        apply_override(raw, override)
+    return raw
+
+
+def apply_override(raw: dict[str, Any], text: str) -> None:
+    """Put `key=value` into nested tables; the value is TOML, or else a string. Raises ConfigError."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set {text!r}: expected key=value, such as optimizer.learning_rate=1e-4")
@@ -447,6 +406,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             value = [value]
         if isinstance(value, list | tuple):
             return [_convert(args[0], v, where) for v in value]
+    elif origin is dict and isinstance(value, dict) and args[1] is not Any:
+        return {key: _convert(args[1], v, f"{where}.{key}") for key, v in value.items()}
     elif type(value) is (origin or hint):
         return value
     wanted = getattr(hint, "__name__", str(hint)) if origin is None else origin.__name__

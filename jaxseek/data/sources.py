@@ -248,20 +248,25 @@ def _download(name: str, key: str) -> list[tuple[str, str]]:
 
 def _call(name: str) -> Records:
     """What `python:MODULE:FUNCTION?key=value&key=value` returns, called with these arguments."""
-    place, asked, query = name.removeprefix("python:").partition("?")
-    module, _, function = place.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{name}: {error}; expected python:MODULE:FUNCTION") from None
+    place, asked, query = name.partition("?")
+    found = function(place)
     return _Items(found(**(_arguments(found, query, name) if asked else {})), name)
 
 
-def _arguments(function: Any, query: str, name: str) -> dict[str, Any]:
+def function(name: str) -> Any:
+    """What `python:MODULE:FUNCTION` names. Raises ConfigError where there is no such function."""
+    module, _, attribute = name.removeprefix("python:").partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{name}: {error}; expected python:MODULE:FUNCTION") from None
+
+
+def _arguments(found: Any, query: str, name: str) -> dict[str, Any]:
     """The keyword arguments that a query gives, each of its parameter's type: int, float, bool or str."""
     try:
         given = dict(urllib.parse.parse_qsl(query, keep_blank_values=True, strict_parsing=True))
-        signature = inspect.signature(function, eval_str=True)
+        signature = inspect.signature(found, eval_str=True)
     except (ValueError, NameError, TypeError) as error:
         raise ConfigError(f"{name}: {error}; expected FUNCTION?key=value&key=value") from None
     for key, value in given.items():

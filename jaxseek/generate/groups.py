@@ -131,7 +131,7 @@ class _Groups:
         state, params, stops = self._empty_state()
         used = offered = 0
         while True:
-            state = self._seat(state, params, stops, caches, logits_PV, seats, lines)
+            state = self._seat(state, params, stops, caches, logits_PV, seats, lines, ended)
             left = [0 if seat is None else self._left(seat) for seat in seats]
             live = np.array(left) > 0
             if live.any():
@@ -191,7 +191,7 @@ class _Groups:
         params = SamplingArrays.of([self.requests[0][0]] * B)
         return state, params, np.tile(self.blank_stops, (B, 1))
 
-    def _seat(self, state, params, stops, caches, logits_PV, seats, lines):
+    def _seat(self, state, params, stops, caches, logits_PV, seats, lines, ended):
         """Give free slots to those in line: their prompt's cache, and their first token."""
         prompt_B = np.full(self.B, -1, np.int32)  # within the part's own prompts
         own_slots, own_prompts = self.B // self.parts, self.P // self.parts
@@ -215,7 +215,7 @@ class _Groups:
             )
         made = [fetch(a) for a in (drawn.token_B, drawn.tempered_B, drawn.drawn_B)]
         for b in np.flatnonzero(prompt_B >= 0):
-            self._take(seats[b], [a[b : b + 1] for a in made], stops[b], None)
+            self._take(seats[b], [a[b : b + 1] for a in made], stops[b], ended)
         return state
 
     def _answer(self, seat: tuple[int, int]) -> Sampled:

@@ -52,11 +52,14 @@ class Result:
     eval_loss: float | None
     stopped: bool
     accuracy: float | None = None  # of a run by GRPO, on held-out problems
+    samples: str | None = None  # of rejection sampling: the file
 
     def __str__(self) -> str:
         """What a user wants to know when it is over."""
         if self.stopped:
             return f"stopped after step {self.steps}; the same command goes on"
+        if self.samples is not None:
+            return f"{self.samples}: for data.train of an SFT run"
         losses = {"loss": self.loss, "held-out loss": self.eval_loss}
         shown = "".join(f", {name} {value:.4f}" for name, value in losses.items() if value is not None)
         plot = "loss.png"

@@ -16,7 +16,7 @@ import os
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +284,7 @@ class Progress:
             ("mfu", "{:.1%} of peak"),
             ("load_max_over_mean", "load max/mean {:.2f}"),
             ("dropped", "dropped {:.0f}"),
+            ("answers kept", "{:,.0f} answers kept"),
         ):
             if name in values:
                 parts.append(show.format(values[name]))
@@ -299,6 +300,24 @@ class Progress:
             self._bar.stop()
         elif not self._quiet:
             self._print()
+
+
+class Counter:
+    """Rounds done, time left, and what has come of them; `with Counter(...) as count: count(n)` per round."""
+
+    def __init__(self, what: str, rounds: int, done: int):
+        self.what, self.progress, self.done = what, Progress(rounds, done), done
+
+    def __enter__(self) -> Callable[[int], None]:
+        self.progress.__enter__()
+        return self._count
+
+    def _count(self, found: int) -> None:
+        self.progress.update(self.done, {self.what: found})
+        self.done += 1
+
+    def __exit__(self, *_: Any) -> None:
+        self.progress.__exit__()
 
 
 def _duration(seconds: float) -> str:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxseek import checkpoint
 from jaxseek.config import ConfigError, ModelConfig, presets
 from jaxseek.data import train_tokenizer
+from jaxseek.data.sources import function
 from jaxseek.loading import load
 from jaxseek.model import DeepSeek
 from jaxseek.run_config import RunConfig
@@ -83,12 +84,13 @@ def open_tokenizer(run: RunConfig, cfg: ModelConfig) -> Tokenizer:
 
     Raises ConfigError where there is none, and TokenizerError for one with more tokens than the model.
     """
-    tokenizer = _trained_tokenizer(run, cfg) if run.tokenizer.startswith("train:") else _given_tokenizer(run)
+    made = run.tokenizer.startswith(("train:", "python:"))
+    tokenizer = _made_tokenizer(run, cfg) if made else _given_tokenizer(run)
     tokenizer.check_fits(cfg.vocab_size)
     return tokenizer
 
 
-def _trained_tokenizer(run: RunConfig, cfg: ModelConfig) -> Tokenizer:
+def _made_tokenizer(run: RunConfig, cfg: ModelConfig) -> Tokenizer:
     size = run.tokenizer.removeprefix("train:")
     if size.isdecimal() and int(size) > cfg.vocab_size:
         raise ConfigError(
@@ -99,9 +101,12 @@ def _trained_tokenizer(run: RunConfig, cfg: ModelConfig) -> Tokenizer:
     partial = made.with_name("tokenizer.partial")
     if jax.process_index() == 0 and not made.is_dir():
         shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
-        train_tokenizer(run, partial)
+        if run.tokenizer.startswith("python:"):
+            function(run.tokenizer)(partial)
+        else:
+            train_tokenizer(run, partial)
         partial.rename(made)
-    meet("tokenizer is trained")
+    meet("tokenizer is made")
     tokenizer = Tokenizer.from_dir(made)
     if tokenizer is None:
         raise ConfigError(f"{made} holds no tokenizer; remove it, and the run makes it again")
