@@ -145,8 +145,8 @@ def _parser() -> argparse.ArgumentParser:
     p = verb(
         "train",
         _train,
-        "Pretraining, SFT, DPO, distillation, GRPO or a pipeline of them by a run file; the same command goes "
-        "on with a stopped run.",
+        "Pretraining, SFT, DPO, distillation, GRPO or a pipeline of them by a run file; the same command "
+        "goes on with a stopped run.",
         "jaxseek train configs/runs/pretrain-tiny.toml --set steps=100 --set out=runs/mine",
     )
     p.add_argument("run_file", metavar="RUN.toml", help="run file; configs/runs has one of each kind")
