@@ -252,7 +252,9 @@ def _train(args: argparse.Namespace) -> int:
 
     run = RunConfig.from_toml(args.run_file, args.set)
     from jaxseek.sharding import initialize_distributed
+    from jaxseek.train.host_memory import keep_freed_memory
 
+    keep_freed_memory()
     initialize_distributed()
     from jaxseek.train.loop import train
 
