@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 
-# <malloc.h> of glibc
+# <malloc.h> of glibc; a threshold of -1 is none
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
@@ -17,5 +17,5 @@ def keep_freed_memory() -> None:
     than under glibc this does nothing.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1)):
+        for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
             libc.mallopt(option, value)
