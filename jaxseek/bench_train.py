@@ -261,11 +261,13 @@ def _jaxseek(task: dict[str, Any]) -> tuple[Step, dict[str, Any]]:
     from jaxseek.run_config import RunConfig, at_fraction
     from jaxseek.train import start
     from jaxseek.train.batch import make_batch, to_devices
+    from jaxseek.train.host_memory import keep_freed_memory
     from jaxseek.train.metrics import peak_flops
     from jaxseek.train.objectives import Objective
     from jaxseek.train.optimizer import decays, make_optimizer
     from jaxseek.train.step import init_state, make_step
 
+    keep_freed_memory()
     run = RunConfig.from_dict(
         {
             "objective": "pretrain",

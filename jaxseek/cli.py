@@ -271,9 +271,11 @@ def _prompts(args: argparse.Namespace) -> list[Any]:
 def _train(args: argparse.Namespace) -> int:
     from jaxseek.run_config import RunConfig, read_toml
     from jaxseek.sharding import initialize_distributed
+    from jaxseek.train.host_memory import keep_freed_memory
 
     stages = "stages" in read_toml(args.run_file, args.set)
     settings = None if stages else RunConfig.from_toml(args.run_file, args.set)
+    keep_freed_memory()
     initialize_distributed()
     from jaxseek.rl.pipeline import Pipeline, run_pipeline, run_stage
 

@@ -63,13 +63,33 @@ def _tile_sizes(m: int, k: int, n: int) -> tuple[int, int, int]:
 # -------------------------------------------------------------------- CPU and others
 
 
-def _tile_mlp(x_TD, gate_DF, up_DF, down_FD, fp8):
-    def matmul(a_TK, w_KN) -> Any:
-        if not fp8:
-            return a_TK @ w_KN
-        return round_gradient(jnp.matmul(round_tiles(a_TK), w_KN, precision=jax.lax.Precision.HIGHEST))
+@jax.custom_vjp
+def _matmul(a_TK: jax.Array, w_KN: jax.Array) -> jax.Array:
+    """Their product. Backward the left operand is transposed apart: XLA:CPU does it slowly in the product."""
+    return a_TK @ w_KN
 
-    return matmul(jax.nn.silu(matmul(x_TD, gate_DF)) * matmul(x_TD, up_DF), down_FD).astype(x_TD.dtype)
+
+def _matmul_fwd(a_TK, w_KN):
+    return a_TK @ w_KN, (a_TK, w_KN)
+
+
+def _matmul_bwd(operands, dy_TN):
+    barrier = jax.lax.optimization_barrier
+    a_TK, w_KN = operands
+    a_TK, dy_TN = barrier((a_TK, dy_TN))  # else what makes them is computed again in each product
+    return dy_TN @ w_KN.T, barrier(a_TK.T) @ dy_TN
+
+
+_matmul.defvjp(_matmul_fwd, _matmul_bwd)
+
+
+def _rounded_matmul(a_TK: jax.Array, w_KN: jax.Array) -> jax.Array:
+    y_TN: Any = jnp.matmul(round_tiles(a_TK), w_KN, precision=jax.lax.Precision.HIGHEST)
+    return round_gradient(y_TN.astype(a_TK.dtype))
+
+
+def _swiglu(gate_TF: jax.Array, up_TF: jax.Array) -> jax.Array:
+    return jax.nn.silu(gate_TF) * up_TF
 
 
 def _tiles(M: int, E: int, sizes_E: jax.Array):
@@ -79,7 +99,7 @@ def _tiles(M: int, E: int, sizes_E: jax.Array):
     tiles_E = -(-sizes_E // tile)
     last_E, row_end_E = jnp.cumsum(tiles_E), jnp.cumsum(sizes_E)
     i = jnp.arange(n)
-    e = jnp.minimum(jnp.searchsorted(last_E, i, side="right"), E - 1)
+    e = jnp.minimum(jnp.searchsorted(last_E, i, side="right", method="compare_all"), E - 1)
     first_row = (row_end_E - sizes_E)[e] + (i - (last_E - tiles_E)[e]) * tile
     rows = first_row[:, None] + jnp.arange(tile)[None]
     return e, jnp.where(rows < row_end_E[e][:, None], rows, M), last_E[-1]
@@ -87,36 +107,47 @@ def _tiles(M: int, E: int, sizes_E: jax.Array):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _tiled_mlp(x_MD, gate_EDF, up_EDF, down_EFD, sizes_E, fp8=False):
+    return _tiled_fwd(x_MD, gate_EDF, up_EDF, down_EFD, sizes_E, fp8)[0]
+
+
+def _tiled_fwd(x_MD, gate_EDF, up_EDF, down_EFD, sizes_E, fp8):
+    matmul = _rounded_matmul if fp8 else _matmul
     e, rows, count = _tiles(x_MD.shape[0], gate_EDF.shape[0], sizes_E)
+    x_ITD = x_MD.at[rows].get(mode="fill", fill_value=0)
 
-    def body(i, y_MD):
-        x_TD = x_MD.at[rows[i]].get(mode="fill", fill_value=0)
-        y_TD = _tile_mlp(x_TD, gate_EDF[e[i]], up_EDF[e[i]], down_EFD[e[i]], fp8)
-        return y_MD.at[rows[i]].set(y_TD, mode="drop")
+    def body(i, tiles):
+        y_ITD, gate_ITF, up_ITF = tiles  # a tile of y takes the place of x's
+        gate_TF, up_TF = matmul(y_ITD[i], gate_EDF[e[i]]), matmul(y_ITD[i], up_EDF[e[i]])
+        y_TD = matmul(_swiglu(gate_TF, up_TF), down_EFD[e[i]])
+        return y_ITD.at[i].set(y_TD), gate_ITF.at[i].set(gate_TF), up_ITF.at[i].set(up_TF)
 
-    return jax.lax.fori_loop(0, count, body, jnp.zeros_like(x_MD))
+    hidden = [jnp.zeros((*rows.shape, gate_EDF.shape[2]), x_MD.dtype)] * 2
+    y_ITD, *hidden = jax.lax.fori_loop(0, count, body, (x_ITD, *hidden))
+    residuals = (x_ITD, *hidden, gate_EDF, up_EDF, down_EFD, e, rows, count)
+    return jnp.zeros_like(x_MD).at[rows].set(y_ITD, mode="drop"), residuals
 
 
-def _tiled_fwd(*args):
-    return _tiled_mlp(*args), args[:5]
-
-
-def _tiled_bwd(fp8, args, dy_MD):
-    x_MD, *weights, sizes_E = args
-    e, rows, count = _tiles(x_MD.shape[0], weights[0].shape[0], sizes_E)
+def _tiled_bwd(fp8, residuals, dy_MD):
+    matmul = _rounded_matmul if fp8 else _matmul
+    x_ITD, gate_ITF, up_ITF, *weights, e, rows, count = residuals
+    dy_ITD = dy_MD.at[rows].get(mode="fill", fill_value=0)
 
     def body(i, grads):
-        x_TD = x_MD.at[rows[i]].get(mode="fill", fill_value=0)
-        dy_TD = dy_MD.at[rows[i]].get(mode="fill", fill_value=0)
-        mlp = functools.partial(_tile_mlp, fp8=fp8)
-        dx_TD, *dw = jax.vjp(mlp, x_TD, *(w[e[i]] for w in weights))[1](dy_TD)
-        dx_MD, *dws = grads
-        dws = (a.at[e[i]].add(d.astype(a.dtype)) for a, d in zip(dws, dw))
-        return dx_MD.at[rows[i]].set(dx_TD, mode="drop"), *dws
+        dx_ITD, *dws = grads  # a tile of dx takes the place of dy's
+        gate_DF, up_DF, down_FD = (w[e[i]] for w in weights)
+        hidden_TF, pull_swiglu = jax.vjp(_swiglu, gate_ITF[i], up_ITF[i])
+        dhidden_TF, ddown_FD = jax.vjp(matmul, hidden_TF, down_FD)[1](dx_ITD[i])
+        dgate_TF, dup_TF = pull_swiglu(dhidden_TF)
+        dx_TD, dgate_DF = jax.vjp(matmul, x_ITD[i], gate_DF)[1](dgate_TF)
+        dx2_TD, dup_DF = jax.vjp(matmul, x_ITD[i], up_DF)[1](dup_TF)
+        new = (dgate_DF, dup_DF, ddown_FD)
+        dws = (a.at[e[i]].add(d.astype(a.dtype)) for a, d in zip(dws, new))
+        return dx_ITD.at[i].set(dx_TD + dx2_TD), *dws
 
     # float32: a bfloat16 sum over many tiles loses the later ones
-    zeros = (jnp.zeros_like(x_MD), *(jnp.zeros(w.shape, jnp.float32) for w in weights))
-    dx_MD, *dws = jax.lax.fori_loop(0, count, body, zeros)
+    zeros = (jnp.zeros(w.shape, jnp.float32) for w in weights)
+    dx_ITD, *dws = jax.lax.fori_loop(0, count, body, (dy_ITD, *zeros))
+    dx_MD = jnp.zeros_like(dy_MD).at[rows].set(dx_ITD, mode="drop")
     return dx_MD, *(d.astype(w.dtype) for d, w in zip(dws, weights)), None
 
 

@@ -19,7 +19,7 @@ from jaxseek.layers.mlp import MLP
 from jaxseek.layers.moe import MoE, Routing
 from jaxseek.layers.norm import RMSNorm
 from jaxseek.layers.rope import Rope
-from jaxseek.sharding import Init, Rules
+from jaxseek.sharding import Init, Rules, platform
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Context:
     remat: str = "none"
     fp8: bool = False
 
+
+UNROLL_UP_TO = 8  # layers of a stack, on CPU
 
 # What the backward pass finds in memory: everything; the results of matmuls without batch dimensions; or
 # only each layer's input.
@@ -121,6 +123,8 @@ def run_stack(
         (x_BTD, cache), routing = body((x_BTD, cache), (layer, 0, replay_BTK))
         return x_BTD, cache, jax.tree.map(lambda a: a[None], routing)
 
+    # XLA:CPU copies what a scan slices and stacks; many layers would take long to compile
+    unroll = L if platform() == "cpu" and L <= UNROLL_UP_TO else 1
     layers = (stack, jax.numpy.arange(L), replay_LBTK)
-    (x_BTD, cache), routing = jax.lax.scan(body, (x_BTD, cache), layers)
+    (x_BTD, cache), routing = jax.lax.scan(body, (x_BTD, cache), layers, unroll=unroll)
     return x_BTD, cache, routing

@@ -6,6 +6,7 @@ are not rounded.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxseek.kernels.fp8 import round_blocks, round_gradient, round_tiles
+from jaxseek.sharding import platform
 
 if TYPE_CHECKING:
     from jaxseek.layers.block import Context
@@ -28,10 +30,41 @@ def linear(x: jax.Array, param: Any, ctx: Context, *axes: str | None, contract: 
         return param(x)[0]
     w = param if isinstance(param, jax.Array) else ctx.rules.use(param, x.dtype)
     if not ctx.fp8:
-        return jnp.tensordot(x, w, contract, out_sharding=ctx.rules.spec(*axes))
+        product = _product if platform() == "cpu" else _tensordot
+        return product(x, w, contract, ctx.rules.spec(*axes))
     x8, w8 = round_tiles(x, contract), round_blocks(w, contract)
     y = jnp.tensordot(x8, w8, contract, precision=_EXACT, out_sharding=ctx.rules.spec(*axes))
     return round_gradient(y.astype(x.dtype), w.ndim - contract)
+
+
+def _tensordot(x: jax.Array, w: jax.Array, contract: int, spec: Any) -> jax.Array:
+    return jnp.tensordot(x, w, contract, out_sharding=spec)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(x: jax.Array, w: jax.Array, contract: int, spec: Any) -> jax.Array:
+    """tensordot, of whose operands the backward pass transposes x alone, for the weight's gradient.
+
+    JAX's own has XLA:CPU transpose the gradient too, and compute what makes it again for that.
+    """
+    return _tensordot(x, w, contract, spec)
+
+
+def _product_fwd(x, w, contract, spec):
+    return _tensordot(x, w, contract, spec), (x, w)
+
+
+def _product_bwd(contract, spec, operands, dy):
+    x, w = operands
+    tokens, inputs = x.ndim - contract, tuple(range(x.ndim - contract, x.ndim))
+    features = tuple(range(tokens, dy.ndim)), tuple(range(contract, w.ndim))
+    dx = jax.lax.dot_general(dy, w, (features, ((), ())), out_sharding=jax.typeof(x).sharding.spec)
+    xt = jax.lax.optimization_barrier(x.transpose(*inputs, *range(tokens)))
+    sums = tuple(range(contract, x.ndim)), tuple(range(tokens))
+    return dx, jax.lax.dot_general(xt, dy, (sums, ((), ())), out_sharding=jax.typeof(w).sharding.spec)
+
+
+_product.defvjp(_product_fwd, _product_bwd)
 
 
 class Joined(nnx.Module):
