@@ -210,7 +210,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _quickstart(args: argparse.Namespace) -> None:
     from jaxseek.rl.quickstart import quickstart
+    from jaxseek.train.host_memory import keep_freed_memory
 
+    keep_freed_memory()
     result = quickstart(args.out, args.seed, args.minutes)
     print(result)
     if args.json:

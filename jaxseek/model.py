@@ -216,6 +216,11 @@ class DeepSeek(nnx.Module):
         """The mesh that the weights live on."""
         return self.embed_VD[...].sharding.mesh
 
+    @property
+    def sparse_layers(self) -> int:
+        """How many layers route to experts, multi-token modules not counted."""
+        return sum(stack.depth for stack in self.stacks if isinstance(stack.mlp, MoE))
+
     def on_mesh(self):
         """A context in which the model may be traced and run; inside a trace the mesh is already set."""
         traced = isinstance(self.embed_VD[...], Tracer)

@@ -15,7 +15,6 @@ import numpy as np
 
 from jaxseek.cache import split_layers
 from jaxseek.generate.sampling import Drawn, Mode, Sampling, SamplingArrays, batch_mode, sample
-from jaxseek.layers.moe import MoE
 from jaxseek.model import Caches, DeepSeek
 
 CAPACITY_STEP = 256  # cache slots are allotted in steps, so that few programs serve all lengths
@@ -306,8 +305,7 @@ def decode_steps(
     extra = (per_token(jnp.float32), per_token(jnp.float32)) if "logprobs" in record else (None, None)
     experts = None
     if "experts" in record:
-        layers = sum(s.depth for s in model.stacks if isinstance(s.mlp, MoE))
-        K = model.cfg.num_experts_per_tok
+        layers, K = model.sparse_layers, model.cfg.num_experts_per_tok
         experts = blank(jnp.int32, (layers, None), (B, "batch"), (width, None), (K, None))
     trace = Trace(per_token(jnp.int32), per_token(jnp.float32), *extra, experts)
     start = State(state.caches, state.token_B, state.position_B, rules.shard(done_B, "batch"))

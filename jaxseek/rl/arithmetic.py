@@ -67,7 +67,7 @@ def demonstration(problem: Problem, shown: bool, language: Language | Sequence[L
 def demonstrations(
     count: int, shown: float = 1.0, terms: int = 6, seed: int = 0, words: str = "digits"
 ) -> list[dict[str, str]]:
-    """`count` records {prompt, response} of training problems; the thinking is there in a share of `shown`.
+    """`count` records {prompt, response, answer} of training problems; a share of `shown` has its thinking.
 
     `words` for the steps: digits (which no language reward counts), en, zh, or mixed: a quarter of the
     replies is English, a quarter Chinese, and half changes from one to the other on the way.
@@ -87,7 +87,8 @@ def demonstrations(
             continue
         languages: Any = _mixed(rng, terms - 1) if words == "mixed" else words
         response = demonstration(problem, rng.random() < shown, languages)
-        records.append({"prompt": problem.record["problem"], "response": response})
+        record = {"prompt": problem.record["problem"], "response": response, "answer": problem.answer}
+        records.append(record)
     return records
 
 

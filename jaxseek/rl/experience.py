@@ -50,11 +50,13 @@ class Shapes:
     def of(cls, run: RunConfig, rows_multiple: int, length_multiple: int) -> Shapes:
         """`multiple`s: what the mesh divides."""
         answers = run.rollout.prompts * run.grpo.group_size // run.grpo.minibatches
-        rows = -(-answers // run.batch.accumulation)
+        answers = -(-answers // run.batch.accumulation)
         longest = run.rollout.max_prompt_tokens + run.rollout.max_new_tokens
+        side_by_side = 2 if answers % 2 == 0 else 1  # of the longest; packs shorter ones better
+        rows, length = answers // side_by_side, side_by_side * longest
         step = int(np.lcm(16, length_multiple))
         return cls(
-            run.batch.accumulation, rows + -rows % rows_multiple, longest + -longest % step, MOST_IN_A_ROW
+            run.batch.accumulation, rows + -rows % rows_multiple, length + -length % step, MOST_IN_A_ROW
         )
 
 
@@ -97,7 +99,7 @@ def make_policy_batch(
     table = {name: np.zeros((A * R, T), np.float32) for name in names}
     chosen = None
     if experts:
-        layers, _, K = episodes[0].sampled.experts.shape  # type: ignore[union-attr]
+        layers, K = model.sparse_layers, model.cfg.num_experts_per_tok
         chosen = np.full((A * R, T, layers, K), -1, np.int32)
     for i, (r, number, at) in enumerate(places := _places(episodes, shapes)):
         episode = episodes[i]
@@ -120,7 +122,7 @@ def make_policy_batch(
     experts_BTLK = None if chosen is None else chosen.reshape(A, R, *chosen.shape[1:])
     host = PolicyBatch(**arrays, experts_BTLK=experts_BTLK)
     placed: Any = to_devices(_own_rows(host), model)
-    count = np.int32(-(-(1 + max(r for r, *_ in places)) // R))
+    count = np.int32(-(-max((1 + r for r, *_ in places), default=0) // R))
     return dataclasses.replace(placed, count=jax.device_put(count, NamedSharding(model.mesh, P())))
 
 

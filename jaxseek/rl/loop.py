@@ -91,11 +91,13 @@ class _Grpo:
         self.reference = ReferencePolicy(run, strategy, self.dtype)
         if self.with_reference:
             self.reference.open(self.position["reference"], self._start_model)
+        balanced = run.loss.sequence_balance or run.loss.expert_balance or run.loss.device_balance
+        self.by_advantage_alone = not (self.with_reference or balanced or run.loss.communication_balance)
         self.logprobs = make_logprobs(self.objective)
         self.update = make_step(self.objective, self.optimizer)
-        self.alarms, self.too_long = Alarms(), 0
+        self.alarms, self.too_long = Alarms(), self.position["too_long"]
         self.next = self.position["next"]  # training problem
-        self.accuracy = 0.0
+        self.accuracy: float | None = self.position["accuracy"]
         self.best: float = self.checkpoints.best_loss
 
     def _start_model(self) -> DeepSeek:
@@ -103,15 +105,17 @@ class _Grpo:
             return lora.base(self.state.model)
         return start.open_model(self.run, self.cfg, self.strategy)
 
-    def _first_state(self) -> tuple[State, int, dict[str, int]]:
+    def _first_state(self) -> tuple[State, int, dict[str, Any]]:
         run, step = self.run, self.checkpoints.latest
         model = start.open_model(run, self.cfg, self.strategy)
         model = lora.adapt(model, run.lora, run.seed) if run.lora.rank else model
         self.optimizer = make_optimizer(self.objective.run, decays(model))
         state = init_state(model, self.optimizer)
         if step is None:
-            return state, 0, {"next": 0, "reference": 0}
+            return state, 0, {"next": 0, "reference": 0, "too_long": 0, "accuracy": None}
         state, position = self.checkpoints.restore(step, state)
+        updates = np.int32(step * run.grpo.minibatches * run.grpo.epochs)  # what the schedule counts
+        state = dataclasses.replace(state, step=jax.device_put(updates, state.step.sharding))
         return state, step, position
 
     # ---------------------------------------------------------------- the steps
@@ -119,7 +123,8 @@ class _Grpo:
     def run_to_end(self, deadline: float) -> Result:
         run, out = self.run, self.out
         if (steps := start.finished(run)) is not None:
-            return Result(str(out), steps, None, None, False)
+            origin = checkpoint.read_manifest(out / "model")["origin"]
+            return Result(str(out), steps, None, None, False, origin["accuracy"])
         stopped, last = False, self.done >= run.steps
         with (
             MetricsLog(out, run.log, self.done) as self.log,
@@ -148,7 +153,8 @@ class _Grpo:
                 best = loss is not None and loss < self.best
                 self.best = self.best if loss is None else min(loss, self.best)
                 if best or stopped or last or self.checkpoints.due(self.done):
-                    self.checkpoints.save(self.done, self.state, self.position, loss)
+                    position = self.position | {"accuracy": self.accuracy}
+                    self.checkpoints.save(self.done, self.state, position, loss)
             self.checkpoints.wait()
             if last and not (out / "model").exists():
                 self._export()
@@ -171,6 +177,9 @@ class _Grpo:
         for which in self._minibatches(step, len(episodes)):
             longest = run.rollout.max_new_tokens
             shares_N = grpo.sequence_weights(lengths_N[which], counted_N[which], cfg, longest)
+            if self.by_advantage_alone:  # where that is 0 there is nothing to learn, and no need to compute
+                some = [bool(np.any(known["advantage"][i])) for i in which]
+                which, shares_N = which[some], shares_N[some]
             own = {name: [lists[i] for i in which] for name, lists in known.items()}
             batch = self._batch([episodes[i] for i in which], shares_N, own)
             with self.state.model.on_mesh():
@@ -227,8 +236,9 @@ class _Grpo:
         values["flat_groups"] = len(flat) / (len(flat) + len(kept))
         if rounds > 1:
             values["sampling_rounds"] = rounds
-        for name in scored[0]:
-            values[name] = float(np.concatenate([parts[name] for parts in scored]).mean())
+        for name in dict.fromkeys(name for parts in scored for name in parts):
+            found = [parts[name] for parts in scored if name in parts]
+            values[name] = float(np.concatenate(found).mean())
         values |= of_answers([e for group, *_ in kept + flat for e in group])
         values["rollout_tokens_per_second"] = tokens / max(seconds, 1e-9)
         chosen = (kept + flat)[:P]
@@ -317,9 +327,11 @@ class _Grpo:
         every = self.run.reference.replace_every
         since = self.position["reference"]
         if self.with_reference and every and step % every == 0:
-            self.reference.replace(self.state.model, step)
+            written = [int(p.name) for p in self.checkpoints.directory.iterdir() if p.name.isdecimal()]
+            steps = {*written, *self.checkpoints.manager.all_steps()}  # the newest may be on its way
+            self.reference.replace(self.state.model, step, {kept - kept % every for kept in steps})
             since = step
-        self.position = {"next": self.next, "reference": since}
+        self.position |= {"next": self.next, "reference": since, "too_long": self.too_long}
 
     def _not_finite(self, step: int, batch: PolicyBatch) -> str:
         self.checkpoints.wait()
@@ -353,7 +365,8 @@ class _Grpo:
             self.log.write(step, values)
         for text in self.alarms.of(step, values):
             self.progress.note(text)
-        self.progress.update(step, values | {"accuracy": self.accuracy})
+        known = {} if self.accuracy is None else {"accuracy": self.accuracy}
+        self.progress.update(step, values | known)
 
     def _tell_rollout(self, step: int) -> Callable[[int], None]:
         return lambda tokens: self.progress.during(step, f"sampling, {tokens:,} tokens")

@@ -61,18 +61,25 @@ class Pipeline:
             raise ConfigError(
                 f"{where}: unknown key(s) {', '.join(unknown)}; a pipeline has {', '.join(KEYS)}"
             )
-        if not isinstance(raw.get("out"), str) or not isinstance(raw.get("stages"), dict):
+        tables = raw.get("stages")
+        if not isinstance(raw.get("out"), str) or not isinstance(tables, dict) or not tables:
             raise ConfigError(f"{where}: expected out = DIRECTORY and a table [stages.NAME] for each stage")
+        shared = {key: raw[key] for key in ("common", "evaluation") if key in raw}
+        for name, own in (*shared.items(), *((f"stages.{name}", own) for name, own in tables.items())):
+            if not isinstance(own, dict):
+                raise ConfigError(f"{where}: {name} is {own!r}, expected a table [{name}]")
+            if "out" in own:
+                raise ConfigError(f"{where}: [{name}] has out; a stage's directory is OUT/NAME")
         out, only = Path(raw["out"]), raw.get("only", "")
         stages: dict[str, RunConfig] = {}
         common = {"seed": raw.get("seed", 0)} | raw.get("common", {})
-        for name, own in raw["stages"].items():
+        for name, own in tables.items():
             settings = _merged(common, own) | {"out": str(out / name)}
             try:
                 stages[name] = RunConfig.from_dict(_resolved(settings, stages))
             except ConfigError as e:
                 raise ConfigError(f"{where}: [stages.{name}]: {e}") from None
-        if only and only not in stages:
+        if only not in ("", *stages):
             raise ConfigError(f"{where}: only is {only!r}, expected one of {', '.join(stages)}")
         evaluation = None
         if "evaluation" in raw:
@@ -111,6 +118,11 @@ def run_pipeline(
     for number, name in enumerate(names, 1):
         run = pipeline.stages[name]
         tell(f"\nstage {number} of {len(names)}: {name} ({run.objective}, up to {run.steps} steps)")
+        if name in _reached(pipeline) and start.finished(run) is not None:
+            start.claim(run)  # the settings are still those it ran with
+            tell("it is over already")
+            _write(pipeline)
+            continue
         begin = time.monotonic()
         result = run_stage(run, deadlines.get(name, float("inf")))
         if result.stopped:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ class ReferencePolicy:
     """Gives the model that the policy is held to; `replace` lets the policy take its place.
 
     A policy that took its place is also written to OUT/reference/STEP, from where a run that goes on has it
-    again; older ones stay for a while, as the checkpoint to go on from may be older.
+    again; older ones stay as long as a checkpoint needs them.
     """
 
     def __init__(self, run: RunConfig, strategy: Strategy, dtype: Any):
@@ -41,15 +41,15 @@ class ReferencePolicy:
             path = self.directory / str(since)
             self._keep(checkpoint.restore(path, self.strategy, self.dtype) if since else first())
 
-    def replace(self, policy: DeepSeek, step: int) -> None:
-        """The policy after `step` steps becomes the reference. The two that came before are kept."""
+    def replace(self, policy: DeepSeek, step: int, needed: Collection[int] = ()) -> None:
+        """The policy after `step` steps becomes the reference. Of older ones those in `needed` are kept."""
         checkpoint.save(lora.merge(policy), self.directory / str(step), None, {"step": step}, overwrite=True)
         self._keep(policy)
         self.since = step
         if jax.process_index() == 0:
-            old = sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdecimal())
-            for name in old[:-3]:
-                shutil.rmtree(self.directory / str(name))
+            for path in self.directory.iterdir():
+                if path.name.isdecimal() and int(path.name) not in {step, *needed}:
+                    shutil.rmtree(path)
 
     def of(self, policy: DeepSeek) -> DeepSeek:
         """The reference on the policy's mesh; from the hosts' memory it is brought for this use."""

@@ -19,9 +19,11 @@ def of_updates(totals: list[dict[str, float]]) -> dict[str, float]:
             out[name] = float(np.mean([t[name] for t in totals]))
         elif name == "learning_rate":
             out[name] = totals[-1][name]
-        elif name not in ("tokens", "routed", "rerouted", "dropped"):
+        elif name not in ("gap", "tokens", "routed", "rerouted", "dropped"):
             out[name] = sum(t[name] for t in totals) / max(tokens, 1)
-    out |= {"gap": first["gap"] / max(first["tokens"], 1), "gap_max": first["gap_max"]}
+    out.pop("gap_max", None)
+    if first["tokens"]:
+        out |= {"gap": first["gap"] / first["tokens"], "gap_max": first["gap_max"]}
     if "routed" in first:
         out["rerouted"] = first["rerouted"] / max(first["routed"], 1)
     if "dropped" in first:
@@ -87,7 +89,7 @@ class Alarms:
                 "optimizer.learning_rate or raise grpo.beta",
             ),
             "gap": (
-                values["gap_max"] > 1,
+                values.get("gap_max", 0) > 1,
                 "sampler and trainer disagree by a factor of e or more on some token; see rollout.dtype, "
                 "grpo.importance_cap and grpo.routing_replay",
             ),
