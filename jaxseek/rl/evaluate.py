@@ -93,12 +93,13 @@ class Evaluation:
 def evaluate(run: RunConfig, sampler: Sampler, held_out: HeldOut, marking: Marking) -> Evaluation:
     """Answer every held-out problem `task.samples` times, at task.temperature."""
     task, size = run.task, run.rollout.prompts * run.grpo.group_size
-    work = [(p, prompt, s) for p, prompt in held_out.problems for s in range(task.samples)]
+    numbered = enumerate(held_out.problems)
+    work = [(p, prompt, (n, s)) for n, (p, prompt) in numbered for s in range(task.samples)]
     episodes: list[Episode] = []
     for begin in range(0, len(work), size):
         some = work[begin : begin + size]
         problems, prompts, numbers = zip(*(some + [some[-1]] * (size - len(some))))  # one program for all
-        seeds = [[seed_of(EVALUATION, s)] for s in numbers]
+        seeds = [[seed_of(EVALUATION, *n)] for n in numbers]
         groups, _ = sampler.sample(problems, prompts, seeds, task.temperature)
         episodes += [group[0] for group in groups[: len(some)]]
     totals_N, parts = marking([e.answer for e in episodes])

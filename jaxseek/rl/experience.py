@@ -119,9 +119,12 @@ def make_policy_batch(
     base = make_batch(tokens, segments, table.pop("weights"), model.cfg.num_nextn_predict_layers, A)
     arrays: dict[str, Any] = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
     arrays |= {f"{name}_BT": _ahead(x_BT).reshape(A, R, T) for name, x_BT in table.items()}
-    experts_BTLK = None if chosen is None else chosen.reshape(A, R, *chosen.shape[1:])
-    host = PolicyBatch(**arrays, experts_BTLK=experts_BTLK)
-    placed: Any = to_devices(_own_rows(host), model)
+    placed: Any = to_devices(_own_rows(PolicyBatch(**arrays)), model)
+    if chosen is not None:
+        spec = P(None, *model.strategy.train.spec("batch", "length", None, None))
+        own = _own_rows(chosen.reshape(A, R, *chosen.shape[1:]))
+        experts_BTLK = jax.make_array_from_process_local_data(NamedSharding(model.mesh, spec), own)
+        placed = dataclasses.replace(placed, experts_BTLK=experts_BTLK)
     count = np.int32(-(-max((1 + r for r, *_ in places), default=0) // R))
     return dataclasses.replace(placed, count=jax.device_put(count, NamedSharding(model.mesh, P())))
 
@@ -154,7 +157,7 @@ def _ahead(x_BT: np.ndarray) -> np.ndarray:
     return np.pad(x_BT[:, 1:], ((0, 0), (0, 1)))
 
 
-def _own_rows(batch: PolicyBatch) -> PolicyBatch:
-    """This host's part of every microbatch."""
+def _own_rows(batch: Any) -> Any:
+    """This host's part of every microbatch, of one array or more."""
     host, hosts = jax.process_index(), jax.process_count()
     return jax.tree.map(lambda a: np.split(a, hosts, axis=1)[host], batch)
