@@ -32,7 +32,14 @@ def reject(run: RunConfig) -> Result:
     Raises ConfigError where no answer is good enough.
     """
     cfg = start.model_config(run)
-    strategy = start.open_strategy(run, cfg)
+    strategy = start.open_strategy(run.replace(objective="grpo"), cfg)  # as there, no rows of data.length
+    longest = run.rollout.max_prompt_tokens + run.rollout.max_new_tokens
+    if longest > cfg.max_position_embeddings:
+        raise ConfigError(
+            f"rollout.max_prompt_tokens {run.rollout.max_prompt_tokens} + max_new_tokens "
+            f"{run.rollout.max_new_tokens} are more than the model's context of "
+            f"{cfg.max_position_embeddings}; lower one"
+        )
     start.claim(run)
     path = Path(run.out) / FILE
     if path.is_file():
@@ -51,7 +58,8 @@ def reject(run: RunConfig) -> Result:
         if done < rounds:
             sampler.load(start.open_model(run, cfg, strategy))
         for turn in range(done, rounds):
-            numbers = range(turn * run.rollout.prompts, (turn + 1) * run.rollout.prompts)
+            first = turn * run.rollout.prompts
+            numbers = range(first, min(first + run.rollout.prompts, run.reject.problems))
             problems = [task.problem(number) for number in numbers]
             prompts = [sampler.encode(problem) for problem in problems]
             fitting = [i for i, p in enumerate(prompts) if len(p) <= run.rollout.max_prompt_tokens]
@@ -77,7 +85,7 @@ def reject(run: RunConfig) -> Result:
     if not kept:
         wanted = " and ".join(f"{name} >= {least:g}" for name, least in run.reject.keep.items())
         raise ConfigError(
-            f"{run.out}: no answer to {rounds * run.rollout.prompts} problems ended by itself "
+            f"{run.out}: no answer to {run.reject.problems} problems ended by itself "
             f"with {wanted or 'a reward'}; lower reject.keep, or raise rollout.max_new_tokens"
         )
     if jax.process_index() == 0:
