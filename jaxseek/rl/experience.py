@@ -25,13 +25,15 @@ from jaxseek.train.batch import Batch, make_batch, to_devices
 class PolicyBatch(Batch):
     """Rows of answers. `weights_BJT` are tokens' shares in the loss, `mask_BT` is 1 where they count.
 
-    `sampled` are log-probabilities as recorded while sampling, `old` and `reference` as computed by the
-    trainer (None: not wanted). `experts_BTLK` are those that the rollout used, -1 where it did not say.
+    `sampled` are log-probabilities as recorded while sampling, `drawn` of what was drawn from, `old` and
+    `reference` as computed by the trainer (None: not wanted). `experts_BTLK` are those that the rollout used,
+    -1 where it did not say.
     """
 
     mask_BT: Any = None
     advantage_BT: Any = None
     sampled_BT: Any = None
+    drawn_BT: Any = None
     old_BT: Any = None
     reference_BT: Any = None
     experts_BTLK: Any = None
@@ -90,12 +92,13 @@ def make_policy_batch(
 ) -> PolicyBatch:
     """A minibatch on the model's mesh, of each answer's share in the loss (for each of its tokens).
 
-    `known` may have "advantage", "old" and "reference", each with a number or one per token of every answer.
-    An answer whose share is 0 takes no part, nor in the metrics. Every host calls it with all answers.
+    `known` may have "advantage", "drawn", "old" and "reference", each with a number or one per token of every
+    answer. An answer whose share is 0 takes no part, nor in the metrics. Every host calls it with all answers.
     """
     A, R, T = shapes.microbatches, shapes.rows, shapes.length
     tokens, segments = np.zeros((A * R, T), np.int32), np.zeros((A * R, T), np.int32)
-    names = ("weights", "mask", "sampled", "advantage", *(n for n in ("old", "reference") if n in known))
+    wanted = (name for name in ("drawn", "old", "reference") if name in known)
+    names = ("weights", "mask", "sampled", "advantage", *wanted)
     table = {name: np.zeros((A * R, T), np.float32) for name in names}
     chosen = None
     if experts:

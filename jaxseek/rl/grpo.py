@@ -214,12 +214,14 @@ def policy_loss(
     segments: int,
     reference_BT: jax.Array | None = None,
     rollout_BT: jax.Array | None = None,
+    drawn_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of each token before weighting, float32 [B, T], and metrics; both 0 where mask is 0.
 
     `logprob` is of the policy that learns, and the only input with a gradient. `old` is pi_old (None: the
-    policy itself, before this update), `rollout` what the sampler recorded. Values where mask is 0 do not
-    matter, not even infinite ones.
+    policy itself, before this update), `rollout` what the sampler recorded, and `drawn` what it drew from
+    where filters (top_p and the like) made that another distribution: importance weights are against it, the
+    gap is not. Values where mask is 0 do not matter, not even infinite ones.
 
     A ratio of sequences stands at each of its tokens, and its gradient reaches all of them, so that with
     normalization = "sequence" the sum of shares is R1's and GSPO's mean over sequences. With ratio =
@@ -268,7 +270,8 @@ def policy_loss(
         rollout_BT = constant(rollout_BT)
         sums["gap"] = peaks["gap"] = jnp.abs((old_BT if recomputed else logprob_BT) - rollout_BT)
     if rollout_BT is not None and cfg.importance_cap:
-        weight_BT = jnp.exp(jnp.minimum(old_BT - rollout_BT, MAX_LOG_RATIO))
+        drawn_BT = rollout_BT if drawn_BT is None else constant(drawn_BT)
+        weight_BT = jnp.exp(jnp.minimum(old_BT - drawn_BT, MAX_LOG_RATIO))
         peaks["importance"] = weight_BT
         sums["importance_capped"] = weight_BT > cfg.importance_cap
         sums["importance"] = weight_BT = jnp.minimum(weight_BT, cfg.importance_cap)

@@ -295,11 +295,13 @@ class _Grpo:
         return make_policy_batch(episodes, shares_N, known, self.shapes, self.state.model, self.record)
 
     def _known(self, episodes: list[Episode], rewards_PG, valid_PG) -> dict[str, list[Any]]:
-        """Of each answer's tokens: advantage, and log-probabilities under reference and old policy, as far as
-        wanted, by the weights from before the first update."""
+        """Of each answer's tokens: advantage, and log-probabilities of what they were drawn from and under
+        reference and old policy, as far as wanted, by the weights from before the first update."""
         cfg, known = self.run.grpo, {}
         if cfg.old_logprobs == "trainer":
             known["old"] = self._logprobs(self.state.model, episodes)
+        if cfg.importance_cap:
+            known["drawn"] = [np.array(e.sampled.drawn) for e in episodes]
         if self.with_reference:
             known["reference"] = self._logprobs(self.reference.of(self.state.model), episodes)
         if self.with_reference and cfg.kl_in == "reward":

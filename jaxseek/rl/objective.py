@@ -44,6 +44,7 @@ class PolicyObjective(Objective):
             self.segments,
             batch.reference_BT,
             batch.sampled_BT,
+            batch.drawn_BT,
         )
         loss = (batch.weights_BJT[:, 0] * loss_BT).sum()
         extra, metrics = self._routers(model, out, batch, whole, None, ctx)
