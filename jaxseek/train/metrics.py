@@ -235,7 +235,7 @@ class Progress:
         from rich.progress import Progress as Bar
 
         self.steps, self.seconds = steps, seconds
-        self.console = console or Console(highlight=False, markup=False)
+        self.console = console or Console(highlight=False, markup=False, force_jupyter=False)
         self._quiet, self._bar, self._line, self._shown = jax.process_index() != 0, None, "", 0.0
         self._times: deque[tuple[float, int]] = deque(maxlen=50)
         if self.console.is_terminal and not self._quiet:
