@@ -93,7 +93,7 @@ def make_policy_batch(
     """A minibatch on the model's mesh, of each answer's share in the loss (for each of its tokens).
 
     `known` may have "advantage", "drawn", "old" and "reference", each with a number or one per token of every
-    answer. An answer whose share is 0 takes no part, nor in the metrics. Every host calls it with all answers.
+    answer. An answer whose share is 0 takes no part, nor in the metrics. Every host calls it with all.
     """
     A, R, T = shapes.microbatches, shapes.rows, shapes.length
     tokens, segments = np.zeros((A * R, T), np.int32), np.zeros((A * R, T), np.int32)
