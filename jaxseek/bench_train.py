@@ -71,12 +71,12 @@ def bench_train(
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         if against:
             folder = str(Path(scratch) / "hf")
-            with _Worker("export", task | {"folder": folder}) as worker:
+            with Worker("export", task | {"folder": folder}) as worker:
                 worker.ask("load")
             task["model"] = folder
         workers, about = [], []
         for name, kept in programs:  # one after the other: loading, compiling, the first step
-            workers.append(stack.enter_context(_Worker(name, task | {"remat": kept})))
+            workers.append(stack.enter_context(Worker(name, task | {"remat": kept})))
             about.append(workers[-1].ask("load"))
             if about[-1]["platform"] != "cpu" and len(programs) > 1:
                 raise ConfigError("programs share CPUs only: on an accelerator, time one --remat at a time")
@@ -125,14 +125,14 @@ def _report(
 ) -> None:
     device, peak = about["device"], about["peak_flops"]
     if as_json:
-        machine = {"device": device, "cpus": _cpus(), "peak_flops": peak}
+        machine = {"device": device, "cpus": cpus(), "peak_flops": peak}
         print(json.dumps({"model": source, "shape": shape, "machine": machine, "rows": rows}))
         return
     from rich.console import Console
     from rich.table import Table
 
     limit = f", {peak / 1e9:.0f} GFLOP/s" if peak else ""
-    table = Table(title=f"{source}: training, {shape}", caption=f"{device}, {_cpus()} CPUs{limit}")
+    table = Table(title=f"{source}: training, {shape}", caption=f"{device}, {cpus()} CPUs{limit}")
     for name in ("program", "remat", "tok/s", "s/step", "of peak", "first step", "memory", "speedup"):
         table.add_column(name, justify="left" if name in ("program", "remat") else "right")
     for row in rows:
@@ -152,22 +152,22 @@ def _report(
         print(f"losses differ from those of transformers by {max(differences):.1e} at most")
 
 
-def _cpus() -> int:
+def cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # -------------------------------------------------------------------- a program in its process
 
 
-class _Worker:
-    """A program in a process of its own, which answers every word with a line of JSON."""
+class Worker:
+    """A program of `module` in a process of its own, which answers every word with a line of JSON."""
 
-    def __init__(self, program: str, task: dict[str, Any]):
+    def __init__(self, program: str, task: dict[str, Any], module: str = "jaxseek.bench_train"):
         self.program = program
         # A program from the cache would say nothing about the time to compile one.
-        environ = {"OMP_NUM_THREADS": str(_cpus()), "JAX_ENABLE_COMPILATION_CACHE": "false"}
+        environ = {"OMP_NUM_THREADS": str(cpus()), "JAX_ENABLE_COMPILATION_CACHE": "false"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "jaxseek.bench_train", program, json.dumps(task)],
+            [sys.executable, "-m", module, program, json.dumps(task)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -192,7 +192,7 @@ class _Worker:
             raise ConfigError(answer["error"])
         return answer
 
-    def __enter__(self) -> _Worker:
+    def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -218,7 +218,7 @@ def _work(program: str, task: dict[str, Any]) -> None:
     try:
         sys.stdin.readline()
         if program == "export":
-            _export(task["model"], task["folder"])
+            export(task["model"], task["folder"])
             return answer({})
         step, about = {"jaxseek": _jaxseek, "transformers": _transformers}[program](task)
         shape = (task["steps"], task["rows"], task["length"])
@@ -230,7 +230,7 @@ def _work(program: str, task: dict[str, Any]) -> None:
             take(step, tokens)
             answer({})
         sys.stdin.readline()
-        answer({"seconds": seconds, "losses": losses, "peak_memory_bytes": _peak_memory()})
+        answer({"seconds": seconds, "losses": losses, "peak_memory_bytes": peak_memory()})
     except BrokenPipeError:
         return  # who asked has left
     except (ConfigError, ValueError, OSError, RuntimeError, ImportError) as e:
@@ -239,7 +239,7 @@ def _work(program: str, task: dict[str, Any]) -> None:
         answer({"error": str(e)})
 
 
-def _export(source: str, folder: str) -> None:
+def export(source: str, folder: str) -> None:
     """Write the model as a Hugging Face directory in float32, without multi-token modules."""
     import jax
     from flax import nnx
@@ -316,7 +316,7 @@ def _transformers(task: dict[str, Any]) -> tuple[Step, dict[str, Any]]:
             "--against transformers needs the parity extra: pip install 'jaxseek[parity]'"
         ) from None
     logging.disable_progress_bar()
-    torch.set_num_threads(_cpus())
+    torch.set_num_threads(cpus())
     model: Any = AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.float32).train()
     o = OPTIMIZER
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -339,7 +339,7 @@ def _transformers(task: dict[str, Any]) -> tuple[Step, dict[str, Any]]:
     return step, {"platform": "cpu", "vocab_size": model.config.vocab_size}
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
     """The most memory that this process has held, in bytes, loading and compiling included.
 
     Not by getrusage where Linux has better: that figure starts at what the parent held.

@@ -179,15 +179,19 @@ def _parser() -> argparse.ArgumentParser:
         "bench",
         _bench,
         "Prefill and decode speed here, with the fraction of the machine's memory bandwidth; with --train "
-        "the speed and memory of training steps, with the fraction of its FLOPs.",
+        "the speed and memory of training steps, with the fraction of its FLOPs; with --grpo of GRPO steps.",
         "jaxseek bench tiny-v3 --batch 1 8 --against transformers\n"
-        "  jaxseek bench tiny-v3 --train --rows 4 --length 256 --against transformers",
+        "  jaxseek bench tiny-v3 --train --rows 4 --length 256 --against transformers\n"
+        "  jaxseek bench tiny-v3 --grpo --against trl",
     )
     model_arguments(p)
     p.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     p.add_argument("--prompt-tokens", type=int, default=64)
     p.add_argument("--new-tokens", type=int, default=64)
     p.add_argument("--train", action="store_true", help="time training steps, not generation")
+    p.add_argument(
+        "--grpo", action="store_true", help="time GRPO steps: 8 prompts x 8 answers, 64 + 64 tokens"
+    )
     p.add_argument("--rows", type=int, default=4, help="with --train: sequences of a step")
     p.add_argument("--length", type=int, default=256, help="with --train: tokens of a sequence")
     p.add_argument(
@@ -199,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--repeats", type=int, default=5, help="interleaved runs; the median is reported")
     p.add_argument(
-        "--against", choices=("transformers",), help="time the reference too (needs the parity extra)"
+        "--against", choices=("transformers", "trl"), help="time this too (needs the parity extra)"
     )
     p.add_argument("--json", action="store_true")
     return top
@@ -488,6 +492,15 @@ def _table(title: str, rows: dict[str, str]) -> None:
 def _bench(args: argparse.Namespace) -> None:
     common = {name: getattr(args, name) for name in ("mesh", "dtype", "repeats", "against")}
     common["as_json"] = args.json
+    if args.grpo:
+        if args.against not in (None, "trl"):
+            raise _WrongUse(f"--grpo compares with trl, not {args.against}")
+        from jaxseek.bench_grpo import bench_grpo
+
+        bench_grpo(args.model, 8, 8, 64, args.repeats, args.against, args.json)
+        return
+    if args.against == "trl":
+        raise _WrongUse("trl is what --grpo compares with")
     if args.train:
         from jaxseek.bench_train import bench_train
 

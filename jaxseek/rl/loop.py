@@ -166,6 +166,7 @@ class _Grpo:
         run, cfg, clock = self.run, self.run.grpo, Clock()
         values: dict[str, float] = {"layout_seconds": self.loaded}
         groups, rewards_PG, valid_PG = self._rollout(step, values, clock)
+        self.sampler.free()
         episodes = [e for group in groups for e in group]
         cut_N = np.array([e.sampled.finish_reason == "length" for e in episodes])
         counted_N = valid_PG.reshape(-1) & ~(cfg.overlong_mask & cut_N)

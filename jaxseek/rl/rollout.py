@@ -50,9 +50,7 @@ class Sampler:
         """
         self._engine = None  # its weights go before the new ones are made
         start = time.perf_counter()
-        with model.on_mesh():
-            model = _as_in_decode(model, jnp.dtype(self.dtype).name)
-        self._engine = Engine(model, self.dtype)
+        self._engine = as_engine(model, self.dtype)
         jax.block_until_ready(jax.tree.leaves(self._engine.decoder))
         return time.perf_counter() - start
 
@@ -128,6 +126,12 @@ class Sampler:
             count = len(self.tokenizer.encode(thinking, bos=False)) if thinking else 0
         answer = Answer(problem, text, thinking, final, len(tokens), sampled.finish_reason or "length")
         return Episode(prompt, sampled, answer, count)
+
+
+def as_engine(model: DeepSeek, dtype: Any) -> Engine:
+    """An engine with the policy's weights, adapters merged, cast, and laid out for decoding."""
+    with model.on_mesh():
+        return Engine(_as_in_decode(model, jnp.dtype(dtype).name), dtype)
 
 
 def seed_of(*parts: int) -> int:
