@@ -546,12 +546,15 @@ def test_alarms_are_told(home, tmp_path, monkeypatch, capsys):
     assert told.count("have been equal") == 1
 
 
-def test_alarms_of_kl_and_of_the_gap_are_told_at_once_and_once():
+def test_alarms_of_lasting_kl_and_of_the_gap_are_told_once():
     alarms = Alarms()
     values = {"flat_groups": 0.0, "cut_off": 0.0, "gap_max": 0.1, "kl": 0.1}
     assert alarms.of(0, values) == []
+    assert alarms.of(1, values | {"kl": 1.5}) == []
+    assert alarms.of(1, values) == []
+    assert alarms.of(1, values | {"kl": 1.5}) == []
     (kl,) = alarms.of(1, values | {"kl": 1.5})
-    assert kl.startswith("step 2: KL against the reference is above 1")
+    assert kl.startswith("step 2: KL against the reference stays above 1")
     (gap,) = alarms.of(2, values | {"kl": 1.5, "gap_max": 2.0})
     assert gap.startswith("step 3: sampler and trainer disagree")
 

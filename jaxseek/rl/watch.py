@@ -55,6 +55,7 @@ class Alarms:
     def __init__(self):
         self.silent: dict[str, int] = {}
         self.raised: set[str] = set()
+        self.kl_before = 0.0
 
     def of(self, step: int, values: dict[str, float]) -> list[str]:
         """What to tell the user after this step."""
@@ -84,8 +85,8 @@ class Alarms:
                 told.append(text)
         at_once = {
             "kl": (
-                values.get("kl", 0) > 1,
-                "KL against the reference is above 1 per token: the policy has left it; lower "
+                min(values.get("kl", 0), self.kl_before) > 1,  # k3 of a single step may be one rare token's
+                "KL against the reference stays above 1 per token: the policy has left it; lower "
                 "optimizer.learning_rate or raise grpo.beta",
             ),
             "gap": (
@@ -94,6 +95,7 @@ class Alarms:
                 "grpo.importance_cap and grpo.routing_replay",
             ),
         }
+        self.kl_before = values.get("kl", 0.0)
         for name, (bad, text) in at_once.items():
             if bad and name not in self.raised:
                 self.raised.add(name)
