@@ -29,6 +29,7 @@ SHAPES = (
     "tiny-llm",
     "tiny-v2",
     "tiny-v3",
+    "tiny-r1",
 )
 
 
