@@ -1,8 +1,7 @@
 """A GRPO step on this machine, beside TRL's GRPOTrainer: sampling groups of answers, and learning from them.
 
-As in bench_train.py, each program is a process of its own, and they take turns. Both have the same weights,
-and prompts and answers of equal, fixed lengths; rewards cost nothing, there is no KL, and updates are in
-float32, in as many microbatches as there are prompts.
+Both have the same weights, and prompts and answers of equal, fixed lengths; rewards cost nothing, there is no
+KL, and updates are in float32, in as many microbatches as there are prompts.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxseek.bench_train import QUIET, Worker, cpus, export, peak_memory
+from jaxseek.bench_worker import Worker, cpus, export, listen, peak_memory, take_turns
 from jaxseek.config import ConfigError
 
 MODULE = "jaxseek.bench_grpo"
@@ -42,12 +41,7 @@ def bench_grpo(
         for name in ("jaxseek", *([against] if against else [])):
             workers.append(stack.enter_context(Worker(name, task, MODULE)))
             workers[-1].ask("load")  # and take a first step
-        for turn in range(repeats):
-            for worker in workers:
-                time.sleep(QUIET)
-                worker.ask("step")
-            print(f"step {turn + 1}/{repeats}", end="\r", file=sys.stderr, flush=True)
-        print(" " * 40, end="\r", file=sys.stderr)
+        take_turns(workers, repeats)
         rows = [{"program": w.program, **_summary(w.ask("finish"))} for w in workers]
     for row in rows[:-1] if against else ():
         row["speedup"] = rows[-1]["seconds_per_step"] / row["seconds_per_step"]
@@ -99,7 +93,7 @@ class _Turns:
         os.dup2(2, 1)  # what libraries print is no answer
         self.seconds: list[float] = []
         self.rollout: list[float] = []
-        sys.stdin.readline()
+        listen()
 
     def answer(self, found: dict[str, Any]) -> None:
         print(json.dumps(found), file=self._answers, flush=True)
@@ -109,7 +103,7 @@ class _Turns:
         self.seconds.append(seconds)
         self.rollout.append(rollout)
         self.answer({})
-        sys.stdin.readline()
+        listen()
 
     def finish(self) -> None:
         about = {"seconds": self.seconds, "rollout_seconds": self.rollout}

@@ -1,29 +1,28 @@
 """Training speed and memory on this machine, beside its peak FLOPs and, on CPU, PyTorch with transformers.
 
-A step is forward, loss, backward, clipping and AdamW, on float32 weights. Every program is a process of its
-own, which takes a step when it is told to: they take turns, so that a drift of the machine's speed touches
-all, and the memory of one is not another's. All start from the same weights, see the same batches, and have
-as many threads as there are CPUs for this process.
+A step is forward, loss, backward, clipping and AdamW, on float32 weights. All programs start from the same
+weights and see the same batches.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxseek.bench_worker import Worker, cpus, export, listen, peak_memory, take_turns
 from jaxseek.config import ConfigError, ModelConfig
+
+MODULE = "jaxseek.bench_train"
 
 # Of a step, in every program.
 OPTIMIZER = {
@@ -34,7 +33,6 @@ OPTIMIZER = {
     "weight_decay": 0.1,
     "clip": 1.0,
 }
-QUIET = 0.05  # seconds between turns, in which threads that wait in a loop for work fall asleep
 
 Step = Callable[[np.ndarray], float]
 
@@ -71,21 +69,16 @@ def bench_train(
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         if against:
             folder = str(Path(scratch) / "hf")
-            with Worker("export", task | {"folder": folder}) as worker:
+            with Worker("export", task | {"folder": folder}, MODULE) as worker:
                 worker.ask("load")
             task["model"] = folder
         workers, about = [], []
         for name, kept in programs:  # one after the other: loading, compiling, the first step
-            workers.append(stack.enter_context(Worker(name, task | {"remat": kept})))
+            workers.append(stack.enter_context(Worker(name, task | {"remat": kept}, MODULE)))
             about.append(workers[-1].ask("load"))
             if about[-1]["platform"] != "cpu" and len(programs) > 1:
                 raise ConfigError("programs share CPUs only: on an accelerator, time one --remat at a time")
-        for turn in range(repeats):
-            for worker in workers:
-                time.sleep(QUIET)
-                worker.ask("step")
-            print(f"step {turn + 1}/{repeats}", end="\r", file=sys.stderr, flush=True)
-        print(" " * 40, end="\r", file=sys.stderr)
+        take_turns(workers, repeats)
         results = [worker.ask("finish") for worker in workers]
     table = [_row(*program, result, about[0], rows, length) for program, result in zip(programs, results)]
     for row in table[:-1] if against else ():
@@ -152,52 +145,7 @@ def _report(
         print(f"losses differ from those of transformers by {max(differences):.1e} at most")
 
 
-def cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 # -------------------------------------------------------------------- a program in its process
-
-
-class Worker:
-    """A program of `module` in a process of its own, which answers every word with a line of JSON."""
-
-    def __init__(self, program: str, task: dict[str, Any], module: str = "jaxseek.bench_train"):
-        self.program = program
-        # A program from the cache would say nothing about the time to compile one.
-        environ = {"OMP_NUM_THREADS": str(cpus()), "JAX_ENABLE_COMPILATION_CACHE": "false"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", module, program, json.dumps(task)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | environ,
-            start_new_session=True,  # ctrl-C is for us, who then end it
-        )
-
-    def ask(self, word: str) -> dict[str, Any]:
-        """Raises ConfigError with the program's words where it failed, ChildProcessError where it died."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        with suppress(BrokenPipeError):  # then there is no line either
-            self.process.stdin.write(word + "\n")
-            self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            code = self.process.wait()
-            hint = ", which is out of memory more often than not" if code == -signal.SIGKILL else ""
-            raise ChildProcessError(f"the process of {self.program} ended with {code}{hint}")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise ConfigError(answer["error"])
-        return answer
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.process.kill()
-        self.process.communicate()
 
 
 def _work(program: str, task: dict[str, Any]) -> None:
@@ -216,7 +164,7 @@ def _work(program: str, task: dict[str, Any]) -> None:
         seconds.append(time.perf_counter() - start)
 
     try:
-        sys.stdin.readline()
+        listen()
         if program == "export":
             export(task["model"], task["folder"])
             return answer({})
@@ -226,10 +174,10 @@ def _work(program: str, task: dict[str, Any]) -> None:
         take(step, first)
         answer(about)
         for tokens in batches:
-            sys.stdin.readline()
+            listen()
             take(step, tokens)
             answer({})
-        sys.stdin.readline()
+        listen()
         answer({"seconds": seconds, "losses": losses, "peak_memory_bytes": peak_memory()})
     except BrokenPipeError:
         return  # who asked has left
@@ -237,21 +185,6 @@ def _work(program: str, task: dict[str, Any]) -> None:
         if os.environ.get("JAXSEEK_TRACEBACK"):
             raise
         answer({"error": str(e)})
-
-
-def export(source: str, folder: str) -> None:
-    """Write the model as a Hugging Face directory in float32, without multi-token modules."""
-    import jax
-    from flax import nnx
-
-    from jaxseek.loading import load
-    from jaxseek_convert import save_hf
-
-    if jax.default_backend() != "cpu":
-        raise ConfigError("--against transformers compares on CPU; this process uses an accelerator")
-    model, _ = load(source, dtype="float32")
-    model.cfg, model.mtp = model.cfg.replace(num_nextn_predict_layers=0), nnx.List([])
-    save_hf(model, folder)
 
 
 def _jaxseek(task: dict[str, Any]) -> tuple[Step, dict[str, Any]]:
@@ -337,21 +270,6 @@ def _transformers(task: dict[str, Any]) -> tuple[Step, dict[str, Any]]:
         return loss.item()
 
     return step, {"platform": "cpu", "vocab_size": model.config.vocab_size}
-
-
-def peak_memory() -> int:
-    """The most memory that this process has held, in bytes, loading and compiling included.
-
-    Not by getrusage where Linux has better: that figure starts at what the parent held.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(l for l in status.read_text().splitlines() if l.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 if __name__ == "__main__":

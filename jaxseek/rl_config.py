@@ -224,6 +224,10 @@ def rl_problems(run: Any) -> list[str]:
             not (run.reference.kind == "base" and run.reference.replace_every),
             "reference.replace_every replaces a copy; with reference.kind base there is none",
         ),
+        (
+            not any(v for name, v in vars(run.loss).items() if name.endswith("_balance")),
+            "a balance loss is a mean over rows, which GRPO packs anew at every step; leave loss.*_balance 0",
+        ),
         (bool(run.rewards), 'no [[rewards]] are given, expected one or more, such as kind = "exact"'),
         (task.template == "chat" or not task.system, 'task.system needs task.template = "chat"'),
         (

@@ -513,11 +513,20 @@ def test_prompts_that_are_too_long_are_skipped_and_counted_also_after_a_stop(hom
         ("dense", {"rollout": {"max_prompt_tokens": 2}}, "all held-out prompts are longer than"),
         ("sparse", {"reference": {"kind": "base"}, "grpo": {"beta": 0.1}}, "set lora.rank"),
         ("dense", {"grpo": {"importance_cap": 2.0}}, 'needs old_logprobs = "trainer"'),
+        ("sparse", {"loss": {"sequence_balance": 1e-4}}, "a mean over rows, which GRPO packs anew"),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_fit_are_named(home, tmp_path, model, sections, message):
     with pytest.raises(ConfigError, match=message):
         train_grpo(config(home, tmp_path / "run", model, **sections))
+
+
+def test_an_exploding_run_names_what_is_not_finite(home, tmp_path):
+    message = (
+        r"step [23]: loss or gradient is not finite, (because these weights are not|first after|in the )"
+    )
+    with pytest.raises(TrainingError, match=message):
+        trained(home, tmp_path / "run", "dense", steps=3, optimizer={"learning_rate": 1e30})
 
 
 def test_training_prompts_that_are_all_too_long_end_the_run(home, tmp_path, monkeypatch):

@@ -24,8 +24,8 @@ TIERS = [
     {"loading", "generate"},
     {"train"},
     {"rl"},
-    {"eval", "serve", "lab", "info", "bench", "bench_train"},
-    {"bench_grpo"},
+    {"eval", "serve", "lab", "info", "bench_worker"},
+    {"bench", "bench_train", "bench_grpo"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(TIERS) for name in names}

@@ -51,7 +51,7 @@ def ran(tmp_path_factory):
 
 def test_it_ends_a_step_after_its_time_in_every_stage(ran):
     out, result, told = ran
-    for name in quick.STAGES:
+    for name in quick.SHARES:
         assert name in told
         assert json.loads((out / name / "stage.json").read_text())["steps"] == 1
         assert json.loads((out / name / "run.json").read_text())["seed"] == 3

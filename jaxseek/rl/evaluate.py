@@ -26,6 +26,8 @@ class Marking:
     """The rewards of a run, as the first host computes them, so that all learn from the same."""
 
     def __init__(self, run: RunConfig, strategy: Strategy):
+        if jax.process_count() > 1 and any(r.kind == "model" for r in run.rewards):
+            raise ConfigError("rewards of kind model run on one host alone; use another kind, or one host")
         self._names = [r.name or r.kind for r in run.rewards]
         self._rewards = Rewards(run.rewards, model_score=Judge(strategy))
         self.failure = ""  # the first of the last call, in words
@@ -41,11 +43,15 @@ class Marking:
             table = np.asarray(multihost_utils.broadcast_one_to_all(table))
         return table[0], dict(zip(self._names, table[1:]))
 
+    def close(self) -> None:
+        """End the processes that compute rewards."""
+        self._rewards.close()
+
     def __enter__(self) -> Marking:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._rewards.close()
+        self.close()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ directory goes on with the same numbers as if it had never stopped.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -35,10 +34,10 @@ from jaxseek.run_config import RunConfig
 from jaxseek.train import lora, start
 from jaxseek.train.batch import most
 from jaxseek.train.checkpoints import Checkpoints
+from jaxseek.train.diagnose import not_finite
 from jaxseek.train.loop import Profile, Result, TrainingError, signals
 from jaxseek.train.metrics import MetricsLog, Progress, summarize
-from jaxseek.train.optimizer import decays, make_optimizer
-from jaxseek.train.step import State, init_state, make_step
+from jaxseek.train.step import make_step
 
 ROUNDS = 8  # of dynamic sampling, before a step makes do with the groups it has
 TOO_LONG = 1000  # prompts beyond the limit in a row, before the run gives up
@@ -53,6 +52,9 @@ def train_grpo(run: RunConfig, deadline: float = math.inf) -> Result:
     cfg = start.model_config(run)
     strategy = start.open_strategy(run, cfg)
     start.claim(run)
+    if (steps := start.finished(run)) is not None:
+        origin = checkpoint.read_manifest(Path(run.out) / "model")["origin"]
+        return Result(run.out, steps, None, None, False, origin["accuracy"])
     tokenizer = start.open_tokenizer(run, cfg)
     with contextlib.ExitStack() as closing:
         return _Grpo(run, cfg, strategy, tokenizer, closing).run_to_end(deadline)
@@ -64,13 +66,6 @@ class _Grpo:
     def __init__(self, run: RunConfig, cfg: Any, strategy: Any, tokenizer: Any, closing: Any):
         self.run, self.cfg, self.strategy, self.tokenizer = run, cfg, strategy, tokenizer
         self.out = Path(run.out)
-        need = run.rollout.max_prompt_tokens + run.rollout.max_new_tokens
-        if need > cfg.max_position_embeddings:
-            raise ConfigError(
-                f"rollout.max_prompt_tokens {run.rollout.max_prompt_tokens} + max_new_tokens "
-                f"{run.rollout.max_new_tokens} are more than the model's context of "
-                f"{cfg.max_position_embeddings}; lower one"
-            )
         self.dtype = start.compute_dtype(run)
         self.task = open_task(run)
         self.marking = closing.enter_context(Marking(run, strategy))
@@ -79,20 +74,25 @@ class _Grpo:
         self.sampler = Sampler(run, tokenizer, run.rollout.dtype or self.dtype)
         multiples = (strategy.parts(strategy.train, axis) for axis in ("batch", "length"))
         self.shapes = Shapes.of(run, *multiples)
-        updates = run.steps * run.grpo.minibatches * run.grpo.epochs
-        schedule = dataclasses.replace(run, steps=updates) if updates > run.steps else run
-        self.objective = PolicyObjective(schedule, self.dtype, self.shapes.segments)
+        updates = run.replace(steps=run.steps * run.grpo.minibatches * run.grpo.epochs)
+        self.objective = PolicyObjective(updates, self.dtype, self.shapes.segments)
         self.held_out = HeldOut.of(self.task.held_out, self.sampler, run)
         self.record = run.grpo.routing_replay or run.rollout.record_experts
         if self.record and not cfg.n_routed_experts:
             raise ConfigError(f"a {cfg.model_type} model without experts has no routing to record or replay")
         self.with_reference = run.grpo.beta > 0
-        self.state, self.done, self.position = self._first_state()
+        self.state, self.optimizer, self.done, position = start.first_state(
+            updates, cfg, strategy, self.checkpoints
+        )
+        self.position: dict[str, Any] = position or {
+            "next": 0,
+            "reference": 0,
+            "too_long": 0,
+            "accuracy": None,
+        }
         self.reference = ReferencePolicy(run, strategy, self.dtype)
         if self.with_reference:
             self.reference.open(self.position["reference"], self._start_model)
-        balanced = run.loss.sequence_balance or run.loss.expert_balance or run.loss.device_balance
-        self.by_advantage_alone = not (self.with_reference or balanced or run.loss.communication_balance)
         self.logprobs = make_logprobs(self.objective)
         self.update = make_step(self.objective, self.optimizer)
         self.alarms, self.too_long = Alarms(), self.position["too_long"]
@@ -105,26 +105,10 @@ class _Grpo:
             return lora.base(self.state.model)
         return start.open_model(self.run, self.cfg, self.strategy)
 
-    def _first_state(self) -> tuple[State, int, dict[str, Any]]:
-        run, step = self.run, self.checkpoints.latest
-        model = start.open_model(run, self.cfg, self.strategy)
-        model = lora.adapt(model, run.lora, run.seed) if run.lora.rank else model
-        self.optimizer = make_optimizer(self.objective.run, decays(model))
-        state = init_state(model, self.optimizer)
-        if step is None:
-            return state, 0, {"next": 0, "reference": 0, "too_long": 0, "accuracy": None}
-        state, position = self.checkpoints.restore(step, state)
-        updates = np.int32(step * run.grpo.minibatches * run.grpo.epochs)  # what the schedule counts
-        state = dataclasses.replace(state, step=jax.device_put(updates, state.step.sharding))
-        return state, step, position
-
     # ---------------------------------------------------------------- the steps
 
     def run_to_end(self, deadline: float) -> Result:
         run, out = self.run, self.out
-        if (steps := start.finished(run)) is not None:
-            origin = checkpoint.read_manifest(out / "model")["origin"]
-            return Result(str(out), steps, None, None, False, origin["accuracy"])
         stopped, last = False, self.done >= run.steps
         with (
             MetricsLog(out, run.log, self.done) as self.log,
@@ -146,7 +130,7 @@ class _Grpo:
                 self.loaded = self.sampler.load(self.state.model)
                 due = last or (run.eval.every and self.done % run.eval.every == 0)
                 loss = self._evaluate() if due else None
-                self._record(values)
+                self._record(values, last)
                 if last:
                     self._export()  # first: a run with a model is over
                 stopped = asked_to_stop() and not last
@@ -178,16 +162,17 @@ class _Grpo:
         for which in self._minibatches(step, len(episodes)):
             longest = run.rollout.max_new_tokens
             shares_N = grpo.sequence_weights(lengths_N[which], counted_N[which], cfg, longest)
-            if self.by_advantage_alone:  # where that is 0 there is nothing to learn, and no need to compute
+            if not self.with_reference:  # an answer of advantage 0 teaches nothing, and is not computed
                 some = [bool(np.any(known["advantage"][i])) for i in which]
                 which, shares_N = which[some], shares_N[some]
             own = {name: [lists[i] for i in which] for name, lists in known.items()}
-            batch = self._batch([episodes[i] for i in which], shares_N, own)
+            batch = self._batch([episodes[i] for i in which], shares_N, own, self.record)
             with self.state.model.on_mesh():
                 self.state, metrics = self.update(self.state, None, batch, np.float32(0), np.float32(0))
             totals.append(summarize(metrics))
             if not totals[-1].pop("finite"):
-                raise TrainingError(self._not_finite(step, batch))
+                model = self.state.model
+                raise TrainingError(not_finite(step, self.objective, model, batch, self.checkpoints))
         clock.note("update_seconds", values)
 
         values |= of_updates(totals)
@@ -292,19 +277,22 @@ class _Grpo:
 
     # ---------------------------------------------------------------- what an update needs
 
-    def _batch(self, episodes: list[Episode], shares_N: np.ndarray, known: dict[str, list]) -> PolicyBatch:
-        return make_policy_batch(episodes, shares_N, known, self.shapes, self.state.model, self.record)
+    def _batch(
+        self, episodes: list[Episode], shares_N: np.ndarray, known: dict[str, list], experts: bool
+    ) -> PolicyBatch:
+        return make_policy_batch(episodes, shares_N, known, self.shapes, self.state.model, experts)
 
     def _known(self, episodes: list[Episode], rewards_PG, valid_PG) -> dict[str, list[Any]]:
         """Of each answer's tokens: advantage, and log-probabilities of what they were drawn from and under
         reference and old policy, as far as wanted, by the weights from before the first update."""
         cfg, known = self.run.grpo, {}
         if cfg.old_logprobs == "trainer":
-            known["old"] = self._logprobs(self.state.model, episodes)
+            known["old"] = self._logprobs(self.state.model, episodes, self.record)
         if cfg.importance_cap:
             known["drawn"] = [np.array(e.sampled.drawn) for e in episodes]
         if self.with_reference:
-            known["reference"] = self._logprobs(self.reference.of(self.state.model), episodes)
+            # by its own routers: the experts that the rollout used are the policy's
+            known["reference"] = self._logprobs(self.reference.of(self.state.model), episodes, False)
         if self.with_reference and cfg.kl_in == "reward":
             old = known.get("old") or [np.array(e.sampled.tempered) for e in episodes]
             old_NT, reference_NT = _padded(old), _padded(known["reference"])
@@ -315,12 +303,12 @@ class _Grpo:
             known["advantage"] = list(grpo.advantages(rewards_PG, cfg, valid_PG).reshape(-1))
         return known
 
-    def _logprobs(self, model: DeepSeek, episodes: list[Episode]) -> list[np.ndarray]:
+    def _logprobs(self, model: DeepSeek, episodes: list[Episode], experts: bool) -> list[np.ndarray]:
         """log p of each answer's tokens, in as many batches as a step has updates."""
         out = []
         for part in np.split(np.arange(len(episodes)), self.run.grpo.minibatches):
             some = [episodes[i] for i in part]
-            batch = self._batch(some, np.ones(len(some), np.float32), {})
+            batch = self._batch(some, np.ones(len(some), np.float32), {}, experts)
             with self.state.model.on_mesh():
                 table = fetch(self.logprobs(model, batch))
             out += answers_of(table, some, self.shapes)
@@ -335,15 +323,6 @@ class _Grpo:
             self.reference.replace(self.state.model, step, {kept - kept % every for kept in steps})
             since = step
         self.position |= {"next": self.next, "reference": since, "too_long": self.too_long}
-
-    def _not_finite(self, step: int, batch: PolicyBatch) -> str:
-        self.checkpoints.wait()
-        last = self.checkpoints.latest
-        kept = f"step {last} is kept in {self.checkpoints.directory}" if last else "nothing was saved before"
-        return (
-            f"step {step + 1}: loss or gradient is not finite. The weights are as before; {kept}. "
-            "Lower optimizer.learning_rate, or look at the rewards and answers of this step"
-        )
 
     # ---------------------------------------------------------------- evaluation, records, the end
 
@@ -360,11 +339,11 @@ class _Grpo:
         self.progress.note(f"step {self.done}: {result}{note}")
         return -self.accuracy
 
-    def _record(self, values: dict[str, float]) -> None:
+    def _record(self, values: dict[str, float], last: bool) -> None:
         if self.too_long:
             values["prompts_too_long"] = self.too_long
         step = self.done - 1
-        if step % self.run.log.every == 0 or self.done == self.run.steps:
+        if last or step % self.run.log.every == 0:
             self.log.write(step, values)
         for text in self.alarms.of(step, values):
             self.progress.note(text)

@@ -15,7 +15,7 @@ from jaxseek.rl.experience import PolicyBatch
 from jaxseek.rl.grpo import policy_loss
 from jaxseek.sharding import Rules
 from jaxseek.train.loss import by_chunks, log_softmax_at
-from jaxseek.train.objectives import Metrics, Objective, Whole
+from jaxseek.train.objectives import Metrics, Objective, Whole, routing_metrics
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,10 @@ class PolicyObjective(Objective):
     def __call__(
         self, model: DeepSeek, teacher: DeepSeek | None, batch: Any, whole: Whole, mtp: Any
     ) -> tuple[jax.Array, Metrics]:
-        run, ctx = self.run, self.context(model, batch)
         out, logprob_BT, entropy_BT = self.logprobs(model, batch)
         old_BT = batch.sampled_BT if batch.old_BT is None else batch.old_BT
         loss_BT, sums = policy_loss(
-            run.grpo,
+            self.run.grpo,
             logprob_BT,
             old_BT,
             batch.advantage_BT,
@@ -47,11 +46,10 @@ class PolicyObjective(Objective):
             batch.drawn_BT,
         )
         loss = (batch.weights_BJT[:, 0] * loss_BT).sum()
-        extra, metrics = self._routers(model, out, batch, whole, None, ctx)
         sums["entropy"] = (batch.mask_BT * jax.lax.stop_gradient(entropy_BT)).sum()
         if batch.experts_BTLK is not None:
             sums |= _routed_elsewhere(out.routing, batch.experts_BTLK)
-        return loss + extra, metrics | sums | {"loss": loss}
+        return loss, routing_metrics(out.routing) | sums | {"loss": loss}
 
     def logprobs(self, model: DeepSeek, batch: Any) -> tuple[Any, jax.Array, jax.Array]:
         """The forward pass, log p of every next token, and the entropy of the policy there, [B, T]."""

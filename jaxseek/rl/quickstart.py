@@ -18,12 +18,8 @@ from jaxseek.config import configs_dir
 from jaxseek.rl.pipeline import Pipeline, run_pipeline
 from jaxseek.train.metrics import read_metrics
 
-STAGES = ("skill", "habit", "think")
-SHARES = {
-    "skill": 0.5,
-    "habit": 0.65,
-    "think": 0.9,
-}  # of the time allowed, by when a stage ends at the latest
+# Of the time allowed: when a stage ends at the latest.
+SHARES = {"skill": 0.5, "habit": 0.65, "think": 0.9}
 
 
 @dataclass(frozen=True)
@@ -44,6 +40,7 @@ class Quickstart:
     examples: list[dict[str, str]]
 
     def __str__(self) -> str:
+        runs = configs_dir() / "runs"
         lines = ["", "The same problems before and after GRPO:"]
         for e in self.examples:
             lines += [f"  {e['prompt']} (right: {e['answer']})"]
@@ -56,14 +53,14 @@ class Quickstart:
                 f"  accuracy        {self.accuracy_before:6.1%}   {self.accuracy_after:6.1%}",
                 f"  thinking tokens {self.thinking_tokens_before:6.1f}   {self.thinking_tokens_after:6.1f}",
                 "",
-                f"{self.seconds:.0f} s, of which the reward curve is in {self.figure}",
+                f"{self.seconds:.0f} s; the curves are in {self.figure}",
                 f"checkpoint: {self.checkpoint}   Hugging Face format: {self.hf}",
                 "",
                 "Next:",
                 f'  jaxseek generate {self.checkpoint} -t 0 -p "6-2*7*3-2*7="   ask it yourself',
+                f"  jaxseek train {runs / 'r1-tiny.toml'}   all stages of R1's training",
+                f"  {runs / 'grpo-smollm2-gsm8k.toml'}   a real model; how to run it stands in it",
                 "  notebooks/03_grpo_learns_to_think.ipynb   the same, step by step",
-                "  jaxseek train configs/runs/grpo-smollm2-gsm8k.toml   a real model on word problems",
-                "  jaxseek train configs/runs/r1-tiny.toml   all stages of R1's training",
             ]
         )
 
@@ -87,7 +84,7 @@ def quickstart(
     result = run_pipeline(pipeline, deadlines, tell)
     if result.stopped:
         raise KeyboardInterrupt
-    thinking = Path(out) / STAGES[-1]
+    thinking = Path(out) / "think"
     hf = Path(out) / "hf"
     if kind_of(hf) is None:
         from jaxseek_convert.conversion import convert

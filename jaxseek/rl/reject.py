@@ -32,14 +32,7 @@ def reject(run: RunConfig) -> Result:
     Raises ConfigError where no answer is good enough.
     """
     cfg = start.model_config(run)
-    strategy = start.open_strategy(run.replace(objective="grpo"), cfg)  # as there, no rows of data.length
-    longest = run.rollout.max_prompt_tokens + run.rollout.max_new_tokens
-    if longest > cfg.max_position_embeddings:
-        raise ConfigError(
-            f"rollout.max_prompt_tokens {run.rollout.max_prompt_tokens} + max_new_tokens "
-            f"{run.rollout.max_new_tokens} are more than the model's context of "
-            f"{cfg.max_position_embeddings}; lower one"
-        )
+    strategy = start.open_strategy(run, cfg)
     start.claim(run)
     path = Path(run.out) / FILE
     if path.is_file():

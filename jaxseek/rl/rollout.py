@@ -41,6 +41,7 @@ class Sampler:
     def __init__(self, run: RunConfig, tokenizer: Tokenizer, dtype: Any):
         self.run, self.tokenizer, self.dtype = run, tokenizer, dtype
         self.think_end = tokenizer.token_id(chat.THINK_END)
+        self.eos_ids: tuple[int, ...] = ()  # of the model and of its tokenizer
         self._engine: Engine | None = None
 
     def load(self, model: DeepSeek) -> float:
@@ -51,6 +52,7 @@ class Sampler:
         self._engine = None  # its weights go before the new ones are made
         start = time.perf_counter()
         self._engine = as_engine(model, self.dtype)
+        self.eos_ids = tuple(dict.fromkeys((*model.cfg.eos_ids, *self.tokenizer.eos_ids)))
         jax.block_until_ready(jax.tree.leaves(self._engine.decoder))
         return time.perf_counter() - start
 
@@ -76,15 +78,14 @@ class Sampler:
         """An answer per problem and seed; temperature 0 is greedy, and knows no other filters."""
         engine, rollout = self._engine, self.run.rollout
         assert engine is not None, "load comes first"
-        eos = tuple(dict.fromkeys((*engine.model.cfg.eos_ids, *self.tokenizer.eos_ids)))
         filters = (rollout.top_k, rollout.top_p, rollout.min_p) if temperature else (0, 1.0, 0.0)
         requests = [
             [
-                Sampling(rollout.max_new_tokens, temperature, *filters, seed=s, stop_ids=eos, )
+                Sampling(rollout.max_new_tokens, temperature, *filters, seed=s, stop_ids=self.eos_ids)
                 for s in group
             ]
             for group in seeds
-        ]  # fmt: skip
+        ]
         groups, timing = sample_groups(
             engine,
             prompts,
@@ -114,7 +115,7 @@ class Sampler:
 
     def _episode(self, problem: Problem, prompt: list[int], sampled: Sampled) -> Episode:
         tokens = sampled.tokens
-        said = tokens[:-1] if tokens and tokens[-1] in self.tokenizer.eos_ids else tokens
+        said = tokens[:-1] if tokens and tokens[-1] in self.eos_ids else tokens
         text = self.tokenizer.decode(said, False)
         before, mark, after = text.partition(chat.THINK_END)
         opened = self.tokenizer.opened_think(prompt) or before.lstrip().startswith(chat.THINK)

@@ -2,7 +2,7 @@
 
 OUT/checkpoints/STEP/params    what training changes of the model, by dotted path
 OUT/checkpoints/STEP/moments   the optimizer's state
-OUT/checkpoints/STEP/run       each host's position in the data
+OUT/checkpoints/STEP/run       optimizer steps, and each host's position in the data
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Checkpoints:
         items = ocp.args.Composite(
             params=ocp.args.PyTreeSave(params),
             moments=ocp.args.PyTreeSave(state.moments),
-            run=ocp.args.JsonSave({"step": step, "positions": _gather(position)}),
+            run=ocp.args.JsonSave({"updates": int(state.step), "positions": _gather(position)}),
         )
         self._guarded(lambda: self.manager.save(step, args=items, metrics={"loss": loss}, force=True))
         self.saved_at = time.monotonic()
@@ -123,7 +123,7 @@ class Checkpoints:
                 f"{self.directory / str(step)}: was written by {len(positions)} hosts, each with its own "
                 f"place in the data; go on with as many, not {jax.process_count()}"
             )
-        counter = jax.device_put(np.int32(got["run"]["step"]), NamedSharding(mesh, jax.P()))
+        counter = jax.device_put(np.int32(got["run"]["updates"]), NamedSharding(mesh, jax.P()))
         model = with_values(state.model, got["params"])
         return State(model, got["moments"], counter), positions[jax.process_index()]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import jax
@@ -11,12 +12,28 @@ import numpy as np
 from jaxseek.model import DeepSeek
 from jaxseek.sharding import parameters
 from jaxseek.train.batch import Batch
+from jaxseek.train.checkpoints import Checkpoints
 from jaxseek.train.objectives import Objective, Whole
 from jaxseek.train.step import trained, with_values
 
 
+def not_finite(
+    step: int, objective: Objective, model: DeepSeek, batch: Batch, checkpoints: Checkpoints
+) -> str:
+    """What to tell of a step (from 0) whose loss or gradient is not finite, and which was undone."""
+    where = where_not_finite(objective, model, batch)
+    checkpoints.wait()
+    last = checkpoints.latest
+    kept = f"step {last} is kept in {checkpoints.directory}" if last else "nothing was saved before it"
+    return (
+        f"step {step + 1}: loss or gradient is not finite, {where}. The weights are as before; {kept}. "
+        "Lower optimizer.learning_rate, raise schedule.warmup, or look at the data of this step"
+    )
+
+
 def where_not_finite(objective: Objective, model: DeepSeek, batch: Batch) -> str:
     """Words for the first thing that is not finite: a weight, a layer's output, the loss, or gradients."""
+    batch = dataclasses.replace(batch, count=None)
     with model.on_mesh():
         bad = _bad(model, {p: v.get_value() for p, v in parameters(model).items()})
         if bad:

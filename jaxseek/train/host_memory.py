@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
+import os
 import sys
 
 # <malloc.h> of glibc; a threshold of -1 is none
@@ -14,8 +16,9 @@ def keep_freed_memory() -> None:
 
     XLA:CPU allocates its temporary memory for every step. Returned to the kernel in between, it comes back as
     pages to be zeroed: a sixth of a small model's step. Only one arena can keep blocks this large. Elsewhere
-    than under glibc this does nothing.
+    than under glibc, and where there is a TPU, this does nothing.
     """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    on_cpu = os.environ.get("JAX_PLATFORMS") == "cpu" or importlib.util.find_spec("libtpu") is None
+    if on_cpu and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
             libc.mallopt(option, value)

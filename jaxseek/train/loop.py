@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxseek import checkpoint
@@ -28,14 +27,13 @@ from jaxseek.tokenizer import Tokenizer
 from jaxseek.train import lora, start
 from jaxseek.train.batch import Batch, blank_row, make_batch, most, to_devices
 from jaxseek.train.checkpoints import Checkpoints
-from jaxseek.train.diagnose import where_not_finite
+from jaxseek.train.diagnose import not_finite
 from jaxseek.train.metrics import MetricsLog, Progress, peak_flops, plot_loss, summarize, train_flops
 from jaxseek.train.objectives import Objective, Whole, logprobs_of_rows
-from jaxseek.train.optimizer import decays, make_optimizer
 from jaxseek.train.reference import Reference
 from jaxseek.train.samples import sampled_run
 from jaxseek.train.schedule import batch_rows
-from jaxseek.train.step import State, init_state, make_evaluation, make_step
+from jaxseek.train.step import make_evaluation, make_step
 
 
 class TrainingError(ValueError):
@@ -79,6 +77,8 @@ def train(run: RunConfig, deadline: float = math.inf) -> Result:
     cfg = start.model_config(run)
     strategy = start.open_strategy(run, cfg)
     start.claim(run)
+    if (steps := start.finished(run)) is not None:
+        return Result(run.out, steps, None, None, False)
     tokenizer = start.open_tokenizer(run, cfg)
     if run.objective == "distill" and run.distill.by == "samples":
         run = sampled_run(run, strategy, tokenizer)
@@ -103,7 +103,11 @@ class _Training:
         closing.callback(self.checkpoints.close)
         self.modules = cfg.num_nextn_predict_layers
         self.teacher = start.open_teacher(run, cfg, strategy) if run.objective == "distill" else None
-        self.state, self.done = self._first_state()
+        self.state, self.optimizer, self.done, position = start.first_state(
+            run, cfg, strategy, self.checkpoints
+        )
+        if position is not None:
+            self.rows.set_state(position)
         self.reference = self._reference() if run.objective == "dpo" else None
         self.optimizer_step = make_step(self.objective, self.optimizer)
         self.evaluate = make_evaluation(self.objective)
@@ -112,28 +116,6 @@ class _Training:
         self.best = self.checkpoints.best_loss
 
     # ---------------------------------------------------------------- before the first step
-
-    def _first_state(self) -> tuple[State, int]:
-        """The state to go on from, and how many steps it has done."""
-        step, run = self.checkpoints.latest, self.run
-
-        def adapted(model: DeepSeek) -> DeepSeek:
-            return lora.adapt(model, run.lora, run.seed) if run.lora.rank else model
-
-        if step is None or run.lora.rank:  # a checkpoint of adapters holds no base
-            model = adapted(start.open_model(run, self.cfg, self.strategy))
-            self.optimizer = make_optimizer(run, decays(model))
-            state = init_state(model, self.optimizer)
-        else:
-            model = DeepSeek.abstract(self.cfg, self.strategy, jnp.float32)
-            self.optimizer = make_optimizer(run, decays(model))
-            with jax.sharding.use_abstract_mesh(self.strategy.abstract_mesh()):
-                state = jax.eval_shape(lambda m: init_state(m, self.optimizer), model)
-        if step is None:
-            return state, 0
-        state, position = self.checkpoints.restore(step, state)
-        self.rows.set_state(position)
-        return state, step
 
     def _reference(self) -> Reference:
         """Log-probabilities of every pair under the model that the run started from."""
@@ -175,8 +157,6 @@ class _Training:
 
     def run_to_end(self, deadline: float) -> Result:
         run, out = self.run, self.out
-        if (steps := start.finished(run)) is not None:
-            return Result(str(out), steps, None, None, False)
         stopped, self.last = False, self.done >= run.steps
         with (
             MetricsLog(out, run.log, self.done) as log,
@@ -244,7 +224,8 @@ class _Training:
 
     def _record(self, step: int, batch: Batch, values: dict[str, float], seconds: float) -> None:
         if not values.pop("finite"):
-            raise TrainingError(self._not_finite(step, batch))
+            model = self.state.model
+            raise TrainingError(not_finite(step, self.objective, model, batch, self.checkpoints))
         tokens = int(np.prod(batch.tokens_BT.shape))
         self.loss = values["loss"]
         values |= self.rows.counts | {"tokens_per_second": tokens / seconds}
@@ -254,18 +235,6 @@ class _Training:
         if step % self.run.log.every == 0 or step + 1 == self.run.steps:
             self.log.write(step, values)
         self.progress.update(step, values)
-
-    def _not_finite(self, step: int, batch: Batch) -> str:
-        where = where_not_finite(self.objective, self.state.model, batch)
-        self.checkpoints.wait()
-        last = self.checkpoints.latest
-        kept = (
-            f"step {last} is kept in {self.checkpoints.directory}" if last else "nothing was saved before it"
-        )
-        return (
-            f"step {step + 1}: loss or gradient is not finite, {where}. The weights are as before; {kept}. "
-            "Lower optimizer.learning_rate, raise schedule.warmup, or look at the data of this step"
-        )
 
     def _evaluate_when_due(self) -> bool:
         run = self.run

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxseek import checkpoint
 from jaxseek.config import ConfigError, ModelConfig, presets
@@ -19,7 +20,11 @@ from jaxseek.model import DeepSeek
 from jaxseek.run_config import RunConfig
 from jaxseek.sharding import Strategy, fill, parameters
 from jaxseek.tokenizer import Tokenizer
+from jaxseek.train import lora
 from jaxseek.train.batch import meet
+from jaxseek.train.checkpoints import Checkpoints
+from jaxseek.train.optimizer import decays, make_optimizer
+from jaxseek.train.step import State, init_state
 
 # What may differ when a run goes on: where it runs and what it writes, not what it computes.
 FREE = ("out", "mesh", "steps", "remat", "batch.accumulation", "eval.", "checkpoint.", "log.")
@@ -150,18 +155,26 @@ def open_strategy(run: RunConfig, cfg: ModelConfig) -> Strategy:
             f"the mesh has {strategy.num_devices} devices and splits the batch in {rows} parts, expected all "
             f"{devices} devices of the {hosts} hosts, and as many parts for each host"
         )
-    by_rows = run.objective != "grpo"  # a rollout's rows are packed to fit
-    if by_rows and run.batch.size % (rows * microbatches):
+    if run.objective in ("grpo", "reject"):  # whose rows are packed to fit
+        rollout = run.rollout
+        if rollout.max_prompt_tokens + rollout.max_new_tokens > cfg.max_position_embeddings:
+            raise ConfigError(
+                f"rollout.max_prompt_tokens {rollout.max_prompt_tokens} + max_new_tokens "
+                f"{rollout.max_new_tokens} are more than the model's context of "
+                f"{cfg.max_position_embeddings}; lower one"
+            )
+        return strategy
+    if run.batch.size % (rows * microbatches):
         raise ConfigError(
             f"batch.size {run.batch.size} is not divisible by the mesh's {rows} parts of the batch x "
             f"{microbatches} microbatches (batch.accumulation)"
         )
     length, columns = run.data.length, strategy.parts(strategy.train, "length")
-    if by_rows and length % columns:
+    if length % columns:
         raise ConfigError(
             f"data.length {length} is not divisible by the mesh's {columns} parts of the length"
         )
-    if by_rows and length > cfg.max_position_embeddings:
+    if length > cfg.max_position_embeddings:
         raise ConfigError(
             f"data.length {length} is more than the model's context of {cfg.max_position_embeddings}; "
             "extend it ([config] max_position_embeddings and rope_scaling), or shorten the rows"
@@ -190,6 +203,28 @@ def open_model(run: RunConfig, cfg: ModelConfig, strategy: Strategy) -> DeepSeek
         "change only fields that leave the weights as they are, such as rope_scaling",
     )
     return fill(other, model.mesh, lambda p, *_: values[p])
+
+
+def first_state(
+    run: RunConfig, cfg: ModelConfig, strategy: Strategy, checkpoints: Checkpoints
+) -> tuple[State, optax.GradientTransformation, int, Any]:
+    """The state that a run begins with or goes on from, its optimizer, the steps done, and the position that
+    was saved with it (None at the beginning)."""
+    step = checkpoints.latest
+    if step is None or run.lora.rank:  # a checkpoint of adapters holds no base
+        model = open_model(run, cfg, strategy)
+        model = lora.adapt(model, run.lora, run.seed) if run.lora.rank else model
+        optimizer = make_optimizer(run, decays(model))
+        state = init_state(model, optimizer)
+    else:
+        model = DeepSeek.abstract(cfg, strategy, jnp.float32)
+        optimizer = make_optimizer(run, decays(model))
+        with jax.sharding.use_abstract_mesh(strategy.abstract_mesh()):
+            state = jax.eval_shape(lambda m: init_state(m, optimizer), model)
+    if step is None:
+        return state, optimizer, 0, None
+    state, position = checkpoints.restore(step, state)
+    return state, optimizer, step, position
 
 
 def open_teacher(run: RunConfig, student: ModelConfig, strategy: Strategy) -> DeepSeek:

@@ -36,6 +36,9 @@ class Failure:
     reward: str
     reason: str
 
+    def __str__(self) -> str:
+        return f"answer {self.index}, reward {self.reward}: {self.reason}"
+
 
 @dataclass(frozen=True)
 class Scores:
