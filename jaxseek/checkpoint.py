@@ -31,6 +31,7 @@ from jax.sharding import NamedSharding, Sharding
 from jaxseek.config import ModelConfig, presets
 from jaxseek.model import DeepSeek
 from jaxseek.sharding import fill, parameters
+from jaxseek.store import LAYOUT, Array
 
 FORMAT = 1
 MANIFEST = "jaxseek.json"
@@ -100,7 +101,7 @@ def restore(path: str | Path, mesh: Any = None, dtype: Any = None, mtp: bool = T
     """
     path = Path(path)
     manifest = read_manifest(path)
-    _raise_incomplete(path, manifest["files"])
+    raise_incomplete(path, manifest["files"])
     held, cfg = manifest["params"], ModelConfig.from_hf(path / "config.json")
     if not mtp:
         cfg = cfg.replace(num_nextn_predict_layers=0)
@@ -117,8 +118,22 @@ def restore(path: str | Path, mesh: Any = None, dtype: Any = None, mtp: bool = T
     shapes = {p: a.shape for p, a in expected.items()}
     shardings = {p: NamedSharding(mesh, a.sharding.spec) for p, a in expected.items()}
     dtypes = {p: param_dtype(a, dtype, held[p]["dtype"]) for p, a in expected.items()}
-    arrays = _orbax_restore(path / "params", shapes, shardings, dtypes)
+    if manifest.get("layout") == LAYOUT:
+        arrays = {p: _from_store(path, p, shardings[p], dtypes[p]) for p in shapes}
+    else:
+        arrays = _orbax_restore(path / "params", shapes, shardings, dtypes)
     return fill(model, mesh, lambda p, *_: arrays[p])
+
+
+def _from_store(path: Path, name: str, sharding: Sharding, dtype: Any) -> jax.Array:
+    """An array that a conversion wrote; each shard is read by itself."""
+    array = Array.of(path, name)
+
+    def shard(index: Any) -> np.ndarray:
+        at = tuple(slice(*i.indices(n)[:2]) for i, n in zip(index, array.shape))
+        return array.read(path, at, dtype)
+
+    return jax.make_array_from_callback(array.shape, sharding, shard, dtype=dtype)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -140,7 +155,7 @@ def file_sizes(path: Path) -> dict[str, int]:
     return {str(f.relative_to(path)): f.stat().st_size for f in sorted(path.rglob("*")) if f.is_file()}
 
 
-def _raise_incomplete(path: Path, files: Mapping[str, int]) -> None:
+def raise_incomplete(path: Path, files: Mapping[str, int]) -> None:
     """Arrays are checked by name and size first: Orbax takes long to find that some are not there."""
     found = file_sizes(path / "params")
     expected = {name.removeprefix("params/"): n for name, n in files.items() if name.startswith("params/")}
@@ -234,8 +249,8 @@ def stored_dtype(model: DeepSeek) -> str:
     return main_dtype((v.shape, v.dtype) for v in values)
 
 
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+    path.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def raise_mismatch(
@@ -284,8 +299,7 @@ def new_directory(path: str | Path, needed: int, overwrite: bool = False) -> Ite
 
     `needed` bytes must be free. With `overwrite`, `path` may be a checkpoint, which is removed at the end.
     """
-    path = Path(path).absolute()
-    partial, old = path.with_name(path.name + _PARTIAL), path.with_name(path.name + _OLD)
+    partial = _partial(path)
     taken = check_destination(path, needed, overwrite)
     leader = jax.process_index() == 0
     if leader:
@@ -296,23 +310,51 @@ def new_directory(path: str | Path, needed: int, overwrite: bool = False) -> Ite
         yield partial
         _meet("written")
         if leader:
-            if taken:
-                shutil.rmtree(old, ignore_errors=True)
-                path.rename(old)
-            partial.rename(path)
-            shutil.rmtree(old, ignore_errors=True)
+            _rename(partial, Path(path).absolute(), taken)
         _meet("renamed")
     except BaseException as e:
         if leader:
             shutil.rmtree(partial, ignore_errors=True)
-        if _is_full(e):
-            parent = _existing_parent(path)
-            free = shutil.disk_usage(parent).free
-            raise CheckpointError(
-                f"{path}: the disk of {parent} is full; {_size(needed)} are needed, {_size(free)} are free "
-                "now that what was written is removed"
-            ) from e
+        _raise_full(e, path, needed, "now that what was written is removed")
         raise
+
+
+@contextlib.contextmanager
+def resumable_directory(path: str | Path, needed: int, overwrite: bool = False) -> Iterator[Path]:
+    """As `new_directory`, but what was written stays where it failed, and is there the next time."""
+    partial = _partial(path)
+    held = sum(f.stat().st_blocks * 512 for f in partial.rglob("*") if f.is_file())
+    taken = check_destination(path, max(0, needed - held), overwrite)
+    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+    except BaseException as e:
+        _raise_full(e, path, needed, "; free some and run the same command again: it goes on")
+        raise
+    _rename(partial, Path(path).absolute(), taken)
+
+
+def _partial(path: str | Path) -> Path:
+    path = Path(path).absolute()
+    return path.with_name(path.name + _PARTIAL)
+
+
+def _rename(partial: Path, path: Path, taken: bool) -> None:
+    old = path.with_name(path.name + _OLD)
+    if taken:
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+    partial.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _raise_full(e: BaseException, path: str | Path, needed: int, then: str) -> None:
+    if _is_full(e):
+        parent = _existing_parent(Path(path).absolute())
+        free = shutil.disk_usage(parent).free
+        raise CheckpointError(
+            f"{path}: the disk of {parent} is full; {_size(needed)} are needed, {_size(free)} are free {then}"
+        ) from e
 
 
 def _meet(where: str) -> None:

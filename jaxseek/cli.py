@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -78,18 +79,37 @@ def _parser() -> argparse.ArgumentParser:
     p = verb(
         "convert",
         _convert,
-        "Hugging Face safetensors (or a GGUF file) to a sharded Orbax checkpoint, or back with --to hf.",
-        "jaxseek convert DeepSeek-V2-Lite/ v2-lite/   &&   jaxseek convert v2-lite/ back/ --to hf",
+        "Hugging Face safetensors (or a GGUF file) to a sharded Orbax checkpoint, or back with --to hf. "
+        "Killed at any moment, the same command goes on.",
+        "jaxseek convert DeepSeek-R1/ r1/   &&   jaxseek convert r1/ back/ --to hf --dtype bf16",
     )
-    p.add_argument(
-        "src", help="Hugging Face directory, jaxseek checkpoint, .gguf file or package:NAME of one"
-    )
-    p.add_argument("dst", help="directory to write; must not exist")
+
+    def conversion_arguments(p: argparse.ArgumentParser) -> None:
+        p.add_argument(
+            "src",
+            help="Hugging Face directory, hf://OWNER/NAME, fsspec URL, jaxseek checkpoint, .gguf file or "
+            "package:NAME of one",
+        )
+        p.add_argument("dst", help="directory to write; must not exist")
+        p.add_argument("--no-mtp", action="store_true", help="leave the multi-token module out")
+        p.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+        p.add_argument(
+            "--memory", type=_size, default="1.5GiB", help="what the process may take (default 1.5GiB)"
+        )
+        p.add_argument("--verify", action="store_true", help="read everything back before DST gets its name")
+        p.add_argument(
+            "--no-checksum", action="store_true", help="do not check SRC's files by the hub's SHA-256"
+        )
+        p.add_argument("--json", action="store_true", help="end with one line of JSON")
+
+    conversion_arguments(p)
     p.add_argument("--to", choices=("jaxseek", "hf"), default="jaxseek", help="format of DST")
-    p.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), help="default: as in SRC")
-    p.add_argument("--no-mtp", action="store_true", help="leave the multi-token module out")
-    p.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
-    p.add_argument("--json", action="store_true", help="end with one line of JSON")
+    p.add_argument(
+        "--dtype",
+        choices=("bf16", "f16", "f32", "fp8", "int8", "int4", "bfloat16", "float16", "float32", "float8"),
+        metavar="TYPE",
+        help="bf16, f16, f32, or for the linear and expert matrices fp8, int8, int4 (default: as in SRC)",
+    )
 
     def model_arguments(p: argparse.ArgumentParser) -> None:
         p.add_argument(
@@ -227,10 +247,26 @@ def _convert(args: argparse.Namespace) -> None:
     from jaxseek_convert import convert
 
     summary = convert(
-        args.src, args.dst, to=args.to, dtype=args.dtype, mtp=not args.no_mtp, overwrite=args.overwrite
+        args.src,
+        args.dst,
+        to=args.to,
+        dtype=args.dtype,
+        mtp=not args.no_mtp,
+        overwrite=args.overwrite,
+        memory=args.memory,
+        verify=args.verify,
+        checksums=not args.no_checksum,
     )
     if args.json:
         print(json.dumps(summary))
+
+
+def _size(text: str) -> int:
+    """Bytes of 1.5GiB, 800M, 2e9."""
+    match = re.fullmatch(r"([0-9.e]+?)\s*([kmgt]?)i?b?", text.lower())
+    if not match:
+        raise argparse.ArgumentTypeError(f"is {text!r}, expected a size such as 1.5GiB or 800M")
+    return int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))
 
 
 def _load(args: argparse.Namespace) -> tuple[Any, Any]:

@@ -14,8 +14,11 @@ from safetensors.numpy import save_file
 from jaxseek import checkpoint
 from jaxseek.checkpoint import CheckpointError
 from jaxseek.config import ConfigError, ModelConfig
+from jaxseek.loading import load
 from jaxseek.sharding import parameters
 from jaxseek_convert import convert, hf_tensors, load_hf, save_hf
+from jaxseek_convert.conversion import target_forms
+from jaxseek_convert.files import Writer
 from jaxseek_convert.from_hf import HFCheckpoint
 from jaxseek_convert.layout import Layout
 from jaxseek_convert.safetensors_io import read_safetensors, write_safetensors
@@ -214,7 +217,7 @@ def test_weights_survive_the_way_there_and_back_bit_for_bit(raw, dtype, hf, tmp_
     path, disk = hf(raw, dtype)
     model = load_hf(path)
     source = HFCheckpoint(path)
-    save_hf(model, tmp_path / "back", origin=source.origin(model))
+    save_hf(model, tmp_path / "back", origin=source.origin(target_forms(source, "hf", None)))
     assert read_with_safetensors(tmp_path / "back") == read_with_safetensors(path)
     back = json.loads((tmp_path / "back" / "config.json").read_text())
     assert back["torch_dtype"] == np.dtype(dtype).name
@@ -356,10 +359,20 @@ def test_block_scaled_fp8_is_read_as_the_numbers_it_stands_for(fp8, mesh, dtype,
         assert back[name].dtype == (np.float32 if dtype else BF16)
 
 
-def test_an_fp8_checkpoint_is_converted_and_verified(fp8, tmp_path):
+def test_an_fp8_checkpoint_is_converted_to_bfloat16(fp8, tmp_path):
     path, _ = fp8
-    assert convert(path, tmp_path / "ours", progress=False)["dtype"] == "bfloat16"
-    assert same_model(checkpoint.restore(tmp_path / "ours"), load_hf(path))
+    done = convert(path, tmp_path / "ours", dtype="bfloat16", progress=False, verify=True)
+    assert done["dtype"] == "bfloat16"
+    assert same_model(checkpoint.restore(tmp_path / "ours"), load_hf(path, dtype="bfloat16"))
+
+
+def test_fp8_survives_the_way_there_and_back_bit_for_bit(fp8, tmp_path):
+    path, _ = fp8
+    assert convert(path, tmp_path / "ours", progress=False, verify=True)["dtype"] == "float8_e4m3fn"
+    convert(tmp_path / "ours", tmp_path / "back", to="hf", progress=False, verify=True)
+    assert read_with_safetensors(tmp_path / "back") == read_with_safetensors(path)
+    back = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert back["quantization_config"] == {"quant_method": "fp8", "weight_block_size": [5, 3]}
 
 
 def test_fp8_without_its_scale_is_an_error(hf):
@@ -592,34 +605,47 @@ class Interrupted(Exception):
 
 
 @pytest.mark.parametrize("to", ["hf", "jaxseek"])
-def test_a_conversion_that_fails_leaves_nothing(to, hf, tmp_path, monkeypatch):
+def test_a_conversion_that_fails_has_no_destination_and_goes_on_the_next_time(to, hf, tmp_path, monkeypatch):
     path, _ = hf(MODELS["llama"])
 
     def fail(*_):
         raise Interrupted
 
-    monkeypatch.setattr("jaxseek_convert.conversion._Beside.save", fail)
-    with pytest.raises(Interrupted):
-        convert(path, tmp_path / "new", to=to, progress=False)
-    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+    with monkeypatch.context() as m:
+        m.setattr("jaxseek_convert.conversion.Beside.save", fail)
+        with pytest.raises(Interrupted):
+            convert(path, tmp_path / "new", to=to, progress=False)
+    assert not (tmp_path / "new").exists()
+    done = convert(path, tmp_path / "new", to=to, progress=False, verify=True)
+    assert done["tensors_resumed"] == done["tensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "new"]
+    assert same_model(load(tmp_path / "new")[0], load(path)[0])
 
 
-def test_a_disk_that_gives_back_other_bits_is_noticed(hf, tmp_path, monkeypatch):
+@pytest.mark.parametrize("to", ["hf", "jaxseek"])
+def test_a_disk_that_gives_back_other_bits_is_noticed(to, hf, tmp_path, monkeypatch):
     path, _ = hf(MODELS["llama"])
-    written = read_safetensors
+    settle = Writer.close
 
-    def rotten(where):
-        return {n: np.array(t) + (n == "model.norm.weight") for n, t in written(where).items()}
+    def rot(self):
+        settle(self)
+        name = max(self.files, key=self.files.get)
+        raw = bytearray((self.folder / name).read_bytes())
+        raw[-1] ^= 1
+        (self.folder / name).write_bytes(raw)
 
-    monkeypatch.setattr("jaxseek_convert.to_hf.read_safetensors", rotten)
-    with pytest.raises(CheckpointError, match=r"model.norm.weight was read back with other values"):
-        convert(path, tmp_path / "new", to="hf", progress=False)
-    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+    with monkeypatch.context() as m:
+        m.setattr(Writer, "close", rot)
+        with pytest.raises(CheckpointError, match="1 tensors were read back with other values"):
+            convert(path, tmp_path / "new", to=to, progress=False, verify=True)
+    assert not (tmp_path / "new").exists()
+    done = convert(path, tmp_path / "new", to=to, progress=False, verify=True)
+    assert done["tensors_resumed"] == done["tensors"] - 1
 
 
 def test_the_summary_says_what_was_done_and_progress_goes_to_stderr(hf, tmp_path, capsys):
     path, _ = hf(MODELS["deepseek_v3"], np.float32)
-    done = convert(path, tmp_path / "ours", dtype="bfloat16")
+    done = convert(path, tmp_path / "ours", dtype="bfloat16", verify=True)
     cfg = ModelConfig.from_hf(MODELS["deepseek_v3"])
     assert done["parameters"] == cfg.num_params(mtp=True)
     assert (done["to"], done["dtype"], done["mtp"]) == ("jaxseek", "bfloat16", 1)

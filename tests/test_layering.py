@@ -17,6 +17,7 @@ TIERS = [
     {"layers"},
     {"mtp"},
     {"model"},
+    {"store"},
     {"checkpoint", "chat"},
     {"tokenizer"},
     {"data"},

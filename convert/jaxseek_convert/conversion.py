@@ -1,11 +1,15 @@
-"""`jaxseek convert`: read a checkpoint of either kind (or a GGUF file), write one of either, verify."""
+"""`jaxseek convert`: a checkpoint of any kind to one of either, tensor by tensor, and resumable."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
+import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,15 +26,22 @@ from rich.progress import (
 
 from jaxseek import checkpoint
 from jaxseek.checkpoint import CheckpointError
-from jaxseek.model import DeepSeek
-from jaxseek.sharding import parameters
+from jaxseek.layers.quant import MATRICES
+from jaxseek.store import LAYOUT, write_metadata
 from jaxseek.tokenizer import Tokenizer
+from jaxseek_convert import stream
+from jaxseek_convert.checksums import check_sums
+from jaxseek_convert.files import RemoteFile, fetched, is_remote
 from jaxseek_convert.from_hf import HFCheckpoint
 from jaxseek_convert.gguf import gguf_to_hf, is_gguf
-from jaxseek_convert.safetensors_io import bytes_of
-from jaxseek_convert.to_hf import hf_specs, save_hf
+from jaxseek_convert.numbers import BF16, F32, QUANTIZED, Form
+from jaxseek_convert.store import StoreCheckpoint, StoreSink, described
+from jaxseek_convert.to_hf import HFSink
 
+Source = HFCheckpoint | StoreCheckpoint
 Stage = Callable[[str, int], Callable[[int], None]]  # a stage's name and bytes -> to be told of bytes done
+DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "fp8": "float8"}  # short names
+DIGESTS = "digests.json"
 
 
 def convert(
@@ -38,100 +49,230 @@ def convert(
     dst: str | Path,
     to: Literal["jaxseek", "hf"] = "jaxseek",
     dtype: Any = None,
-    mesh: Any = None,
     mtp: bool = True,
     overwrite: bool = False,
     progress: bool = True,
+    *,
+    memory: int = stream.MEMORY,
+    verify: bool = False,
+    checksums: bool = True,
 ) -> dict[str, Any]:
-    """Write the checkpoint `src` as a checkpoint `dst`, verify it, and return what was done, ready for JSON.
+    """Write the checkpoint `src` as a checkpoint `dst`; returns what was done, ready for JSON.
 
-    `src` is a Hugging Face directory, a jaxseek checkpoint, or what gguf.py reads. Without `dtype` every
-    tensor keeps its own, and HF to jaxseek to HF gives the same tensors bit for bit (FP8 becomes bfloat16).
-    Tensors of a Hugging Face source are compared with the model once more, and all of `dst` is read back,
-    before it gets its name. Raises CheckpointError, ConfigError or TokenizerError; then there is no `dst`, or
-    the older one.
+    `src` is a Hugging Face directory, a URL or `hf://` name of one, a jaxseek checkpoint, or what gguf.py
+    reads. Without `dtype` every tensor keeps its own, FP8 with its scales too, and HF to jaxseek to HF
+    gives the same tensors bit for bit. `dtype` may be a float's name, or `float8`, `int8` or `int4` for the
+    linear and expert matrices. The process takes `memory` bytes at most. What was written is read back and
+    compared with the digests of what was meant (unless `verify` is False) before `dst` gets its name.
+    Killed or failed, the same call goes on. Raises CheckpointError, ConfigError or TokenizerError; then
+    `dst` is what it was.
     """
     start, place = time.monotonic(), Path(dst)
     if to not in ("jaxseek", "hf"):
         raise CheckpointError(f"to is {to!r}, expected 'jaxseek' or 'hf'")
-    if place.resolve() in (Path(src).resolve(), *Path(src).resolve().parents):
+    if not is_remote(src) and place.resolve() in (Path(src).resolve(), *Path(src).resolve().parents):
         raise CheckpointError(
             f"{dst}: is or holds the checkpoint to be converted; choose another destination"
         )
     checkpoint.check_destination(place, 0, overwrite)
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description:9}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with (
-        _folder_of(src, place) as folder,
-        Progress(*columns, TimeRemainingColumn(), console=console, disable=not progress) as bars,
-    ):
-
-        def stage(name: str, total: int) -> Callable[[int], None]:
-            bar = bars.add_task(name, total=total)
-            return lambda n: bars.advance(bar, n)
-
-        check = lambda needed: checkpoint.check_destination(place, needed, overwrite)
-        model, origin = _read(folder, dtype, mesh, mtp, stage, check)
-        beside = _Beside(folder, Tokenizer.from_dir(folder))
+    with _folder_of(src, place) as (folder, remote), bars(progress, console) as stage:
+        source = opened(folder, mtp, remote)
+        forms = target_forms(source, to, dtype)
+        origin = source.origin(forms)
+        beside = Beside(folder, Tokenizer.from_dir(folder))
         if beside.tokenizer is not None:
-            beside.tokenizer.check_fits(model.cfg.vocab_size)
-        size = sum(v.get_value().nbytes for v in parameters(model).values())
-        if to == "hf":
-            total = 2 * bytes_of(hf_specs(model, origin=origin))  # there and back
-            done = stage("write", total)
-            save_hf(model, dst, None, beside, origin=origin, overwrite=overwrite, check=True, progress=done)
-        else:
-            done = stage("write", 2 * size)
-            checkpoint.save(model, dst, beside, origin, overwrite, check=True)
-            done(2 * size)
-    written, seconds = sum(checkpoint.file_sizes(place).values()), time.monotonic() - start
+            beside.tokenizer.check_fits(source.cfg.vocab_size)
+        sink, finish = _sink(source, forms, origin, to)
+        layouts = {name: row.layout for name, (row, _) in sink.tensors.items()}
+        identity = {
+            "source": source.identity(),
+            "sink": [to, {path: form.__dict__ for path, form in forms.items()}, sorted(sink.files.items())],
+        }
+        changed = any(source.form(n) != sink.form(n) for n in sink.tensors)
+        threads = stream.threads_for(memory, changed)
+        size = sum(map(source.nbytes, sink.tensors))
+        with checkpoint.resumable_directory(place, sum(sink.files.values()), overwrite) as partial:
+            journal = stream.Journal(partial, identity)
+            resumed = len(journal.done)
+            try:
+                if checksums and remote is None and not resumed:
+                    check_sums(folder, stage)
+                if resumed and journal.restarted:
+                    journal.forget(differing(partial, sink.spans, journal.done, threads, stage))
+                done = stage("convert", size)
+                done(sum(map(source.nbytes, journal.done)))
+                stream.pump(source, sink, layouts, journal, threads, done)
+                finish(partial, beside)
+                digests = {"algorithm": "xxh3-128", "tensors": journal.done}
+                checkpoint.write_json(partial / DIGESTS, digests, indent=None)
+                if to == "jaxseek":
+                    _write_manifest(partial, source, forms, origin)
+                if verify:
+                    found = opened(partial)
+                    if bad := list(differing(partial, found.spans, journal.done, threads, stage)):
+                        journal.forget(bad)
+                        raise CheckpointError(
+                            f"{dst}: {len(bad)} tensors were read back with other values, as {bad[0]}; is "
+                            "the disk sound? The same command writes them again"
+                        )
+            finally:
+                journal.close()
+        (place / stream.JOURNAL).unlink(missing_ok=True)
+    seconds = time.monotonic() - start
     if progress:
         console.print(
-            f"{dst}: {size / 1e9:.2f} GB of weights in {seconds:.1f} s, every tensor read back", style="green"
+            f"{dst}: {sum(sink.files.values()) / 1e9:.2f} GB of weights in {seconds:.1f} s"
+            + (", every tensor read back" if verify else ""),
+            style="green",
         )
     return {
         "src": str(src),
         "dst": str(dst),
         "to": to,
-        "model_type": model.cfg.model_type,
-        "parameters": sum(v.get_value().size for v in parameters(model).values()),
-        "mtp": model.cfg.num_nextn_predict_layers,
-        "dtype": checkpoint.stored_dtype(model),
-        "bytes": size,
-        "bytes_on_disk": written,
+        "model_type": source.cfg.model_type,
+        "parameters": source.cfg.num_params(mtp=True),
+        "mtp": source.cfg.num_nextn_predict_layers,
+        "dtype": main_kind(source, forms),
+        "bytes": sum(sink.files.values()),
+        "bytes_on_disk": sum(checkpoint.file_sizes(place).values()),
         "seconds": round(seconds, 3),
         "tokenizer": beside.tokenizer is not None,
+        "tensors": len(sink.tensors),
+        "tensors_resumed": resumed,
+        "threads": threads,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
 
-def _read(
-    path: Path, dtype: Any, mesh: Any, mtp: bool, stage: Stage, check: Callable[[int], Any]
-) -> tuple[DeepSeek, dict[str, Any]]:
-    """The model of either kind of checkpoint, and what else is needed to write it as it was.
-
-    `check` is told how many bytes will be written, before they are read.
-    """
-    kind = checkpoint.kind_of(path)
+def opened(folder: Path, mtp: bool = True, remote: Mapping[str, RemoteFile] | None = None) -> Source:
+    """A checkpoint of either kind."""
+    kind = checkpoint.kind_of(folder)
     if kind is None:
-        raise checkpoint.not_a_checkpoint(path)
-    if kind == "hf":
-        source = HFCheckpoint(path, mtp)
-        size = source.size(dtype)
-        check(size)
-        model = source.load(mesh, dtype, stage("read", size))
-        source.check(model, stage("compare", sum(t.nbytes for t in source.tensors.values())))
-        origin = source.origin(model)
-    else:
-        size = sum(checkpoint.file_sizes(path / "params").values())
-        done = stage("read", size)
-        model = checkpoint.restore(path, mesh, dtype, mtp)
-        done(size)
-        origin = checkpoint.read_manifest(path)["origin"]
-    return model, origin if dtype is None else origin | {"dtypes": {}}
+        raise checkpoint.not_a_checkpoint(folder)
+    return HFCheckpoint(folder, mtp, remote) if kind == "hf" else StoreCheckpoint(folder, mtp)
+
+
+def parse_dtype(dtype: Any) -> str | None:
+    """The name of what matrices are to be stored as. Raises CheckpointError for any other."""
+    name = DTYPES.get(str(dtype), dtype)
+    if name is None or name in QUANTIZED:
+        return name
+    with contextlib.suppress(CheckpointError):
+        return checkpoint.parse_dtype(name).name
+    raise CheckpointError(
+        f"dtype is {dtype!r}, expected one of {', '.join((*checkpoint.DTYPES, *QUANTIZED))}"
+    )
+
+
+def target_forms(source: Source, to: str, dtype: Any) -> dict[str, Form]:
+    """The form in which each parameter is to be written."""
+    name = parse_dtype(dtype)
+    powers = bool(source.quantization and source.quantization.get("scale_fmt") == "ue8m0")
+
+    def form(path: str) -> Form:
+        abstract, own = source.table.params[path], source.forms[path]
+        if abstract.dtype == F32:  # by design
+            return Form(F32.name)
+        if name is None:
+            return own
+        if name not in QUANTIZED:
+            return Form(name)
+        wanted = QUANTIZED[name]
+        if path.rpartition(".")[2] not in MATRICES:
+            return Form(BF16.name) if own.quantized else own
+        if own.kind == wanted.kind:
+            return own
+        return Form(wanted.kind, wanted.group, wanted.block, powers and wanted.block > 1)
+
+    forms = {path: form(path) for path in source.table.params}
+    for _, row, _ in source.table:
+        if forms[row.paths[0]].kind == "int4" and row.layout.shape[1] % 2:
+            raise CheckpointError(
+                f"int4 needs an even number of inputs, {row.name} has {row.layout.shape[1]}"
+            )
+    if to == "hf" and (wrong := {f.kind for f in forms.values()} & {"int8", "int4"}):
+        raise CheckpointError(
+            f"Hugging Face files of these models are not written as {wrong.pop()}; choose float8, "
+            "bfloat16, float16 or float32 (--dtype)"
+        )
+    return forms
+
+
+def main_kind(source: Source, forms: Mapping[str, Form]) -> str:
+    """What most numbers are stored as."""
+    count: Counter[str] = Counter()
+    for path, form in forms.items():
+        count[form.kind] += math.prod(source.table.params[path].shape)
+    return count.most_common(1)[0][0]
+
+
+def _plain_dtype(source: Source, forms: Mapping[str, Form]) -> str:
+    """What config.json names: of what is quantised, that of the rest."""
+    plain = {path: form for path, form in forms.items() if not form.quantized}
+    return main_kind(source, plain)
+
+
+def _sink(source: Source, forms: Mapping[str, Form], origin: Mapping[str, Any], to: str) -> Any:
+    """What is written, and how what lies beside the weights is."""
+    cfg = source.cfg.replace(dtype=_plain_dtype(source, forms)).to_hf()
+    if to == "jaxseek":
+        sink = StoreSink(source.table, forms)
+
+        def finish(folder: Path, beside: Beside) -> None:
+            write_metadata(folder, sink.arrays)
+            checkpoint.write_json(folder / "config.json", cfg)
+            beside.save(folder)
+
+        return sink, finish
+    rows = {name: row for name, row, _ in source.table}
+    kept = {name: Form(kind) for name, kind in origin["dtypes"].items()}
+    sink = HFSink(source.table, {n: kept.get(n, forms[rows[n].paths[0]]) for n in source.tensors})
+    eight = [form for form in forms.values() if form.quantized]
+    if eight:
+        own = {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [eight[0].block, eight[0].group],
+        }
+        cfg["quantization_config"] = origin["quantization"] or own
+
+    def finish(folder: Path, beside: Beside) -> None:
+        sink.shards.write_index(folder)
+        checkpoint.write_json(folder / "config.json", cfg)
+        beside.save(folder)
+
+    return sink, finish
+
+
+def _write_manifest(
+    folder: Path, source: Source, forms: Mapping[str, Form], origin: Mapping[str, Any]
+) -> None:
+    manifest = {
+        "format": checkpoint.FORMAT,
+        "layout": LAYOUT,
+        **described(source.table, forms),
+        "origin": dict(origin),
+    }
+    files = checkpoint.file_sizes(folder)
+    manifest["files"] = {
+        n: size for n, size in files.items() if n not in (stream.JOURNAL, checkpoint.MANIFEST)
+    }
+    checkpoint.write_json(folder / checkpoint.MANIFEST, manifest)
+
+
+def differing(
+    folder: Path, spans: Any, digests: Mapping[str, Mapping[str, str]], threads: int, stage: Stage
+) -> list[str]:
+    """Tensors whose bytes on disk do not have these digests."""
+    done = stage("verify", sum(n for name in digests for *_, n in spans(name)))
+    made = dict(stream.digest(folder, spans, digests, threads, done))
+    return [name for name in digests if made[name] != digests[name]]
 
 
 @dataclass
-class _Beside:
+class Beside:
     """What lies beside the weights and is copied byte for byte: tokenizer files, generation_config.json."""
 
     folder: Path
@@ -146,13 +287,33 @@ class _Beside:
 
 
 @contextlib.contextmanager
-def _folder_of(src: str | Path, dst: Path) -> Iterator[Path]:
-    """The directory to read: `src`, or what a GGUF file becomes, beside `dst` for as long as it is needed."""
-    if not is_gguf(src):
-        yield Path(src)
+def bars(show: bool, console: Console) -> Iterator[Stage]:
+    """Progress on stderr: a bar for each stage, in bytes."""
+    columns = (TextColumn("{task.description:9}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not show) as shown:
+
+        def stage(name: str, total: int) -> Callable[[int], None]:
+            return functools.partial(shown.advance, shown.add_task(name, total=total))
+
+        yield stage
+
+
+@contextlib.contextmanager
+def _folder_of(src: str | Path, dst: Path) -> Iterator[tuple[Path, Mapping[str, RemoteFile] | None]]:
+    """The directory to read, and weight files that are elsewhere.
+
+    A GGUF file, and the small files of a remote checkpoint, become a directory beside `dst` for as long as
+    it is needed.
+    """
+    if not is_gguf(src) and not is_remote(src):
+        yield Path(src), None
         return
-    scratch = dst.with_name(dst.name + ".jaxseek-gguf")
+    scratch = dst.with_name(dst.name + ".jaxseek-source")
     try:
-        yield gguf_to_hf(src, scratch, overwrite=True)
+        if is_gguf(src):
+            yield gguf_to_hf(src, scratch, overwrite=True), None
+        else:
+            with fetched(str(src), scratch) as found:
+                yield found
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

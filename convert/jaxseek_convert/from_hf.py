@@ -1,7 +1,7 @@
-"""Hugging Face checkpoints to models: names and shapes are checked as a whole first, then shards are filled.
+"""Hugging Face checkpoints: names and shapes are checked as a whole first, then parts of tensors are read.
 
-Every device's shard is read by itself from the memory-mapped files: just the layers, experts and rows that it
-holds. On top of the model, memory holds one shard of one parameter at a time.
+Onto a mesh every device's shard is read by itself from the memory-mapped files: just the layers, experts and
+rows that it holds. On top of the model, memory holds one shard of one parameter at a time.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Callable
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,18 @@ from jax.sharding import NamedSharding
 from jaxseek.checkpoint import CheckpointError, param_dtype, raise_mismatch, same_bits
 from jaxseek.config import ModelConfig
 from jaxseek.model import DeepSeek
-from jaxseek.sharding import fill, parameters
+from jaxseek.sharding import fill
+from jaxseek_convert.files import RemoteFile
 from jaxseek_convert.layout import Index
-from jaxseek_convert.quantized import FP8, dequantize, scale_shape
-from jaxseek_convert.safetensors_io import read_safetensors
+from jaxseek_convert.numbers import BF16, F32, FLOATS, FP8, Form, Rows, decode, from_blocks
+from jaxseek_convert.safetensors_io import Tensor, find_tensors
 from jaxseek_convert.table import Table, Tensors
-from jaxseek_convert.to_hf import hf_arrays
 
 log = logging.getLogger("jaxseek")
 
 _IGNORED = "rotary_emb.inv_freq"  # buffers that old transformers saved
-_FLOATS = tuple(np.dtype(t) for t in (jnp.bfloat16, np.float16, np.float32))
+_FUSED = re.compile(r"(.*\.experts\.)(gate_up|down)_proj(_scale_inv)?")  # as transformers 5 has it in memory
+_COMPARED = 1 << 24  # bytes at a time
 
 
 def load_hf(path: str | Path, mesh: Any = None, dtype: Any = None, mtp: bool = True) -> DeepSeek:
@@ -48,13 +50,17 @@ def load_hf(path: str | Path, mesh: Any = None, dtype: Any = None, mtp: bool = T
 
 
 class HFCheckpoint:
-    """A Hugging Face checkpoint whose tensors were found to be those of its config, neither more nor less."""
+    """A Hugging Face checkpoint whose tensors were found to be those of its config, neither more nor less.
 
-    def __init__(self, path: str | Path, mtp: bool = True):
+    `remote` are its weight files where they are not in the directory.
+    """
+
+    def __init__(self, path: str | Path, mtp: bool = True, remote: Mapping[str, RemoteFile] | None = None):
         self.path = Path(path)
         self.cfg = ModelConfig.from_hf(self.path)
-        self._block = self._fp8_block()
-        self.tensors = read_safetensors(self.path)
+        self.quantization = quantization_of(self.path)
+        self._block = block_of(self.path, self.quantization)
+        self.tensors = _one_for_each_expert(find_tensors(self.path, remote))
         self._scales = self._take_scales()
         self._choose_mtp(mtp)
         self.table = Table(self.cfg)
@@ -62,27 +68,20 @@ class HFCheckpoint:
 
     # ---------------------------------------------------------------- what is there
 
-    def _fp8_block(self) -> tuple[int, int]:
-        raw = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
-        how = raw.get("quantization_config") or {}
-        method, block = how.get("quant_method", "fp8"), how.get("weight_block_size", [128, 128])
-        if method != "fp8" or not isinstance(block, list) or len(block) != 2:
-            raise CheckpointError(
-                f"{self.path}: quantized by {method!r} with blocks {block}; expected weights that are not "
-                "quantized, or 'fp8' with two block sizes. Fetch the original weights"
-            )
-        return block[0], block[1]
-
-    def _take_scales(self) -> dict[str, np.ndarray]:
+    def _take_scales(self) -> dict[str, Tensor]:
         """The scales of the FP8 tensors, which are taken out of the tensors."""
         names = [name for name, t in self.tensors.items() if t.dtype == FP8]
-        expected = {f"{n}_scale_inv": scale_shape(self.tensors[n].shape, self._block) for n in names}
+        expected = {
+            f"{n}_scale_inv": tuple(-(-d // b) for d, b in zip(self.tensors[n].shape, self._block))
+            for n in names
+        }
         scales = {n: self.tensors.pop(n) for n in expected if n in self.tensors}
         raise_mismatch(
             f"{self.path}: FP8 tensors without their scales",
             {n: s.shape for n, s in scales.items()},
             expected,
-            f"each needs one scale for a block of {list(self._block)}; fetch the files again",
+            f"each needs one scale for a block of {list(self._block)} (config.json's weight_block_size); "
+            "fetch the files again",
         )
         return {n.removesuffix("_scale_inv"): s for n, s in scales.items()}
 
@@ -101,20 +100,8 @@ class HFCheckpoint:
 
     def _check(self) -> None:
         self.tensors = {n: t for n, t in self.tensors.items() if not n.endswith(_IGNORED)}
-        expected, copies = {}, []
-        fused = {  # parameters and layers that are read from a fused tensor
-            (path, at[0])
-            for name, row, at in self.table
-            if row.kind == "fused" and name in self.tensors
-            for path in row.paths
-        }
-        for name, row, at in self.table:
-            here = name in self.tensors
-            replaced = row.kind == "own" and any((path, at[0]) in fused for path in row.paths if at)
-            if here or (row.kind == "own" and not replaced):
-                expected[name] = row.layout.shape
-            if here and row.kind in ("copy", "tied"):
-                copies.append((name, row))
+        rows = {name: row for name, row, _ in self.table}
+        expected = {n: row.layout.shape for n, row in rows.items() if row.kind == "own" or n in self.tensors}
         cfg = self.cfg
         raise_mismatch(
             f"{self.path}: its tensors are not those of config.json's {cfg.model_type} with "
@@ -123,18 +110,26 @@ class HFCheckpoint:
             expected,
             "Do config.json and the weights belong together, and is the download complete?",
         )
-        if wrong := [n for n, t in self.tensors.items() if t.dtype not in (*_FLOATS, FP8)]:
+        if wrong := [n for n, t in self.tensors.items() if t.dtype not in (*FLOATS, FP8)]:
             raise CheckpointError(
                 f"{self.path}: {len(wrong)} tensors have a dtype that no weight has, such as {wrong[0]} "
                 f"({self.tensors[wrong[0]].dtype}); expected bfloat16, float16, float32 or float8_e4m3fn"
             )
-        for name, row in copies:
-            self._check_copy(name, row)
+        for name in self.tensors:
+            if rows[name].kind in ("copy", "tied"):
+                self._check_copy(name, rows[name])
 
     def _check_copy(self, name: str, row: Tensors) -> None:
         original = next(n for n, other, _ in self.table if other.kind == "own" and other.paths == row.paths)
         a, b = self.tensors[name], self.tensors[original]
-        if same_bits(a, b) or (a.dtype != b.dtype and np.array_equal(a, b)):
+        step = max(1, _COMPARED // (a.nbytes // a.shape[0]))
+        for i in range(0, a.shape[0], step):
+            last = min(i + step, a.shape[0])
+            x = a.rows(i, last).copy()
+            y = b.rows(i, last)
+            if not (same_bits(x, y) or (x.dtype != y.dtype and np.array_equal(x, y))):
+                break
+        else:
             return
         advice = (
             "set tie_word_embeddings to false in config.json"
@@ -145,86 +140,135 @@ class HFCheckpoint:
             f"{self.path}: {name} should be a copy of {original}, but differs from it; {advice}"
         )
 
-    @functools.cached_property
-    def dtypes(self) -> dict[str, np.dtype]:
-        """Each parameter's dtype: its tensors', or float32, which holds the others, where they differ."""
-        found: dict[str, set[np.dtype]] = {}
-        for name, row, _ in self.table:
-            if name in self.tensors and row.kind in ("own", "fused"):
-                for path in row.paths:
-                    found.setdefault(path, set()).add(self._dtype(name))
-        return {
-            path: kinds.pop() if len(kinds) == 1 else np.dtype(np.float32) for path, kinds in found.items()
-        }
-
-    def _dtype(self, name: str) -> np.dtype:
+    def form(self, name: str) -> Form:
+        """How a tensor is stored."""
         dtype = self.tensors[name].dtype
-        return np.dtype(jnp.bfloat16) if dtype == FP8 else dtype
+        rows, columns = self._block
+        powers = dtype == FP8 and (self.quantization or {}).get("scale_fmt") == "ue8m0"
+        return Form(dtype.name, columns, rows, powers) if dtype == FP8 else Form(dtype.name)
 
-    def origin(self, model: DeepSeek) -> dict[str, Any]:
-        """What the model alone does not say, so that it can be written back as it was.
+    @functools.cached_property
+    def forms(self) -> dict[str, Form]:
+        """Each parameter's form: its tensors', or one that holds them all (bfloat16 where FP8 is mixed)."""
+        found: dict[str, set[Form]] = {}
+        for name, row, _ in self.table:
+            if name in self.tensors and row.kind == "own":
+                for path in row.paths:
+                    found.setdefault(path, set()).add(self.form(name))
+        return {path: _wider(forms) for path, forms in found.items()}
+
+    def nbytes(self, name: str) -> int:
+        """Of a tensor and its scales."""
+        scale = self._scales.get(name)
+        return self.tensors[name].nbytes + (scale.nbytes if scale else 0)
+
+    def position(self, name: str) -> tuple[str, int]:
+        """Where the tensor is, for reading in order."""
+        return str(self.tensors[name].file), self.tensors[name].start
+
+    def identity(self) -> list[Any]:
+        """What tells this source from another, and from itself before it was changed."""
+        files = {str(t.file): t.file for t in self.tensors.values()}
+        return [[name, files[name].size, files[name].changed] for name in sorted(files)]
+
+    def spans(self, name: str) -> Iterator[tuple[str, str, int, int]]:
+        """All bytes of a tensor: (name for their digest, file, position, bytes), in order."""
+        for key, t in ((name, self.tensors[name]), (f"{name}_scale_inv", self._scales.get(name))):
+            if t is not None:
+                yield key, t.file.name, t.start, t.nbytes
+
+    def origin(self, held: Mapping[str, Form]) -> dict[str, Any]:
+        """What parameters in the forms `held` do not say, so that the checkpoint can be written as it was.
 
         `copies`: repetitions of parameters on disk. `dtypes`: those of tensors that differ from the
-        parameter's.
+        parameter's. `quantization`: config.json's.
         """
-        held = {path: param.get_value().dtype for path, param in parameters(model).items()}
         present = [(name, row) for name, row, _ in self.table if name in self.tensors]
         return {
             "copies": [name for name, row in present if row.kind in ("copy", "tied")],
             "dtypes": {
-                name: self._dtype(name).name
+                name: self.form(name).kind
                 for name, row in present
-                if row.kind != "fused" and self._dtype(name) != held[row.paths[0]]
+                if not self.form(name).quantized and self.form(name) != held[row.paths[0]]
             },
+            "quantization": self.quantization,
         }
-
-    def check(self, model: DeepSeek, progress: Callable[[int], Any] = lambda _: None) -> None:
-        """Raise CheckpointError unless the tensors, cast as in the model, are what it would be written as."""
-        for name, value in hf_arrays(model, self.table, self.tensors.keys()):
-            stored = self.fetch(name, tuple(slice(0, n) for n in value.shape))
-            if not same_bits(stored.astype(value.dtype, copy=False), value):
-                raise CheckpointError(
-                    f"{self.path}: {name} was read with other values at first; is the disk sound?"
-                )
-            progress(self.tensors[name].nbytes)
-
-    def size(self, dtype: Any = None) -> int:
-        """Bytes of the parameters, loaded in `dtype`."""
-        values = self.table.params.items()
-        return sum(v.size * param_dtype(v, dtype, self.dtypes[path]).itemsize for path, v in values)
 
     # ---------------------------------------------------------------- reading
 
+    def rows(self, name: str, first: int, last: int) -> Rows:
+        """Rows of a tensor as they are stored, in memory that this thread's next read may use again."""
+        form, scale = self.form(name), None
+        if form.quantized:
+            blocks = self._scales[name].rows(first // form.block, -(-last // form.block))
+            scale = from_blocks(blocks, first % form.block, last - first, form)
+        return Rows(self.tensors[name].rows(first, last), scale)
+
     def fetch(self, name: str, index: Index) -> np.ndarray:
         """A part of a tensor: a view of the file, or float32 numbers where it is FP8."""
-        if name in self._scales:
-            return dequantize(self.tensors[name], self._scales[name], index, self._block)
-        return self.tensors[name][index]
+        if name not in self._scales:
+            return self.tensors[name][index]
+        at, *columns = index
+        return decode(self.rows(name, at.start, at.stop), self.form(name), F32)[(slice(None), *columns)]
 
-    def load(
-        self, mesh: Any = None, dtype: Any = None, progress: Callable[[int], Any] = lambda _: None
-    ) -> DeepSeek:
-        """The model on a mesh; `progress` is told bytes as they are read. See `load_hf`."""
+    def load(self, mesh: Any = None, dtype: Any = None) -> DeepSeek:
+        """The model on a mesh. See `load_hf`."""
         model = DeepSeek.abstract(self.cfg, mesh, jnp.bfloat16)
 
         def make(path: str, param: nnx.Variable, sharding: NamedSharding) -> jax.Array:
-            abstract = param.get_value()
-            kind = param_dtype(abstract, dtype, self.dtypes[path])
-            own, *fused = self.table.rows_of(path)
+            abstract, row = param.get_value(), self.table.row_of(path)
+            form = self.forms[path]
+            kind = param_dtype(abstract, dtype, BF16 if form.quantized else form.dtype)
 
             def shard(index: Any) -> np.ndarray:
                 at = tuple(slice(*i.indices(n)[:2]) for i, n in zip(index, abstract.shape))
                 out = np.empty([i.stop - i.start for i in at], kind)
-                if not own.counts:
-                    own.read(path, at, out, self.fetch)
-                    progress(out.nbytes)
-                else:
-                    for l in range(at[0].start, at[0].stop):
-                        row = next((f for f in fused if f.name_at((l,)) in self.tensors), own)
-                        row.read(path, at[1:], out[l - at[0].start], self.fetch, l)
-                        progress(out[0].nbytes)
+                row.read(path, at, out, self.fetch)
                 return out
 
             return jax.make_array_from_callback(abstract.shape, sharding, shard, dtype=kind)
 
         return fill(model, model.strategy.make_mesh(), make)
+
+
+def quantization_of(path: Path) -> dict[str, Any] | None:
+    """config.json's account of how the weights are quantised."""
+    return json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+
+
+def block_of(path: Path, how: Mapping[str, Any] | None) -> tuple[int, int]:
+    """Rows and columns of weights that share a scale. Raises CheckpointError for all but block-scaled FP8."""
+    how = how or {}
+    method, block = how.get("quant_method", "fp8"), how.get("weight_block_size", [128, 128])
+    sound = isinstance(block, list) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block)
+    if method != "fp8" or not sound:
+        raise CheckpointError(
+            f"{path}: quantized by {method!r} with blocks {block}; expected weights that are not "
+            "quantized, or 'fp8' with two block sizes. Fetch the original weights"
+        )
+    return block[0], block[1]
+
+
+def _wider(forms: set[Form]) -> Form:
+    if len(forms) == 1:
+        return next(iter(forms))
+    plain = {BF16.name if f.quantized else f.kind for f in forms}
+    return Form(plain.pop() if len(plain) == 1 else F32.name)
+
+
+def _one_for_each_expert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With fused experts taken apart: [E, 2F, D] is each one's gate, then up; [E, D, F] each one's down."""
+    out: dict[str, Tensor] = {}
+    for name, t in tensors.items():
+        if not (match := _FUSED.fullmatch(name)) or len(t.shape) != 3:
+            out[name] = t
+            continue
+        prefix, which, scale = match.groups()
+        end, half = f"_proj.weight{scale or ''}", t.shape[1] // 2
+        for e in range(t.shape[0]):
+            if which == "down":
+                out[f"{prefix}{e}.down{end}"] = t.part(e, slice(None))
+            else:
+                out[f"{prefix}{e}.gate{end}"] = t.part(e, slice(0, half))
+                out[f"{prefix}{e}.up{end}"] = t.part(e, slice(half, None))
+    return out

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from jaxseek.store import copy
+
 Index = tuple[slice, ...]  # of start and stop, both given
 
 
@@ -55,6 +57,36 @@ class Layout:
         letters = "".join(self.dims[which])
         return block.transpose([letters.index(c) for c in self.held[which]])
 
+    @property
+    def unit(self) -> int:
+        """Rows on disk that belong together: those of one first letter where parameters share them."""
+        return 1 if len(self.dims) == 1 else math.prod(self.total[0][c] for c in self.dims[0][0][1:])
+
+    def order(self, which: int) -> list[int]:
+        """The axes of a parameter as the letters on disk name them."""
+        return [self.held[which].index(c) for c in "".join(self.dims[which])]
+
+    def split(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Whole units of rows: what of them belongs to each parameter, as rows."""
+        if len(self.dims) == 1:
+            return [rows]
+        units = rows.reshape(-1, self.unit, *rows.shape[1:])
+        parts = (units[:, start : start + width] for start, width in self._bands())
+        return [np.ascontiguousarray(p).reshape(-1, *rows.shape[1:]) for p in parts]
+
+    def merge(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """The inverse of `split`."""
+        if len(self.dims) == 1:
+            return parts[0]
+        bands = [p.reshape(-1, width, *p.shape[1:]) for p, (_, width) in zip(parts, self._bands())]
+        return np.concatenate(bands, axis=1).reshape(-1, *parts[0].shape[1:])
+
+    def _bands(self) -> list[tuple[int, int]]:
+        """Of each parameter: its first row in a unit and how many it has."""
+        inner = math.prod(self.total[0][c] for c in self.dims[0][0][2:])
+        starts = [self.offset[i][letter] * inner for i, letter in enumerate(self.options)]
+        return [(a, b - a) for a, b in zip(starts, [*starts[1:], self.unit])]
+
     def join(self, values: Sequence[np.ndarray]) -> np.ndarray:
         """The tensor on disk from its parameters, whole; a view where that is possible."""
         parts = [
@@ -71,10 +103,3 @@ class Layout:
                 where[axis] = slice(start, start + part.shape[axis])
             copy(out[tuple(where)], part)
         return out.reshape(self.shape)
-
-
-def copy(out: np.ndarray, view: np.ndarray) -> None:
-    """`out[...] = view`, with a cast; three times faster for a transposed view, which it walks in strips."""
-    strip = out.shape[-1] if view.strides[-1] == view.itemsize else 32
-    for i in range(0, out.shape[-1], strip or 1):
-        out[..., i : i + strip] = view[..., i : i + strip]

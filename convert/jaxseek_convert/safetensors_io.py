@@ -1,4 +1,4 @@
-"""Safetensors files: a memory-mapped reader of one file or of an index, and a writer in shards.
+"""Safetensors files: where the tensors of one file or of an index are, and a writer in shards.
 
 The reader is our own because safetensors cannot give FP8 or parts of bfloat16 to NumPy; the writer because it
 streams, so that a checkpoint never has to be in memory whole. A file is a header length (8 bytes, little
@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxseek.checkpoint import CheckpointError
+from jaxseek_convert.files import File, RemoteFile
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -46,35 +48,70 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Spec = tuple[tuple[int, ...], np.dtype]  # of a tensor to be written
 
 
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor in a file; nothing of it is in memory."""
+
+    file: File | RemoteFile
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int  # in the file, bytes
+
+    @property
+    def nbytes(self) -> int:
+        return _nbytes((self.shape, self.dtype))
+
+    def rows(self, first: int, last: int) -> np.ndarray:
+        """Rows of its first axis, in memory that this thread's next read uses again."""
+        size = _nbytes((self.shape[1:], self.dtype))
+        raw = self.file.read(self.start + first * size, self.start + last * size)
+        return raw.view(self.dtype).reshape(last - first, *self.shape[1:])
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """A part; of a local file a view."""
+        raw = self.file.view(self.start, self.start + self.nbytes)
+        return raw.view(self.dtype).reshape(self.shape)[index]
+
+    def part(self, *at: int | slice) -> Tensor:
+        """What the leading indices leave, the last of them a slice: as a tensor of its own."""
+        shape, start = list(self.shape), self.start
+        for i in at:
+            size = _nbytes((tuple(shape[1:]), self.dtype))
+            first, last, _ = i.indices(shape[0]) if isinstance(i, slice) else (i, i + 1, 1)
+            start += first * size
+            shape = [last - first, *shape[1:]] if isinstance(i, slice) else shape[1:]
+        return Tensor(self.file, self.dtype, tuple(shape), start)
+
+
 def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
-    """Every tensor of a file, or of a directory with an index or with files, as read-only memory-mapped
-    arrays.
+    """Every tensor of a file or directory as a read-only memory-mapped array; errors as of `find_tensors`."""
+    return {name: tensor[...] for name, tensor in find_tensors(Path(path)).items()}
+
+
+def find_tensors(path: Path, remote: Mapping[str, RemoteFile] | None = None) -> dict[str, Tensor]:
+    """Every tensor of a file, or of a directory with an index or with files, in place of which `remote` ones.
 
     Raises CheckpointError for a directory without safetensors, a truncated or damaged file, an index that
     names files or tensors which are not there, and a tensor that two files hold.
     """
-    path = Path(path)
     if path.is_file():
-        return _read_file(path)
+        return _read_file(File(path))
     index = _read_index(path) if (path / INDEX).is_file() else None
-    files = (
-        sorted(set(index.values()))
-        if index is not None
-        else sorted(f.name for f in path.glob("*.safetensors"))
-    )
+    held = remote.keys() if remote is not None else {f.name for f in path.glob("*.safetensors")}
+    files = sorted(held if index is None else set(index.values()))
     if not files:
         torch = sorted(f.name for f in path.glob("*.bin"))
         hint = f"; it holds {torch[0]}: save it as safetensors with transformers first" if torch else ""
         raise CheckpointError(f"{path}: no {INDEX} and no .safetensors file{hint}")
-    if absent := [f for f in files if not (path / f).is_file()]:
+    if absent := [f for f in files if f not in held]:
         raise CheckpointError(
             f"{path / INDEX}: names {len(files)} files, of which {len(absent)} are absent ({_some(absent)}); "
             "fetch them"
         )
-    tensors: dict[str, np.ndarray] = {}
+    tensors: dict[str, Tensor] = {}
     home: dict[str, str] = {}
     for file in files:
-        found = _read_file(path / file)
+        found = _read_file(File(path / file) if remote is None else remote[file])
         if twice := sorted(found.keys() & tensors.keys()):
             raise CheckpointError(
                 f"{path}: {len(twice)} tensors stand in two files, such as {twice[0]} in {home[twice[0]]} "
@@ -109,45 +146,66 @@ def _read_index(path: Path) -> dict[str, str]:
     )
 
 
-def _read_file(path: Path) -> dict[str, np.ndarray]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = int.from_bytes(file.read(8), "little")
-        if size < 8 or head > min(size - 8, _MAX_HEADER):
-            raise CheckpointError(
-                f"{path}: the header should have {head} bytes, the file has {size}; {_AGAIN}"
-            )
-        raw = file.read(head)
+def _read_file(file: File | RemoteFile) -> dict[str, Tensor]:
+    size = file.size
+    head = int.from_bytes(file.read(0, min(8, size)).tobytes(), "little")
+    if size < 8 or head > min(size - 8, _MAX_HEADER):
+        raise CheckpointError(f"{file}: the header should have {head} bytes, the file has {size}; {_AGAIN}")
     try:
-        header = json.loads(raw)
+        header = json.loads(file.read(8, 8 + head).tobytes())
         header.pop("__metadata__", None)
         entries = sorted(
             (tuple(e["data_offsets"]), name, e["dtype"], tuple(e["shape"])) for name, e in header.items()
         )
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(
-            f"{path}: the header cannot be read ({type(e).__name__}: {e}); {_AGAIN}"
+            f"{file}: the header cannot be read ({type(e).__name__}: {e}); {_AGAIN}"
         ) from None
     body = 8 + head
     expected = body + max((stop for (_, stop), *_ in entries), default=0)
     if size != expected:
         raise CheckpointError(
-            f"{path}: the header describes {expected:,} bytes, the file has {size:,}; {_AGAIN}"
+            f"{file}: the header describes {expected:,} bytes, the file has {size:,}; {_AGAIN}"
         )
-    data = np.memmap(path, np.uint8, "r").view(np.ndarray)
     tensors, end = {}, 0
     for (start, stop), name, kind, shape in entries:
         if kind not in DTYPES:
-            raise CheckpointError(f"{path}: {name} has dtype {kind}; known: {', '.join(DTYPES)}")
+            raise CheckpointError(f"{file}: {name} has dtype {kind}; known: {', '.join(DTYPES)}")
         need = math.prod(shape) * DTYPES[kind].itemsize
         if start != end or stop - start != need or any(n < 0 for n in shape):
             raise CheckpointError(
-                f"{path}: {name} ({kind}, shape {list(shape)}) should take {need} bytes from {end}, "
+                f"{file}: {name} ({kind}, shape {list(shape)}) should take {need} bytes from {end}, "
                 f"the header says {start}..{stop}; {_AGAIN}"
             )
-        tensors[name] = data[body + start : body + stop].view(DTYPES[kind]).reshape(shape)
+        tensors[name] = Tensor(file, DTYPES[kind], shape, body + start)
         end = stop
     return tensors
+
+
+class Shards:
+    """Which file every tensor will be in, and where: `model.safetensors`, or shards with an index."""
+
+    def __init__(self, specs: Mapping[str, Spec], max_shard_bytes: int = MAX_SHARD_BYTES):
+        shards = _plan(specs, max_shard_bytes)
+        names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        self.specs = specs
+        self.headers: dict[str, bytes] = {}
+        self.files: dict[str, int] = {}
+        self.place: dict[str, tuple[str, int]] = {}
+        for shard, file in zip(shards, [SINGLE] if len(shards) == 1 else names):
+            self.headers[file] = _header({name: specs[name] for name in shard})
+            end = len(self.headers[file])
+            for name in shard:
+                self.place[name] = file, end
+                end += _nbytes(specs[name])
+            self.files[file] = end
+
+    def write_index(self, folder: Path) -> None:
+        """The index, where there are several files."""
+        if len(self.files) > 1:
+            where = {name: file for name, (file, _) in self.place.items()}
+            index: dict[str, Any] = {"metadata": {"total_size": bytes_of(self.specs)}, "weight_map": where}
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def write_safetensors(
@@ -161,22 +219,18 @@ def write_safetensors(
     `arrays` gives the same names in the same order. Each file gets its name when it is whole; the index is
     last.
     """
-    shards = _plan(specs, max_shard_bytes)
-    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    shards = Shards(specs, max_shard_bytes)
     stream = iter(arrays)
-    for shard, file in zip(shards, [SINGLE] if len(shards) == 1 else names):
+    for file, header in shards.headers.items():
         partial = directory / f"{file}.partial"
         with partial.open("wb") as out:
-            out.write(_header({name: specs[name] for name in shard}))
-            for expected in shard:
+            out.write(header)
+            for expected in (n for n, (where, _) in shards.place.items() if where == file):
                 name, array = next(stream)
                 assert (name, (array.shape, array.dtype)) == (expected, specs[expected]), (name, expected)
                 out.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         os.replace(partial, directory / file)
-    if len(shards) > 1:
-        where = {name: file for shard, file in zip(shards, names) for name in shard}
-        index: dict[str, Any] = {"metadata": {"total_size": bytes_of(specs)}, "weight_map": where}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    shards.write_index(directory)
 
 
 def bytes_of(specs: Mapping[str, Spec]) -> int:

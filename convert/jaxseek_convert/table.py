@@ -20,13 +20,13 @@ import numpy as np
 from jaxseek.config import ModelConfig
 from jaxseek.model import DeepSeek, layer_runs
 from jaxseek.sharding import parameters
-from jaxseek_convert.layout import Index, Layout, copy
+from jaxseek.store import copy
+from jaxseek_convert.layout import Index, Layout
 
 # own:   the tensor that a parameter is read from and written to
 # copy:  a repetition of a parameter in the multi-token module, as releases have it; may be absent
 # tied:  lm_head of a model with tied embeddings; may be there, and is not written unless it was
-# fused: stands for the own tensors of a layer where a file has it (transformers 5 in memory); not written
-Kind = Literal["own", "copy", "tied", "fused"]
+Kind = Literal["own", "copy", "tied"]
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,6 @@ LAYER = (
     _row("mlp.experts.{e}.gate_proj.weight", "F D -> DF", "mlp.gate_EDF"),
     _row("mlp.experts.{e}.up_proj.weight", "F D -> DF", "mlp.up_EDF"),
     _row("mlp.experts.{e}.down_proj.weight", "D F -> FD", "mlp.down_EFD"),
-    _row("mlp.experts.gate_up_proj", "E [F|f] D -> EDF, EDf", "mlp.gate_EDF", "mlp.up_EDF", kind="fused"),
-    _row("mlp.experts.down_proj", "E D F -> EFD", "mlp.down_EFD", kind="fused"),
     _row("mlp.shared_experts.gate_proj.weight", "F D -> DF", "mlp.shared.gate_DF"),
     _row("mlp.shared_experts.gate_proj.bias", "F -> F", "mlp.shared.gate_bias_F"),
     _row("mlp.shared_experts.up_proj.weight", "F D -> DF", "mlp.shared.up_DF"),
@@ -126,7 +124,8 @@ class Tensors:
         letters = [c for c in "le" if f"{{{c}}}" in name]
         self.first = tuple(first if c == "l" else 0 for c in letters)
         self.counts = shapes[0][: len(letters)]
-        self.layout = Layout(row.layout, [shape[len(letters) :] for shape in shapes])
+        self.shapes = [shape[len(letters) :] for shape in shapes]
+        self.layout = Layout(row.layout, self.shapes)
         self._letters = letters
 
     def name_at(self, at: tuple[int, ...]) -> str:
@@ -184,10 +183,9 @@ class Table:
         """What a checkpoint holds unless its source held more or less: own tensors and copies."""
         return {name for name, tensors, _ in self if tensors.kind in ("own", "copy")}
 
-    def rows_of(self, path: str) -> list[Tensors]:
-        """The rows that a parameter may be read from: its own, then a fused one where there is one."""
-        rows = [t for s in self.sections for t in s if path in t.paths and t.kind in ("own", "fused")]
-        return sorted(rows, key=lambda t: t.kind == "fused")
+    def row_of(self, path: str) -> Tensors:
+        """The row that a parameter is read from."""
+        return next(t for s in self.sections for t in s if path in t.paths and t.kind == "own")
 
 
 def hf_tensors(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:

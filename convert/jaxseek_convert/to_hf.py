@@ -21,8 +21,10 @@ from jaxseek.checkpoint import (
 )
 from jaxseek.model import DeepSeek
 from jaxseek.sharding import parameters
+from jaxseek_convert.numbers import Form, Rows, to_blocks
 from jaxseek_convert.safetensors_io import (
     MAX_SHARD_BYTES,
+    Shards,
     Spec,
     bytes_of,
     read_safetensors,
@@ -70,6 +72,52 @@ def save_hf(
         write_json(partial / "config.json", model.cfg.replace(dtype=main_dtype(specs.values())).to_hf())
         if tokenizer is not None:
             tokenizer.save(partial)
+
+
+class HFSink:
+    """Safetensors files that are being written, tensor by tensor."""
+
+    def __init__(
+        self,
+        table: Table,
+        forms: Mapping[str, Form],
+        scale_dtype: Any = np.float32,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+    ):
+        """`forms` are those of the tensors to be written."""
+        self.forms = forms
+        self.tensors = {name: (row, at) for name, row, at in table if name in forms}
+        specs: dict[str, Spec] = {}
+        for name, (row, _) in self.tensors.items():
+            shape, form = row.layout.shape, forms[name]
+            specs[name] = (shape, form.dtype)
+            if form.quantized:
+                blocks = (-(-shape[0] // form.block), form.groups(shape[1]))
+                specs[f"{name}_scale_inv"] = (blocks, np.dtype(scale_dtype))
+        self.shards = Shards(specs, max_shard_bytes)
+        self.files, self.headers = self.shards.files, self.shards.headers
+
+    def form(self, name: str) -> Form:
+        """What the rows of a tensor have to be."""
+        return self.forms[name]
+
+    def put(self, name: str, first: int, rows: Rows) -> Iterator[tuple[str, str, int, np.ndarray]]:
+        """Where rows of a tensor go: (name for their digest, file, position, bytes), in order."""
+        yield self._part(name, first, rows.values)
+        if rows.scale is not None:
+            form, key = self.forms[name], f"{name}_scale_inv"
+            scale = to_blocks(rows.scale, form).astype(self.shards.specs[key][1], copy=False)
+            yield self._part(key, first // form.block, scale)
+
+    def spans(self, name: str) -> Iterator[tuple[str, str, int, int]]:
+        """Where a tensor is: (name for the digest, file, position, bytes), in order."""
+        for key in (name, f"{name}_scale_inv") if self.forms[name].quantized else (name,):
+            yield key, *self.shards.place[key], bytes_of({key: self.shards.specs[key]})
+
+    def _part(self, name: str, first: int, data: np.ndarray) -> tuple[str, str, int, np.ndarray]:
+        file, start = self.shards.place[name]
+        raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        return name, file, start + first * (raw.nbytes // len(data)), raw
 
 
 def hf_specs(model: DeepSeek, dtype: Any = None, origin: Mapping[str, Any] | None = None) -> dict[str, Spec]:

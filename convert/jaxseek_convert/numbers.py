@@ -1,0 +1,158 @@
+"""How the numbers of a weight are stored, row by row: floats, or small numbers with scales.
+
+A quantised number is q * scale: a product, also where the scale is called `weight_scale_inv`. Here a scale
+belongs to a row and a group of columns; DeepSeek's FP8 scale for a block of 128 x 128 is repeated for the
+rows of its block. Numbers of 4 bits are held in pairs, the even column in the low half of a byte. Sources:
+DeepSeek-V3, README_WEIGHTS.md and fp8_cast_bf16.py; the integers are rounded symmetrically, to nearest.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+F16 = np.dtype(np.float16)
+F32 = np.dtype(np.float32)
+FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+FLOATS = (BF16, F16, F32)
+BLOCK = 128
+E4M3_MAX = 448.0
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a weight is stored: `kind` is a dtype's name, `int4` in pairs of columns.
+
+    Of a quantised one `group` columns share a scale (None: a whole row), and `block` rows (FP8 alone);
+    `powers` of two are scales of the format ue8m0.
+    """
+
+    kind: str
+    group: int | None = None
+    block: int = 1
+    powers: bool = False
+
+    @property
+    def quantized(self) -> bool:
+        return self.kind in ("int8", "int4", "float8_e4m3fn")
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the stored array."""
+        return np.dtype(np.uint8) if self.kind == "int4" else jnp.dtype(self.kind)
+
+    def columns(self, n: int) -> int:
+        """Of the stored array, of n numbers a row."""
+        return n // 2 if self.kind == "int4" else n
+
+    def groups(self, n: int) -> int:
+        """Scales of a row of n numbers."""
+        return 1 if self.group is None else -(-n // self.group)
+
+
+FLOAT8 = Form("float8_e4m3fn", BLOCK, BLOCK)
+QUANTIZED = {"int8": Form("int8"), "int4": Form("int4", BLOCK), "float8": FLOAT8}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a weight as they are stored: [R, C] (or [R]), and a scale [R, groups] where quantised."""
+
+    values: np.ndarray
+    scale: np.ndarray | None = None
+
+
+def change(rows: Rows, old: Form, new: Form) -> Rows:
+    """The same numbers in another form, rounded to nearest where that is necessary.
+
+    To FP8 the rows must begin at a block's first row.
+    """
+    if old == new:
+        return rows
+    if not new.quantized:
+        return Rows(decode(rows, old, new.dtype))
+    return encode(decode(rows, old, F32), new)
+
+
+def decode(rows: Rows, form: Form, dtype: Any) -> np.ndarray:
+    """The numbers of rows in a form, rounded once."""
+    if not form.quantized:
+        return rows.values.astype(dtype, copy=False)
+    assert rows.scale is not None
+    values = rows.values.view(np.uint8)
+    return np.asarray(_decode(values, rows.scale, form, np.dtype(dtype).name))
+
+
+def encode(numbers: np.ndarray, form: Form) -> Rows:
+    """float32 numbers [R, C] in a quantised form, where the largest of a group becomes the largest."""
+    values, scale = _encode(numbers, form)
+    return Rows(np.asarray(values).view(form.dtype), np.asarray(scale))
+
+
+@functools.partial(jax.jit, static_argnames=("form", "dtype"))
+def _decode(values: jax.Array, scale: jax.Array, form: Form, dtype: str) -> jax.Array:
+    if form.kind == "int4":
+        pairs = jnp.stack([values & 15, values >> 4], -1).reshape(len(values), -1)
+        numbers = (pairs ^ 8).astype(jnp.float32) - 8
+    elif form.kind == "int8":
+        numbers = jax.lax.bitcast_convert_type(values, jnp.int8).astype(jnp.float32)
+    else:
+        numbers = _e4m3(values.astype(jnp.uint32))
+    R, C = numbers.shape
+    g = form.group or C
+    G = form.groups(C)
+    padded = jnp.pad(numbers, ((0, 0), (0, G * g - C))).reshape(R, G, g)
+    return (padded * scale[..., None]).reshape(R, G * g)[:, :C].astype(dtype)
+
+
+def _e4m3(byte: jax.Array) -> jax.Array:
+    """Numbers of bytes by their bits: XLA:CPU's own cast is half as fast."""
+    magnitude = byte & 0x7F
+    # exponent bias 7 of e4m3 to float32's 127; below 2^-6 numbers are multiples of 2^-9
+    normal = jax.lax.bitcast_convert_type((magnitude << 20) + (120 << 23), jnp.float32)
+    small = magnitude.astype(jnp.float32) * jnp.float32(2.0**-9)
+    number = jnp.where(magnitude < 8, small, jnp.where(magnitude == 0x7F, jnp.nan, normal))
+    return jnp.where(byte >= 0x80, -number, number)
+
+
+@functools.partial(jax.jit, static_argnames="form")
+def _encode(numbers: jax.Array, form: Form) -> tuple[jax.Array, jax.Array]:
+    R, C = numbers.shape
+    g, b = form.group or C, form.block
+    G, most = form.groups(C), {"int8": 127.0, "int4": 7.0}.get(form.kind, E4M3_MAX)
+    padded = jnp.pad(numbers, ((0, -R % b), (0, G * g - C))).reshape(-1, b, G, g)
+    amax = jnp.abs(padded).max((1, 3))
+    scale = jnp.where(amax > 0, amax / most, 1.0)
+    if form.powers:
+        mantissa, exponent = jnp.frexp(scale)  # up, to what has no mantissa
+        scale = jnp.where(mantissa > 0.5, jnp.ldexp(jnp.ones_like(scale), exponent), scale)
+    q = (padded / scale[:, None, :, None]).reshape(-1, G * g)[:R, :C]
+    scale = jnp.repeat(scale, b, 0)[:R]
+    if form.kind not in ("int8", "int4"):
+        return jnp.clip(q, -most, most).astype(jnp.float8_e4m3fn), scale
+    q = jnp.clip(jnp.rint(q), -most, most).astype(jnp.int8)
+    if form.kind == "int8":
+        return q, scale
+    low, high = jax.lax.bitcast_convert_type(q, jnp.uint8).reshape(R, -1, 2).transpose(2, 0, 1) & 15
+    return low | high << 4, scale
+
+
+def from_blocks(scale_inv: np.ndarray, first: int, rows: int, form: Form) -> np.ndarray:
+    """Scales of rows `first`.. of a weight, [rows, groups] float32, from one for each block."""
+    low = first // form.block
+    part = scale_inv[low : -(-(first + rows) // form.block)].astype(np.float32, copy=False)
+    return part.repeat(form.block, 0)[first - low * form.block :][:rows]
+
+
+def to_blocks(scale: np.ndarray, form: Form) -> np.ndarray:
+    """One scale for each block, from those of rows that begin at a block's first."""
+    blocks = np.ascontiguousarray(scale[:: form.block])
+    assert np.array_equal(blocks.repeat(form.block, 0)[: len(scale)], scale), "a block's rows differ in scale"
+    return blocks
