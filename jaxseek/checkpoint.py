@@ -283,13 +283,13 @@ def check_destination(path: str | Path, needed: int, overwrite: bool) -> bool:
         raise CheckpointError(f"{path}: already exists; choose another name, or overwrite it (--overwrite)")
     if taken and kind_of(path) is None:
         raise CheckpointError(f"{path}: already exists and is no checkpoint, so it is not overwritten")
-    parent = _existing_parent(path)
+    parent = existing_parent(path)
     if (free := shutil.disk_usage(parent).free) < needed:
         raise CheckpointError(f"{path}: needs {_size(needed)}, but {parent} has {_size(free)} free")
     return taken
 
 
-def _existing_parent(path: Path) -> Path:
+def existing_parent(path: Path) -> Path:
     return next(p for p in path.parents if p.exists())
 
 
@@ -350,7 +350,7 @@ def _rename(partial: Path, path: Path, taken: bool) -> None:
 
 def _raise_full(e: BaseException, path: str | Path, needed: int, then: str) -> None:
     if _is_full(e):
-        parent = _existing_parent(Path(path).absolute())
+        parent = existing_parent(Path(path).absolute())
         free = shutil.disk_usage(parent).free
         raise CheckpointError(
             f"{path}: the disk of {parent} is full; {_size(needed)} are needed, {_size(free)} are free {then}"

@@ -6,10 +6,11 @@ import argparse
 import dataclasses
 import json
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any
+
+from jaxseek.cli_convert import add_conversion_verbs, table
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -76,40 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--minutes", type=float, default=5.0, help="at most this long (default 5)")
     p.add_argument("--json", action="store_true", help="end with one line of JSON")
 
-    p = verb(
-        "convert",
-        _convert,
-        "Hugging Face safetensors (or a GGUF file) to a sharded Orbax checkpoint, or back with --to hf. "
-        "Killed at any moment, the same command goes on.",
-        "jaxseek convert DeepSeek-R1/ r1/   &&   jaxseek convert r1/ back/ --to hf --dtype bf16",
-    )
-
-    def conversion_arguments(p: argparse.ArgumentParser) -> None:
-        p.add_argument(
-            "src",
-            help="Hugging Face directory, hf://OWNER/NAME, fsspec URL, jaxseek checkpoint, .gguf file or "
-            "package:NAME of one",
-        )
-        p.add_argument("dst", help="directory to write; must not exist")
-        p.add_argument("--no-mtp", action="store_true", help="leave the multi-token module out")
-        p.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
-        p.add_argument(
-            "--memory", type=_size, default="1.5GiB", help="what the process may take (default 1.5GiB)"
-        )
-        p.add_argument("--verify", action="store_true", help="read everything back before DST gets its name")
-        p.add_argument(
-            "--no-checksum", action="store_true", help="do not check SRC's files by the hub's SHA-256"
-        )
-        p.add_argument("--json", action="store_true", help="end with one line of JSON")
-
-    conversion_arguments(p)
-    p.add_argument("--to", choices=("jaxseek", "hf"), default="jaxseek", help="format of DST")
-    p.add_argument(
-        "--dtype",
-        choices=("bf16", "f16", "f32", "fp8", "int8", "int4", "bfloat16", "float16", "float32", "float8"),
-        metavar="TYPE",
-        help="bf16, f16, f32, or for the linear and expert matrices fp8, int8, int4 (default: as in SRC)",
-    )
+    add_conversion_verbs(verb)
 
     def model_arguments(p: argparse.ArgumentParser) -> None:
         p.add_argument(
@@ -241,32 +209,6 @@ def _quickstart(args: argparse.Namespace) -> None:
     print(result)
     if args.json:
         print(json.dumps(dataclasses.asdict(result)))
-
-
-def _convert(args: argparse.Namespace) -> None:
-    from jaxseek_convert import convert
-
-    summary = convert(
-        args.src,
-        args.dst,
-        to=args.to,
-        dtype=args.dtype,
-        mtp=not args.no_mtp,
-        overwrite=args.overwrite,
-        memory=args.memory,
-        verify=args.verify,
-        checksums=not args.no_checksum,
-    )
-    if args.json:
-        print(json.dumps(summary))
-
-
-def _size(text: str) -> int:
-    """Bytes of 1.5GiB, 800M, 2e9."""
-    match = re.fullmatch(r"([0-9.e]+?)\s*([kmgt]?)i?b?", text.lower())
-    if not match:
-        raise argparse.ArgumentTypeError(f"is {text!r}, expected a size such as 1.5GiB or 800M")
-    return int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))
 
 
 def _load(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -483,7 +425,7 @@ def _info(args: argparse.Namespace) -> int | None:
         if args.json:
             print(json.dumps(proposal))
         else:
-            _table(f"{args.compute:.3g} FLOPs", budget_rows(proposal))
+            table(f"{args.compute:.3g} FLOPs", budget_rows(proposal))
         return None
     if not args.model:
         raise _WrongUse("no model: give MODEL, --list or --compute")
@@ -511,18 +453,8 @@ def _info(args: argparse.Namespace) -> int | None:
         f"weights per chip ({mesh})": f"{found['weight_bytes_per_chip'] / gib:.3f} GiB in {args.dtype}",
         f"cache per chip ({args.batch} x {args.context:,} tokens)": f"{cache:.3f} GiB",
     }
-    _table(args.model, rows)
+    table(args.model, rows)
     return None
-
-
-def _table(title: str, rows: dict[str, str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, title=title)
-    for row in rows.items():
-        table.add_row(*row)
-    Console().print(table)
 
 
 def _bench(args: argparse.Namespace) -> None:

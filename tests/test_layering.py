@@ -25,8 +25,9 @@ TIERS = [
     {"loading", "generate"},
     {"train"},
     {"rl"},
-    {"eval", "serve", "lab", "info", "bench_worker"},
+    {"eval", "serve", "lab", "info", "quantize", "bench_worker"},
     {"bench", "bench_train", "bench_grpo"},
+    {"cli_convert"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(TIERS) for name in names}

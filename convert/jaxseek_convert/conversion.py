@@ -76,14 +76,14 @@ def convert(
         )
     checkpoint.check_destination(place, 0, overwrite)
     console = Console(stderr=True)
-    with _folder_of(src, place) as (folder, remote), bars(progress, console) as stage:
+    with folder_of(src, place) as (folder, remote), bars(progress, console) as stage:
         source = opened(folder, mtp, remote)
         forms = target_forms(source, to, dtype)
         origin = source.origin(forms)
         beside = Beside(folder, Tokenizer.from_dir(folder))
         if beside.tokenizer is not None:
             beside.tokenizer.check_fits(source.cfg.vocab_size)
-        sink, finish = _sink(source, forms, origin, to)
+        sink, finish = sink_for(source, forms, origin, to)
         layouts = {name: row.layout for name, (row, _) in sink.tensors.items()}
         identity = {
             "source": source.identity(),
@@ -165,7 +165,7 @@ def parse_dtype(dtype: Any) -> str | None:
     )
 
 
-def target_forms(source: Source, to: str, dtype: Any) -> dict[str, Form]:
+def target_forms(source: stream.Described, to: str, dtype: Any) -> dict[str, Form]:
     """The form in which each parameter is to be written."""
     name = parse_dtype(dtype)
     powers = bool(source.quantization and source.quantization.get("scale_fmt") == "ue8m0")
@@ -199,7 +199,7 @@ def target_forms(source: Source, to: str, dtype: Any) -> dict[str, Form]:
     return forms
 
 
-def main_kind(source: Source, forms: Mapping[str, Form]) -> str:
+def main_kind(source: stream.Described, forms: Mapping[str, Form]) -> str:
     """What most numbers are stored as."""
     count: Counter[str] = Counter()
     for path, form in forms.items():
@@ -207,13 +207,13 @@ def main_kind(source: Source, forms: Mapping[str, Form]) -> str:
     return count.most_common(1)[0][0]
 
 
-def _plain_dtype(source: Source, forms: Mapping[str, Form]) -> str:
+def _plain_dtype(source: stream.Described, forms: Mapping[str, Form]) -> str:
     """What config.json names: of what is quantised, that of the rest."""
     plain = {path: form for path, form in forms.items() if not form.quantized}
     return main_kind(source, plain)
 
 
-def _sink(source: Source, forms: Mapping[str, Form], origin: Mapping[str, Any], to: str) -> Any:
+def sink_for(source: stream.Described, forms: Mapping[str, Form], origin: Mapping[str, Any], to: str) -> Any:
     """What is written, and how what lies beside the weights is."""
     cfg = source.cfg.replace(dtype=_plain_dtype(source, forms)).to_hf()
     if to == "jaxseek":
@@ -299,8 +299,10 @@ def bars(show: bool, console: Console) -> Iterator[Stage]:
 
 
 @contextlib.contextmanager
-def _folder_of(src: str | Path, dst: Path) -> Iterator[tuple[Path, Mapping[str, RemoteFile] | None]]:
-    """The directory to read, and weight files that are elsewhere.
+def folder_of(
+    src: str | Path, dst: Path, weights: bool = True
+) -> Iterator[tuple[Path, Mapping[str, RemoteFile] | None]]:
+    """The directory to read, and weight files that are elsewhere; without `weights` none is fetched.
 
     A GGUF file, and the small files of a remote checkpoint, become a directory beside `dst` for as long as
     it is needed.
@@ -313,7 +315,7 @@ def _folder_of(src: str | Path, dst: Path) -> Iterator[tuple[Path, Mapping[str, 
         if is_gguf(src):
             yield gguf_to_hf(src, scratch, overwrite=True), None
         else:
-            with fetched(str(src), scratch) as found:
+            with fetched(str(src), scratch, weights) as found:
                 yield found
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -111,13 +111,15 @@ def is_remote(src: str | Path) -> bool:
 
 
 @contextmanager
-def fetched(src: str, scratch: Path) -> Iterator[tuple[Path, dict[str, RemoteFile] | None]]:
+def fetched(
+    src: str, scratch: Path, weights: bool = True
+) -> Iterator[tuple[Path, dict[str, RemoteFile] | None]]:
     """A local folder with the small files of a remote checkpoint, and its weights where they stay remote.
 
     `hf://OWNER/NAME[@REVISION]` is downloaded into the hub's cache by huggingface_hub, all of it.
     """
     if src.startswith(_HUB):
-        yield _snapshot(src.removeprefix(_HUB).strip("/")), None
+        yield _snapshot(src.removeprefix(_HUB).strip("/"), weights), None
         return
     try:
         import fsspec
@@ -140,7 +142,7 @@ def fetched(src: str, scratch: Path) -> Iterator[tuple[Path, dict[str, RemoteFil
     yield scratch, {n: RemoteFile(fs, p) for n, p in names.items() if n.endswith(".safetensors")}
 
 
-def _snapshot(name: str) -> Path:
+def _snapshot(name: str, weights: bool) -> Path:
     try:
         import huggingface_hub
     except ImportError:
@@ -148,7 +150,7 @@ def _snapshot(name: str) -> Path:
             f"{_HUB}{name}: hub names need huggingface_hub: pip install 'jaxseek[data]'"
         ) from None
     repo, _, revision = name.partition("@")
-    kinds = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+    kinds = ["*.json", "*.model", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]
     try:
         return Path(huggingface_hub.snapshot_download(repo, revision=revision or None, allow_patterns=kinds))
     except Exception as e:  # its errors have many bases

@@ -96,7 +96,7 @@ def find_tensors(path: Path, remote: Mapping[str, RemoteFile] | None = None) -> 
     """
     if path.is_file():
         return _read_file(File(path))
-    index = _read_index(path) if (path / INDEX).is_file() else None
+    index = read_index(path) if (path / INDEX).is_file() else None
     held = remote.keys() if remote is not None else {f.name for f in path.glob("*.safetensors")}
     files = sorted(held if index is None else set(index.values()))
     if not files:
@@ -133,7 +133,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
     where = path / INDEX
     try:
         index = json.loads(where.read_text(encoding="utf-8"))["weight_map"]

@@ -21,8 +21,10 @@ import numpy as np
 import xxhash
 
 from jaxseek.checkpoint import CheckpointError
+from jaxseek.config import ModelConfig
 from jaxseek_convert.files import File, Writer
 from jaxseek_convert.numbers import Form, Rows, change
+from jaxseek_convert.table import Table
 
 JOURNAL = "journal.jsonl"
 MEMORY = 3 << 29  # bytes, by default: 1.5 GiB
@@ -40,12 +42,24 @@ class Source(Protocol):
     def rows(self, name: str, first: int, last: int) -> Rows: ...
 
 
+class Described(Protocol):
+    """What is known of a checkpoint before it is read."""
+
+    cfg: ModelConfig
+    table: Table
+    tensors: Mapping[str, Any]
+    quantization: dict[str, Any] | None
+
+    @property
+    def forms(self) -> dict[str, Form]: ...
+
+
 class Sink(Protocol):
     """Files to be written: their sizes, the form that a tensor has there, and where its rows go."""
 
     files: dict[str, int]
     headers: dict[str, bytes]
-    tensors: Mapping[str, Any]
+    tensors: dict[str, Any]
 
     def form(self, name: str) -> Form: ...
     def put(self, name: str, first: int, rows: Rows) -> Iterable[tuple[str, str, int, np.ndarray]]: ...
@@ -194,6 +208,29 @@ def pump(
     for name, digests in _in_threads(one, todo, threads):
         journal.add(name, digests)
     writer.close()
+
+
+def digest_source(
+    source: Source,
+    sink: Sink,
+    layouts: Mapping[str, Any],
+    names: Iterable[str],
+    threads: int,
+    progress: Callable[[int], Any],
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """The digests of what the source would be written as."""
+
+    def one(name: str) -> tuple[str, dict[str, str]]:
+        old, new = source.form(name), sink.form(name)
+        digests: dict[str, Any] = {}
+        for first, last in pieces(layouts[name], old, new):
+            rows = change(source.rows(name, first, last), old, new)
+            for key, _, _, data in sink.put(name, first, rows):
+                digests.setdefault(key, xxhash.xxh3_128()).update(data)
+        progress(source.nbytes(name))
+        return name, {key: d.hexdigest() for key, d in digests.items()}
+
+    yield from _in_threads(one, sorted(names, key=source.position), threads)
 
 
 def digest(

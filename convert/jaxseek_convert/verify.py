@@ -1,0 +1,167 @@
+"""`jaxseek verify`: whether a checkpoint is what was written, and computes what its source computes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from jaxseek.checkpoint import CheckpointError
+from jaxseek.config import ModelConfig
+from jaxseek.model import DeepSeek
+from jaxseek.sharding import fill
+from jaxseek_convert import stream
+from jaxseek_convert.checksums import check_sums, known_sums
+from jaxseek_convert.conversion import DIGESTS, Source, Stage, differing, opened
+from jaxseek_convert.numbers import F32, Form, decode
+from jaxseek_convert.store import StoreCheckpoint, StoreSink
+from jaxseek_convert.table import Table
+from jaxseek_convert.to_hf import HFSink
+
+_TOKENS = (2, 16)  # rows and length of the spot check
+
+
+def verify(
+    path: str | Path,
+    source: str | Path | None = None,
+    *,
+    memory: int = stream.MEMORY,
+    stage: Stage,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Check a checkpoint; returns what was found, ready for JSON, with `ok`.
+
+    Names and shapes have to be those of its config. Every byte is read and compared with the digests that the
+    conversion left, or with the hub's checksums where a download has them. With `source`, the checkpoint
+    that it was converted from, every tensor is converted again in memory and has to give those digests, and
+    both compute the logits of the same random tokens (`logits`), with as many of the first layers as fit
+    into half of the machine's free memory. Raises CheckpointError where there is nothing that can be
+    opened.
+    """
+    folder = Path(path)
+    found = opened(folder)
+    threads = stream.threads_for(memory, changed=False)
+    result: dict[str, Any] = {"path": str(path), "tensors": len(found.tensors), "ok": True}
+    digests = read_digests(folder)
+    if digests is not None:
+        if names := set(digests) ^ set(_noted(found)):
+            raise CheckpointError(
+                f"{folder / DIGESTS}: has other tensors than the checkpoint, as {min(names)}"
+            )
+        result["damaged"] = differing(folder, found.spans, digests, threads, stage)
+    elif known_sums(folder):
+        check_sums(folder, stage)
+        result["damaged"] = []
+    result["digests"] = "damaged" in result
+    result["ok"] = not result.get("damaged")
+    if source is not None:
+        origin = opened(Path(source), mtp=bool(found.cfg.num_nextn_predict_layers))
+        result["unlike_source"] = _unlike(origin, found, threads, stage)
+        result["logits"] = compare_logits(origin, found, seed)
+        exact = all(_holds(found.form(n), origin.form(n)) for n in _own(found))
+        same = not exact or result["logits"].get("max_difference", 0) == 0
+        result["ok"] = result["ok"] and not result["unlike_source"] and same
+    return result
+
+
+def read_digests(folder: Path) -> dict[str, dict[str, str]] | None:
+    """What a conversion noted of every tensor that it wrote; None where none wrote the checkpoint."""
+    place = folder / DIGESTS
+    if not place.is_file():
+        return None
+    try:
+        return json.loads(place.read_text(encoding="utf-8"))["tensors"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise CheckpointError(f"{place}: cannot be read ({type(e).__name__}: {e}); convert again") from None
+
+
+def _noted(source: Source) -> list[str]:
+    """Tensors of which a conversion notes digests: a store has no copies."""
+    return _own(source) if isinstance(source, StoreCheckpoint) else list(source.tensors)
+
+
+def _own(source: Source) -> list[str]:
+    return [name for name, row, _ in source.table if row.kind == "own"]
+
+
+def _holds(form: Form, other: Form) -> bool:
+    """Whether every number of another form is one of this."""
+    return form == other or form.kind == F32.name
+
+
+def _unlike(origin: Source, found: Source, threads: int, stage: Stage) -> list[str]:
+    """Tensors that are not what the source would be converted to."""
+    names = _own(found)
+    if missing := found.table.params.keys() - origin.table.params.keys():
+        raise CheckpointError(f"{origin.path}: is no source of {found.path}, it has no {min(missing)}")
+    if isinstance(found, StoreCheckpoint):
+        sink = StoreSink(found.table, found.forms)
+    else:
+        sink = HFSink(found.table, {n: found.form(n) for n in names})
+    layouts = {name: row.layout for name, row, _ in found.table}
+    done = stage("compare", sum(map(origin.nbytes, names)))
+    meant = dict(stream.digest_source(origin, sink, layouts, names, threads, done))
+    held = dict(stream.digest_source(found, sink, layouts, names, threads, lambda _: None))
+    return [n for n in names if meant[n] != held[n]]
+
+
+# -------------------------------------------------------------------- logits
+
+
+def compare_logits(a: Source, b: Source, seed: int) -> dict[str, Any]:
+    """How the float32 logits of two checkpoints differ, of random tokens, by as many layers as fit."""
+    cfg = _shortened(b.cfg)
+    if cfg is None:
+        return {"layers": 0, "why": "not even one layer in float32 fits into half of the free memory"}
+    tokens = np.random.default_rng(seed).integers(0, cfg.vocab_size, _TOKENS)
+    first, second = (np.asarray(_model(source, cfg)(tokens), np.float64) for source in (a, b))
+    p, q = (jax.nn.log_softmax(jnp.asarray(x), axis=-1) for x in (first, second))
+    return {
+        "layers": cfg.num_hidden_layers,
+        "max_difference": float(np.abs(first - second).max()),
+        "kl": float((jnp.exp(p) * (p - q)).sum(-1).mean()),
+        "same_token": float((first.argmax(-1) == second.argmax(-1)).mean()),
+    }
+
+
+def _shortened(cfg: ModelConfig) -> ModelConfig | None:
+    """The model with as many of its first layers as float32 numbers in half of the free memory."""
+    room = _free_memory() // 2
+    for layers in range(cfg.num_hidden_layers, 0, -1):
+        short = cfg.replace(num_hidden_layers=layers, num_nextn_predict_layers=0)
+        if 4 * short.num_params() <= room:
+            return short
+    return None
+
+
+def _free_memory() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines() if os.path.exists("/proc/meminfo") else ():
+        if line.startswith("MemAvailable"):
+            return int(line.split()[1]) << 10
+    return 4 << 30
+
+
+def _model(source: Source, cfg: ModelConfig) -> DeepSeek:
+    """The first layers of a checkpoint, float32, on one device."""
+    table = Table(cfg)
+
+    def fetch(name: str, index: Any) -> np.ndarray:
+        rows = source.rows(name, 0, layouts[name].shape[0])
+        return decode(rows, source.form(name), F32)[index]
+
+    layouts = {name: row.layout for name, row, _ in table}
+
+    def make(path: str, param: nnx.Variable, sharding: NamedSharding) -> jax.Array:
+        out = np.empty(param.get_value().shape, np.float32)
+        table.row_of(path).read(path, tuple(slice(0, n) for n in out.shape), out, fetch)
+        return jax.device_put(out, sharding)
+
+    model = DeepSeek.abstract(cfg)
+    return fill(model, model.strategy.make_mesh(), make)

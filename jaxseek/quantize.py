@@ -1,0 +1,74 @@
+"""`jaxseek quantize`: a smaller checkpoint, and what the rounding costs."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxseek import checkpoint
+from jaxseek.loading import load
+from jaxseek.model import DeepSeek
+from jaxseek.tokenizer import Tokenizer
+
+_WINDOW, _WINDOWS, _BATCH = 256, 16, 4  # tokens, of which so many windows are read, so many at a time
+
+
+def rounding_error(src: str | Path, dst: str | Path, text: str | Path | None = None) -> dict[str, Any]:
+    """How the model `dst` differs from `src`, which it was quantised from, on the tokens of a text.
+
+    Perplexity of both, KL(src || dst) in nats per token as mean and 99th percentile, and the share of
+    tokens on which the likeliest is the same. Without `text` it is Python's manual; a model with no
+    tokenizer reads random tokens, of which the perplexity says nothing. Raises CheckpointError as `load`
+    does, and OSError for the text.
+    """
+    model, tokenizer = load(src)
+    other, _ = load(dst)
+    tokens = _tokens(tokenizer, model.cfg.vocab_size, text, min(_WINDOW, model.cfg.max_position_embeddings))
+    parts = [_compare(model, other, batch) for batch in np.split(tokens, range(_BATCH, len(tokens), _BATCH))]
+    nll, other_nll, kl, same = (np.concatenate([p[i].ravel() for p in parts]) for i in range(4))
+    result = {
+        "tokens": int(kl.size),
+        "text": str(text) if text else "Python's manual" if tokenizer else "random tokens",
+        "kl": float(kl.mean()),
+        "kl_99": float(np.quantile(kl, 0.99)),
+        "same_token": float(same.mean()),
+    }
+    if tokenizer is not None:
+        result |= {"perplexity": math.exp(nll.mean()), "perplexity_quantized": math.exp(other_nll.mean())}
+    return result
+
+
+def _tokens(tokenizer: Tokenizer | None, vocabulary: int, text: str | Path | None, window: int) -> np.ndarray:
+    if tokenizer is None:
+        return np.random.default_rng(0).integers(0, vocabulary, (_BATCH, window))
+    if text is None:
+        from pydoc_data.topics import topics
+
+        words = "\n".join(topics[name] for name in sorted(topics))
+    else:
+        words = Path(text).read_text(encoding="utf-8")
+    ids = tokenizer.encode(words[: 64 * window * _WINDOWS])
+    count = min(_WINDOWS, len(ids) // window)
+    if not count:
+        raise checkpoint.CheckpointError(
+            f"{text}: has {len(ids)} tokens, expected at least {window} to measure on; give a longer text"
+        )
+    return np.array(ids[: count * window]).reshape(count, window)
+
+
+def _compare(a: DeepSeek, b: DeepSeek, tokens_BT: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Negative log-likelihoods of either, KL, and whether the likeliest token is the same; each [B, T - 1]."""
+    return tuple(map(np.asarray, _terms(a(tokens_BT), b(tokens_BT), jnp.asarray(tokens_BT))))
+
+
+@jax.jit
+def _terms(a_BTV: jax.Array, b_BTV: jax.Array, tokens_BT: jax.Array) -> tuple[jax.Array, ...]:
+    p, q = (jax.nn.log_softmax(x[:, :-1], axis=-1) for x in (a_BTV, b_BTV))
+    next_BT1 = tokens_BT[:, 1:, None]
+    nll, other = (-jnp.take_along_axis(x, next_BT1, axis=-1)[..., 0] for x in (p, q))
+    return nll, other, (jnp.exp(p) * (p - q)).sum(-1), (p.argmax(-1) == q.argmax(-1)).astype(jnp.float32)
