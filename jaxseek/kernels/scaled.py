@@ -6,6 +6,7 @@ takes longer than the product where there are few rows.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -29,8 +30,16 @@ class Scaled(NamedTuple):
 
 
 def dequantize(w: Scaled, dtype: Any) -> jax.Array:
-    """value * scale in float32, as `dtype`."""
-    value, scale = w
+    """value * scale in float32, as `dtype`; on each shard by itself."""
+    local = functools.partial(_numbers, dtype=dtype)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size == 1 or mesh.are_all_axes_manual:
+        return local(*w)
+    specs = [jax.typeof(a).sharding.spec for a in w]
+    return jax.shard_map(local, in_specs=tuple(specs), out_specs=specs[0])(*w)
+
+
+def _numbers(value: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
     # the value as [..., k, n / k, ...], the scale as [..., k, 1, ...]
     split = [(k, n // k) for n, k in zip(value.shape, scale.shape)]
     assert value.shape == tuple(map(math.prod, split)), (value.shape, scale.shape)
