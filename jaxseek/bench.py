@@ -36,7 +36,7 @@ def memory_bandwidth(seconds: float = 2.0) -> float:
     return best
 
 
-def bytes_per_step(cfg: ModelConfig, weight_bytes: int, batch: int, slots: float, itemsize: int) -> float:
+def bytes_per_step(cfg: ModelConfig, weight_bytes: float, batch: int, slots: float, itemsize: int) -> float:
     """Bytes that one decode step must read: weights (experts: as many as uniform routing touches), caches."""
     read = cfg.num_params() - (0 if cfg.tie_word_embeddings else cfg.vocab_size * cfg.hidden_size)
     if cfg.n_routed_experts:
@@ -63,6 +63,7 @@ def bench(
     from jaxseek.generate.engine import Engine
     from jaxseek.generate.sampling import Sampling
     from jaxseek.loading import load
+    from jaxseek.sharding import parameters
 
     if new_tokens < 2:
         raise ValueError(f"new_tokens is {new_tokens}, expected 2 or more: the first comes from prefill")
@@ -72,6 +73,8 @@ def bench(
     bandwidth = memory_bandwidth() if on_cpu else None
     reference = _transformers(source, model, tokenizer) if against else None
     engine, rows = Engine(model), []
+    values = [v.get_value() for v in parameters(engine.decoder).values()]
+    weight_bytes = sum(v.nbytes for v in values) / cfg.num_params(mtp=bool(len(model.mtp)))
     sampling = Sampling(max_new_tokens=new_tokens, temperature=0)
 
     def ours(prompts: np.ndarray) -> tuple[float, float]:
@@ -105,7 +108,7 @@ def bench(
             if bandwidth:
                 slots = prompt_tokens + new_tokens / 2
                 row["fraction_of_memory_bandwidth"] = (
-                    bytes_per_step(cfg, itemsize, batch, slots, itemsize) * steps / bandwidth
+                    bytes_per_step(cfg, weight_bytes, batch, slots, itemsize) * steps / bandwidth
                 )
             rows.append(row)
         if reference:

@@ -2,8 +2,12 @@
 
     config.json     the model, as Hugging Face writes it
     params/         Orbax: one array for each parameter, by dotted path
-    jaxseek.json    format version, shapes and dtypes, sizes of the files, and where the weights came from
+    jaxseek.json    format version, shapes and dtypes, which matrices are quantised and in what groups, sizes
+                    of the files, and where the weights came from
     tokenizer files, where there is a tokenizer
+
+A quantised matrix is two arrays, PATH.value and PATH.scale (layers/quant.py). int4 values are stored as bytes
+(kernels/int4.py), although jaxseek.json says their own shape and dtype.
 
 A checkpoint is written beside its destination and gets its name when it is whole, so a directory with
 that name is complete.
@@ -14,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import functools
 import json
 import math
 import shutil
@@ -25,10 +30,14 @@ from typing import Any, Literal, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, Sharding
+from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.sharding import PartitionSpec as P
 
 from jaxseek.config import ModelConfig, presets
+from jaxseek.kernels import int4
+from jaxseek.layers.quant import MATRICES, Spec, quantization, quantized
 from jaxseek.model import DeepSeek
 from jaxseek.sharding import fill, parameters
 from jaxseek.store import LAYOUT, Array
@@ -73,14 +82,18 @@ def save(
     whole; with `check`, only after every parameter was read back and found equal. Raises CheckpointError
     where the destination is taken or the disk is full.
     """
-    arrays = {p: v.get_value() for p, v in parameters(model).items()}
-    if arrays.keys() != parameters(DeepSeek.abstract(model.cfg)).keys():
+    arrays, specs = {p: v.get_value() for p, v in parameters(model).items()}, quantization(model)
+    plain = arrays.keys() - {f"{p}.{part}" for p in specs for part in ("value", "scale")}
+    if plain | specs.keys() != parameters(DeepSeek.abstract(model.cfg)).keys():
         raise ValueError("this model has other stacks than its config: save the one it was unrolled from")
-    manifest = {
+    manifest: dict[str, Any] = {
         "format": FORMAT,
         "params": {p: {"shape": list(a.shape), "dtype": a.dtype.name} for p, a in arrays.items()},
         "origin": dict(origin or {}),
     }
+    if specs:
+        manifest["quantization"] = {p: spec.group for p, spec in specs.items()}
+    arrays = {p: _as_stored(p, a, model.mesh) for p, a in arrays.items()}
     with new_directory(path, sum(a.nbytes for a in arrays.values()), overwrite) as partial:
         _orbax_save(partial / "params", arrays)
         if check:
@@ -94,7 +107,7 @@ def save(
 
 
 def restore(path: str | Path, mesh: Any = None, dtype: Any = None, mtp: bool = True) -> DeepSeek:
-    """The model of a checkpoint, on any mesh; `dtype` casts all but what is float32 by design.
+    """The model of a checkpoint, on any mesh; `dtype` casts all but what is float32 by design or quantised.
 
     Without `mtp` the multi-token module is left out. Raises CheckpointError where the directory is no
     checkpoint, an interrupted or a newer one, or does not fit its config.
@@ -107,6 +120,8 @@ def restore(path: str | Path, mesh: Any = None, dtype: Any = None, mtp: bool = T
         cfg = cfg.replace(num_nextn_predict_layers=0)
         held = {p: h for p, h in held.items() if not p.startswith("mtp.")}
     model = DeepSeek.abstract(cfg, mesh, jnp.bfloat16)
+    specs = {p: spec for p, spec in stored_quantization(manifest).items() if p in parameters(model)}
+    model = quantized(model, specs)
     expected = {p: v.get_value() for p, v in parameters(model).items()}
     raise_mismatch(
         f"{path / MANIFEST} and config.json do not fit each other",
@@ -115,14 +130,26 @@ def restore(path: str | Path, mesh: Any = None, dtype: Any = None, mtp: bool = T
         "they were written together: restore the original config.json",
     )
     mesh = model.strategy.make_mesh()
-    shapes = {p: a.shape for p, a in expected.items()}
-    shardings = {p: NamedSharding(mesh, a.sharding.spec) for p, a in expected.items()}
+    shardings = {p: _stored_sharding(p, a, mesh) for p, a in expected.items()}
+    shapes = {
+        p: int4.packed_shape(a.shape, _pairs(p)) if a.dtype == jnp.int4 else a.shape
+        for p, a in expected.items()
+    }
     dtypes = {p: param_dtype(a, dtype, held[p]["dtype"]) for p, a in expected.items()}
+    dtypes |= {p: np.dtype(np.uint8) for p, kind in dtypes.items() if kind == jnp.int4}
     if manifest.get("layout") == LAYOUT:
         arrays = {p: _from_store(path, p, shardings[p], dtypes[p]) for p in shapes}
     else:
         arrays = _orbax_restore(path / "params", shapes, shardings, dtypes)
-    return fill(model, mesh, lambda p, *_: arrays[p])
+
+    def value(p: str, param: nnx.Variable, sharding: NamedSharding) -> jax.Array:
+        array, abstract = arrays.pop(p), param.get_value()
+        if abstract.dtype != jnp.int4:
+            return array
+        return _unpack(array, abstract.shape[_pairs(p)], _pairs(p), sharding)
+
+    with jax.set_mesh(mesh):
+        return fill(model, mesh, value)
 
 
 def _from_store(path: Path, name: str, sharding: Sharding, dtype: Any) -> jax.Array:
@@ -148,6 +175,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if version != FORMAT:
         raise CheckpointError(f"{path}: has format {version!r}, this jaxseek reads {FORMAT}; update jaxseek")
     return manifest
+
+
+def stored_quantization(manifest: Mapping[str, Any]) -> dict[str, Spec]:
+    """How each quantised parameter of a checkpoint is so, by path, from its manifest."""
+    groups = manifest.get("quantization", {})
+    return {p: Spec(manifest["params"][f"{p}.value"]["dtype"], group) for p, group in groups.items()}
 
 
 def file_sizes(path: Path) -> dict[str, int]:
@@ -221,9 +254,9 @@ def parse_dtype(dtype: Any) -> np.dtype:
 
 
 def param_dtype(abstract: jax.ShapeDtypeStruct, dtype: Any, source: Any) -> np.dtype:
-    """A parameter's dtype: float32 by design (in a model made for bfloat16), or as asked, or its source's."""
-    if abstract.dtype == jnp.float32:
-        return np.dtype(np.float32)
+    """A parameter's dtype: its own by design (in a model made for bfloat16), or as asked, or its source's."""
+    if abstract.dtype != jnp.bfloat16:
+        return np.dtype(abstract.dtype)
     return parse_dtype(source if dtype is None else dtype)
 
 
@@ -244,8 +277,9 @@ def main_dtype(specs: Iterable[tuple[tuple[int, ...], np.dtype]]) -> str:
 
 
 def stored_dtype(model: DeepSeek) -> str:
-    """The dtype of most of a model's weights."""
-    values = (v.get_value() for v in parameters(model).values())
+    """The dtype of most of a model's weights, quantised ones not counted."""
+    specs = quantization(model)
+    values = (v.get_value() for p, v in parameters(model).items() if p.rpartition(".")[0] not in specs)
     return main_dtype((v.shape, v.dtype) for v in values)
 
 
@@ -388,6 +422,37 @@ def _check(path: Path, arrays: dict[str, jax.Array]) -> None:
     for p, a in arrays.items():
         if not survived(p, a):
             raise CheckpointError(f"{path.parent}: {p} was read back with other values; is the disk sound?")
+
+
+def _pairs(path: str) -> int:
+    """The axis along which a checkpoint holds int4 values in pairs: the last that is summed over."""
+    name = path.split(".")[-2]
+    letters = name.rsplit("_", 1)[1]
+    return letters.index(MATRICES[name][-1]) - len(letters)
+
+
+def _stored_sharding(path: str, a: Any, mesh: Mesh) -> NamedSharding:
+    """How an array is laid out as it is stored: int4's rows are whole where a shard would cut a byte."""
+    spec = [*a.sharding.spec, *(None,) * (a.ndim - len(a.sharding.spec))]
+    if a.dtype == jnp.int4 and spec[_pairs(path)] is not None:
+        axes = spec[_pairs(path)]
+        parts = math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+        if a.shape[_pairs(path)] % (2 * parts):
+            spec[_pairs(path)] = None
+    return NamedSharding(mesh, P(*spec))
+
+
+def _as_stored(path: str, a: jax.Array, mesh: Mesh) -> jax.Array:
+    if a.dtype != jnp.int4:
+        return a
+    sharding, axis = _stored_sharding(path, a, mesh), _pairs(path)
+    with jax.set_mesh(mesh):
+        return jax.jit(lambda values: int4.pack(jax.sharding.reshard(values, sharding), axis))(a)
+
+
+@functools.partial(jax.jit, static_argnames=("size", "axis", "sharding"))
+def _unpack(stored: jax.Array, size: int, axis: int, sharding: NamedSharding) -> jax.Array:
+    return jax.sharding.reshard(int4.unpack(stored, size, axis), sharding)
 
 
 def _orbax_save(path: Path, arrays: dict[str, jax.Array]) -> None:

@@ -429,16 +429,17 @@ def _info(args: argparse.Namespace) -> int | None:
         return None
     if not args.model:
         raise _WrongUse("no model: give MODEL, --list or --compute")
-    from jaxseek.info import describe, read_config
+    from jaxseek.info import describe, read_config, read_quantization
 
-    cfg = read_config(args.model)
-    found = describe(cfg, args.mesh, args.dtype, args.context, args.batch)
+    cfg, specs = read_config(args.model), read_quantization(args.model)
+    found = describe(cfg, args.mesh, args.dtype, args.context, args.batch, specs)
     if args.json:
         print(json.dumps(found | {"config": cfg.to_hf()}))
         return None
     mesh = " x ".join(f"{a}={n}" for a, n in found["mesh"].items()) or "one chip"
     gib = 2**30
     cache = found["cache_bytes_per_chip"] / gib
+    dtypes = " and ".join([*found["quantized"], args.dtype])
     rows = {
         "architecture": f"{found['model_type']}, {found['attention']}, {found['layers']} layers of "
         f"{found['hidden_size']}, {found['heads']} heads",
@@ -450,7 +451,7 @@ def _info(args: argparse.Namespace) -> int | None:
         "active per token": f"{found['active_parameters']:,}",
         "multi-token module": f"{found['mtp_parameters']:,}" if found["mtp_parameters"] else "none",
         "cache per token": f"{found['cache_bytes_per_token']:,} bytes in {args.dtype}",
-        f"weights per chip ({mesh})": f"{found['weight_bytes_per_chip'] / gib:.3f} GiB in {args.dtype}",
+        f"weights per chip ({mesh})": f"{found['weight_bytes_per_chip'] / gib:.3f} GiB in {dtypes}",
         f"cache per chip ({args.batch} x {args.context:,} tokens)": f"{cache:.3f} GiB",
     }
     table(args.model, rows)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
 
+from jaxseek import checkpoint
 from jaxseek.config import ConfigError, ModelConfig, presets
+from jaxseek.layers.quant import Spec, quantized
 from jaxseek.model import DeepSeek
 from jaxseek.sharding import Strategy, parameters
 
@@ -23,12 +27,24 @@ def read_config(model: str) -> ModelConfig:
     raise ConfigError(f"{model}: neither a preset (jaxseek info --list) nor a directory with a config.json")
 
 
+def read_quantization(model: str) -> dict[str, Spec]:
+    """How the parameters of a checkpoint directory are quantised; empty where they are not."""
+    if checkpoint.kind_of(model) != "jaxseek":
+        return {}
+    return checkpoint.stored_quantization(checkpoint.read_manifest(Path(model)))
+
+
 def describe(
-    cfg: ModelConfig, mesh: Any = None, dtype: str = "bfloat16", context: int = 4096, batch: int = 1
+    cfg: ModelConfig,
+    mesh: Any = None,
+    dtype: str = "bfloat16",
+    context: int = 4096,
+    batch: int = 1,
+    quantization: Mapping[str, Spec] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Counts and bytes of a model in `dtype`, and its weights and cache on one chip of a mesh."""
+    """Counts and bytes of a model in `dtype`, where not quantised, and what one chip of a mesh holds."""
     strategy = Strategy.parse(mesh)
-    model = DeepSeek.abstract(cfg, strategy, jnp.dtype(dtype))
+    model = quantized(DeepSeek.abstract(cfg, strategy, jnp.dtype(dtype)), quantization)
     size = dict(strategy.sizes)
     weights = 0
     for param in parameters(model).values():
@@ -36,7 +52,8 @@ def describe(
         split = [
             a for axes in value.sharding.spec if axes for a in ((axes,) if isinstance(axes, str) else axes)
         ]
-        weights += value.size * value.dtype.itemsize // math.prod(size[a] for a in split)
+        bits = 4 if value.dtype == jnp.int4 else 8 * value.dtype.itemsize
+        weights += value.size * bits // 8 // math.prod(size[a] for a in split)
     rules = strategy.decode
     rows = -(-batch // strategy.parts(rules, "batch"))
     slots = -(-context // strategy.parts(rules, "cache_length"))
@@ -56,6 +73,7 @@ def describe(
         "mtp_parameters": cfg.num_params(mtp=True) - cfg.num_params(),
         "cache_bytes_per_token": cfg.cache_bytes_per_token(dtype),
         "dtype": dtype,
+        "quantized": sorted({spec.dtype for spec in quantization.values()}),
         "mesh": {a: n for a, n in strategy.sizes if n > 1},
         "chips": strategy.num_devices,
         "weight_bytes_per_chip": weights,

@@ -27,6 +27,7 @@ from jaxseek.kernels.attention import Mask
 from jaxseek.layers.block import Context, Layer, run_stack
 from jaxseek.layers.moe import MoE, Routing
 from jaxseek.layers.norm import RMSNorm
+from jaxseek.layers.quant import quantization
 from jaxseek.layers.rope import rope_table
 from jaxseek.mtp import MTP
 from jaxseek.sharding import Init, Rules, Strategy, fill, random_values
@@ -131,8 +132,10 @@ class DeepSeek(nnx.Module):
 
         Without `fresh`, queries attend to the caches, whose slots are positions, and need `positions_BT`.
         `dtype` is that of the activations, and of the weights as they are used; the default is the weights'.
-        `remat` and `fp8` are for training, see Context.
+        `remat` and `fp8` are for training, see Context. Raises ValueError for `fp8` on quantised weights.
         """
+        if fp8 and quantization(self):
+            raise ValueError("fp8 rounds weights for training, but these are quantised")
         ones_BT = jnp.ones(tokens_BT.shape, jnp.int32)
         segment_ids_BT = ones_BT if segment_ids_BT is None else segment_ids_BT
         if positions_BT is None:

@@ -62,7 +62,7 @@ def _tokens(tokenizer: Tokenizer | None, vocabulary: int, text: str | Path | Non
 
 
 def _compare(a: DeepSeek, b: DeepSeek, tokens_BT: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Negative log-likelihoods of either, KL, and whether the likeliest token is the same; each [B, T - 1]."""
+    """Negative log-likelihoods of either, KL, and whether the likeliest token is; each [B, T - 1]."""
     return tuple(map(np.asarray, _terms(a(tokens_BT), b(tokens_BT), jnp.asarray(tokens_BT))))
 
 

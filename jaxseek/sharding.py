@@ -77,10 +77,11 @@ class Rules:
         """Move `x` to the layout of these logical names (no operation where it already is)."""
         return jax.sharding.reshard(x, self.spec(*names))
 
-    def use(self, param: Any, dtype: Any) -> jax.Array:
-        """A parameter as this phase computes with it: cast first, so that a gather moves fewer bytes."""
+    def use(self, param: Any, dtype: Any, *axes: str | None) -> jax.Array:
+        """A parameter as this phase computes with it, or by other `axes` than its own: cast first, so that a
+        gather moves fewer bytes."""
         value = param[...].astype(dtype)
-        return self.shard(value, *param.get_metadata("axes"))
+        return self.shard(value, *(axes or param.get_metadata("axes")))
 
 
 @dataclass(frozen=True)

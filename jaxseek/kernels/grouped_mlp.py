@@ -13,14 +13,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxseek.kernels.fp8 import round_gradient, round_tiles
+from jaxseek.kernels.scaled import FEW, Scaled, dequantize, product_of_few
 from jaxseek.sharding import platform
 
 
 def grouped_mlp(
     x_MD: jax.Array,
-    gate_EDF: jax.Array,
-    up_EDF: jax.Array,
-    down_EFD: jax.Array,
+    gate_EDF: jax.Array | Scaled,
+    up_EDF: jax.Array | Scaled,
+    down_EFD: jax.Array | Scaled,
     sizes_E: jax.Array,
     fp8: bool = False,
 ) -> jax.Array:
@@ -28,7 +29,8 @@ def grouped_mlp(
 
     Row m belongs to the expert whose run of `sizes_E` rows holds it; rows past `sum(sizes_E)` belong to none
     and come back as zeros. For one device or inside shard_map. With `fp8`, activations and gradients are
-    rounded to FP8 on their way into each matmul; the weights are expected to be so already.
+    rounded to FP8 on their way into each matmul; the weights are expected to be so already. Experts may be
+    quantised, for the forward pass.
     Source: DeepSeekMoE paper, eq. 3-5; the expert MLP of HF DeepseekV3Experts.
     """
     implementation = _gmm_mlp if platform() == "tpu" else _tiled_mlp
@@ -47,6 +49,7 @@ def _gmm_mlp(x_MD, gate_EDF, up_EDF, down_EFD, sizes_E, fp8=False, interpret=Fal
     x_MD = jnp.pad(jnp.where(live_M1, x_MD, 0), ((0, -M % 128), (0, 0)))
 
     def matmul(a_MK, w_EKN) -> Any:
+        w_EKN = dequantize(w_EKN, a_MK.dtype) if isinstance(w_EKN, Scaled) else w_EKN
         a_MK = round_tiles(a_MK) if fp8 else a_MK
         y_MN = gmm(a_MK, w_EKN, sizes_E, a_MK.dtype, _tile_sizes, None, None, False, interpret)
         return round_gradient(y_MN) if fp8 else y_MN
@@ -88,6 +91,14 @@ def _rounded_matmul(a_TK: jax.Array, w_KN: jax.Array) -> jax.Array:
     return round_gradient(y_TN.astype(a_TK.dtype))
 
 
+def _times_expert(matmul: Any, a_TK: jax.Array, w_EKN: jax.Array | Scaled, e: jax.Array) -> jax.Array:
+    if not isinstance(w_EKN, Scaled):
+        return matmul(a_TK, w_EKN[e])
+    if a_TK.shape[0] <= FEW and a_TK.dtype == jnp.float32:
+        return product_of_few(a_TK, w_EKN, e)
+    return matmul(a_TK, dequantize(Scaled(*(a[e] for a in w_EKN)), a_TK.dtype))
+
+
 def _swiglu(gate_TF: jax.Array, up_TF: jax.Array) -> jax.Array:
     return jax.nn.silu(gate_TF) * up_TF
 
@@ -117,8 +128,8 @@ def _tiled_fwd(x_MD, gate_EDF, up_EDF, down_EFD, sizes_E, fp8):
 
     def body(i, tiles):
         y_ITD, gate_ITF, up_ITF = tiles  # a tile of y takes the place of x's
-        gate_TF, up_TF = matmul(y_ITD[i], gate_EDF[e[i]]), matmul(y_ITD[i], up_EDF[e[i]])
-        y_TD = matmul(_swiglu(gate_TF, up_TF), down_EFD[e[i]])
+        gate_TF, up_TF = (_times_expert(matmul, y_ITD[i], w, e[i]) for w in (gate_EDF, up_EDF))
+        y_TD = _times_expert(matmul, _swiglu(gate_TF, up_TF), down_EFD, e[i])
         return y_ITD.at[i].set(y_TD), gate_ITF.at[i].set(gate_TF), up_ITF.at[i].set(up_TF)
 
     hidden = [jnp.zeros((*rows.shape, gate_EDF.shape[2]), x_MD.dtype)] * 2

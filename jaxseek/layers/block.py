@@ -18,6 +18,7 @@ from jaxseek.layers.mla import MLA
 from jaxseek.layers.mlp import MLP
 from jaxseek.layers.moe import MoE, Routing
 from jaxseek.layers.norm import RMSNorm
+from jaxseek.layers.quant import Quantized, quantization
 from jaxseek.layers.rope import Rope
 from jaxseek.sharding import Init, Rules, platform
 
@@ -72,8 +73,10 @@ class Layer(nnx.Module):
 
     def join(self) -> Layer:
         """Itself, with its weights laid out as one CPU device decodes with them fastest: see Joined."""
-        for _, module in nnx.iter_modules(self):
-            if isinstance(module, GQA | MLP):
+        for _, module in list(nnx.iter_modules(self)):
+            if isinstance(module, Quantized):
+                module.widen()
+            elif isinstance(module, MLA) or (isinstance(module, GQA | MLP) and not quantization(module)):
                 module.join()
         return self
 

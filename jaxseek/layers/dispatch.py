@@ -10,12 +10,15 @@ dispatches, those of the largest gates first; the rest are dropped and counted.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxseek.kernels.grouped_mlp import grouped_mlp, sort_by_expert
 from jaxseek.kernels.ragged_all_to_all import ragged_all_to_all
+from jaxseek.kernels.scaled import Scaled
 from jaxseek.sharding import Rules
 
 
@@ -24,14 +27,14 @@ def dispatch(
     ids_BTK: jax.Array,
     gates_BTK: jax.Array,
     valid_BT: jax.Array,
-    experts: list[jax.Array],
+    experts: Sequence[jax.Array | Scaled],
     rules: Rules,
     fp8: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sum of gate times expert output over each token's experts: ([B, T, D], load [E], dropped []).
 
-    `experts` are gate [E, D, F], up [E, D, F] and down [E, F, D]; rows with `valid` false reach none. `fp8`
-    is `grouped_mlp`'s.
+    `experts` are gate [E, D, F], up [E, D, F] and down [E, F, D], quantised or not; rows with `valid` false
+    reach none. `fp8` is `grouped_mlp`'s.
     """
     E = experts[0].shape[0]
     expert_axes, width_axes = rules.axes("expert"), rules.axes("expert_mlp")
@@ -65,10 +68,15 @@ def dispatch(
     token_args = [
         jax.sharding.reshard(a, token_spec) for a in (x_BTD, ids_BTK, gates_BTK, valid_BT[..., None])
     ]
-    wide = rules.spec("expert", None, "expert_mlp")
+
+    def spec(w: Any, *names: str | None) -> Any:
+        return jax.tree.map(lambda a: rules.spec(*(x if n > 1 else None for x, n in zip(names, a.shape))), w)
+
+    wide = ("expert", None, "expert_mlp")
+    layouts = (wide, wide, ("expert", "expert_mlp", None))
     y_BTD, load_E, dropped = jax.shard_map(
         local,
-        in_specs=(*(token_spec,) * 4, wide, wide, rules.spec("expert", "expert_mlp", None)),
+        in_specs=(*(token_spec,) * 4, *(spec(w, *names) for w, names in zip(experts, layouts))),
         out_specs=(token_spec, jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec()),
         check_vma=False,  # the TPU grouped matmul does not declare over which axes its result varies
     )(*token_args, *experts)

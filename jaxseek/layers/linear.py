@@ -16,7 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxseek.kernels.fp8 import round_blocks, round_gradient, round_tiles
-from jaxseek.sharding import platform
+from jaxseek.kernels.scaled import FEW, Scaled, dequantize, product_of_few
+from jaxseek.layers.quant import Quantized, matrix
+from jaxseek.sharding import Rules, platform
 
 if TYPE_CHECKING:
     from jaxseek.layers.block import Context
@@ -24,17 +26,44 @@ if TYPE_CHECKING:
 _EXACT = jax.lax.Precision.HIGHEST
 
 
-def linear(x: jax.Array, param: Any, ctx: Context, *axes: str | None, contract: int = 1) -> jax.Array:
-    """x times a parameter over x's last `contract` axes, laid out by the result's logical `axes`."""
+def linear(
+    x: jax.Array,
+    param: Any,
+    ctx: Context,
+    *axes: str | None,
+    contract: int = 1,
+    weight_axes: tuple[str | None, ...] = (),
+) -> jax.Array:
+    """x times a parameter over x's last `contract` axes, laid out by the result's logical `axes`.
+
+    The parameter is used as its own logical axes say, or else `weight_axes`.
+    """
     if isinstance(param, Joined):
         return param(x)[0]
-    w = param if isinstance(param, jax.Array) else ctx.rules.use(param, x.dtype)
+    if isinstance(param, Quantized):
+        return _scaled(x, param.laid_out(ctx.rules, *weight_axes), ctx.rules, axes, contract)
+    w = ctx.rules.use(param, x.dtype, *weight_axes)
     if not ctx.fp8:
         product = _product if platform() == "cpu" else _tensordot
         return product(x, w, contract, ctx.rules.spec(*axes))
     x8, w8 = round_tiles(x, contract), round_blocks(w, contract)
     y = jnp.tensordot(x8, w8, contract, precision=_EXACT, out_sharding=ctx.rules.spec(*axes))
     return round_gradient(y.astype(x.dtype), w.ndim - contract)
+
+
+def _scaled(x: jax.Array, w: Scaled, rules: Rules, axes: tuple[str | None, ...], contract: int) -> jax.Array:
+    """`linear` of a quantised matrix. Where no input has a scale of its own, the outputs are scaled."""
+    tokens, outputs = x.shape[: x.ndim - contract], w.shape[contract:]
+    inputs, rows = math.prod(w.shape[:contract]), math.prod(tokens)
+    one_device = jax.sharding.get_abstract_mesh().size == 1
+    if one_device and platform() == "cpu" and rows <= FEW and x.dtype == jnp.float32:
+        w_1IO = Scaled(*(a.reshape(1, -1, math.prod(outputs)) for a in w))
+        return product_of_few(x.reshape(rows, inputs), w_1IO).reshape(*tokens, *outputs)
+    if math.prod(w.scale.shape[:contract]) > 1:
+        return _tensordot(x, dequantize(w, x.dtype), contract, rules.spec(*axes))
+    y = _tensordot(x, w.value.astype(x.dtype), contract, rules.spec(*axes))
+    scale = rules.shard(w.scale.reshape(outputs), *axes[len(tokens) :])
+    return (y * jnp.expand_dims(scale, range(len(tokens)))).astype(x.dtype)
 
 
 def _tensordot(x: jax.Array, w: jax.Array, contract: int, spec: Any) -> jax.Array:
@@ -90,7 +119,7 @@ class Joined(nnx.Module):
 
 def expand(x_BSC: jax.Array, param_NPC: Any, ctx: Context) -> jax.Array:
     """Heads of a latent, [B, N, S, P]: `linear` for a parameter stored heads first."""
-    w_NPC, spec = ctx.rules.use(param_NPC, x_BSC.dtype), ctx.rules.spec("batch", "heads", None, None)
+    w_NPC, spec = matrix(param_NPC, ctx.rules, x_BSC.dtype), ctx.rules.spec("batch", "heads", None, None)
     if not ctx.fp8:
         return jnp.einsum("BSC,NPC->BNSP", x_BSC, w_NPC, out_sharding=spec)
     x8, w8 = round_tiles(x_BSC), round_blocks(w_NPC, 2)

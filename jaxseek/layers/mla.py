@@ -19,6 +19,7 @@ from jaxseek.config import ModelConfig
 from jaxseek.kernels.attention import Mask, attend
 from jaxseek.layers.linear import expand, linear
 from jaxseek.layers.norm import RMSNorm
+from jaxseek.layers.quant import Quantized, matrix
 from jaxseek.layers.rope import rotate
 from jaxseek.sharding import Init
 
@@ -56,6 +57,12 @@ class MLA(nnx.Module):
         self.o_bias_D = init((D,), ("embed",), fill=0.0) if cfg.attention_out_bias else None
         self.indexer = Indexer(cfg, init) if cfg.index_topk else None
 
+    def join(self) -> None:
+        """For Layer.join: the heads' expansions as numbers, where they are quantised."""
+        for name in ("k_b_NPC", "v_b_NHC"):
+            if isinstance(param := getattr(self, name), Quantized):
+                setattr(self, name, param.numbers())
+
     def __call__(
         self, x_BTD: jax.Array, cache: LatentCache | None, layer: jax.Array | int, ctx: Context
     ) -> tuple[jax.Array, LatentCache | None]:
@@ -86,8 +93,8 @@ class MLA(nnx.Module):
         if self.q_a_DQ is None:
             return None
         rules, dtype = ctx.rules, x_BTD.dtype
-        weight_DQ = rules.shard(rules.use(self.q_a_DQ, dtype), None, None)  # its norm needs the whole latent
-        cq_BTQ = linear(x_BTD, weight_DQ, ctx, "batch", "length", None)
+        whole = (None, None)  # the norm needs the whole latent
+        cq_BTQ = linear(x_BTD, self.q_a_DQ, ctx, "batch", "length", None, weight_axes=whole)
         if self.q_a_bias_Q is not None:
             cq_BTQ += rules.shard(rules.use(self.q_a_bias_Q, dtype), None)[None, None]
         return cq_BTQ if self.q_norm is None else self.q_norm(cq_BTQ)
@@ -118,7 +125,8 @@ class MLA(nnx.Module):
 
     def _absorbed(self, qn_BTNP, qr_BTNR, latent_BSA, mask, rules):
         C, dtype, spec = self.cfg.kv_lora_rank, latent_BSA.dtype, rules.spec("batch", "length", "heads", None)
-        qc_BTNC = jnp.einsum("BTNP,NPC->BTNC", qn_BTNP, rules.use(self.k_b_NPC, dtype), out_sharding=spec)
+        k_b_NPC, v_b_NHC = (matrix(w, rules, dtype) for w in (self.k_b_NPC, self.v_b_NHC))
+        qc_BTNC = jnp.einsum("BTNP,NPC->BTNC", qn_BTNP, k_b_NPC, out_sharding=spec)
         q_BTNA = jnp.concatenate([qc_BTNC, qr_BTNR], axis=-1)
         k_BSA = latent_BSA[:, None]
         z_BTNA = attend(
@@ -131,9 +139,7 @@ class MLA(nnx.Module):
             (None, "heads"),
             "cache_length",
         )[:, :, 0]
-        return jnp.einsum(
-            "BTNC,NHC->BTNH", z_BTNA[..., :C], rules.use(self.v_b_NHC, dtype), out_sharding=spec
-        )
+        return jnp.einsum("BTNC,NHC->BTNH", z_BTNA[..., :C], v_b_NHC, out_sharding=spec)
 
 
 class Indexer(nnx.Module):
@@ -155,8 +161,8 @@ class Indexer(nnx.Module):
         """The mask with the chosen keys, and the cache with this block's index keys."""
         R, rules, dtype = self.cfg.qk_rope_head_dim, ctx.rules, x_BTD.dtype
         narrow, headed = rules.spec("batch", "length", None), rules.spec("batch", "length", None, None)
-        q_BTNH = jnp.einsum("BTQ,QNH->BTNH", cq_BTQ, rules.use(self.q_b_QNH, dtype), out_sharding=headed)
-        k_BTH = jnp.einsum("BTD,DH->BTH", x_BTD, rules.use(self.k_DH, dtype), out_sharding=narrow)
+        q_BTNH = jnp.einsum("BTQ,QNH->BTNH", cq_BTQ, matrix(self.q_b_QNH, rules, dtype), out_sharding=headed)
+        k_BTH = jnp.einsum("BTD,DH->BTH", x_BTD, matrix(self.k_DH, rules, dtype), out_sharding=narrow)
         k_BTH = self._layer_norm(k_BTH)
         q_BTNH, k_BTH = (
             jnp.concatenate([rotate(a[..., :R], ctx.rope, False), a[..., R:]], axis=-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jaxseek.config import ModelConfig
 from jaxseek.kernels.fp8 import round_blocks
 from jaxseek.layers.dispatch import dispatch
 from jaxseek.layers.mlp import MLP
+from jaxseek.layers.quant import Quantized
 from jaxseek.sharding import Init, Rules
 
 if TYPE_CHECKING:
@@ -64,7 +65,10 @@ class MoE(nnx.Module):
             ids_BTK, gates_BTK, logits_BTE, own_BTK = self.route(x_BTD, rules, replay_BTK)
             affinity_BE = mean_affinity(self.cfg, logits_BTE, valid_BT, rules)
         with jax.named_scope("experts"):
-            experts = [rules.use(w, dtype) for w in (self.gate_EDF, self.up_EDF, self.down_EFD)]
+            experts: list[Any] = [
+                w.laid_out(rules) if isinstance(w, Quantized) else rules.use(w, dtype)
+                for w in (self.gate_EDF, self.up_EDF, self.down_EFD)
+            ]
             experts = [round_blocks(w, lead=1) for w in experts] if ctx.fp8 else experts
             y_BTD, load_E, dropped = dispatch(x_BTD, ids_BTK, gates_BTK, valid_BT, experts, rules, ctx.fp8)
         if self.shared is not None:

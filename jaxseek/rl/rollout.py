@@ -17,6 +17,7 @@ from jaxseek.generate.engine import Engine
 from jaxseek.generate.groups import GroupTiming, Sampled, sample_groups
 from jaxseek.generate.sampling import Sampling
 from jaxseek.generate.text import encode
+from jaxseek.layers.quant import quantization
 from jaxseek.model import DeepSeek
 from jaxseek.rl.problem import Answer, Problem
 from jaxseek.run_config import RunConfig
@@ -130,7 +131,12 @@ class Sampler:
 
 
 def as_engine(model: DeepSeek, dtype: Any) -> Engine:
-    """An engine with the policy's weights, adapters merged, cast, and laid out for decoding."""
+    """An engine with the policy's weights, adapters merged, cast, and laid out for decoding.
+
+    Quantised weights stay as they are.
+    """
+    if quantization(model):
+        return Engine(model, dtype)
     with model.on_mesh():
         return Engine(_as_in_decode(model, jnp.dtype(dtype).name), dtype)
 

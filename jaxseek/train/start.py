@@ -130,10 +130,15 @@ def _given_tokenizer(run: RunConfig) -> Tokenizer:
 
 
 def model_config(run: RunConfig) -> ModelConfig:
-    """The config of the run's model, with its `[config]` fields changed."""
+    """The config of the run's model, with its `[config]` fields changed. ConfigError for a quantised one."""
     kind = checkpoint.kind_of(run.model)
     if kind is None and run.model not in presets():
         raise checkpoint.not_a_checkpoint(run.model)
+    if kind == "jaxseek" and checkpoint.stored_quantization(checkpoint.read_manifest(Path(run.model))):
+        raise ConfigError(
+            f"{run.model} is quantised, so it cannot be trained; convert it first: "
+            f"jaxseek convert {run.model} DST --dtype bfloat16"
+        )
     cfg = ModelConfig.from_hf(run.model) if kind else ModelConfig.from_preset(run.model)
     if not run.config:
         return cfg
