@@ -269,10 +269,12 @@ def test_a_manifest_that_does_not_fit_is_named(tmp_path):
 def test_two_int4_values_share_a_byte_the_first_in_its_low_bits(size):
     values = np.random.default_rng(0).integers(-8, 8, (3, size))
     padded = np.pad(values, ((0, 0), (0, size % 2))) & 15
-    stored = int4.pack(jnp.asarray(values, jnp.int4))
+    stored = int4.pack(jnp.asarray(values, jnp.int4), -1)
     np.testing.assert_array_equal(stored, padded[:, ::2] + 16 * padded[:, 1::2])
-    assert (stored.dtype, stored.shape) == (jnp.uint8, int4.packed_shape(values.shape))
-    np.testing.assert_array_equal(np.asarray(int4.unpack(stored, size)).astype(int), values)
+    assert (stored.dtype, stored.shape) == (jnp.uint8, int4.packed_shape(values.shape, -1))
+    np.testing.assert_array_equal(np.asarray(int4.unpack(stored, size, -1)).astype(int), values)
+    np.testing.assert_array_equal(int4.pack(jnp.asarray(values.T, jnp.int4), -2), stored.T)
+    np.testing.assert_array_equal(np.asarray(int4.unpack(stored.T, size, -2)).astype(int), values.T)
 
 
 # -------------------------------------------------------------------- around them

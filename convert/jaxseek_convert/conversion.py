@@ -78,6 +78,8 @@ def convert(
     console = Console(stderr=True)
     with folder_of(src, place) as (folder, remote), bars(progress, console) as stage:
         source = opened(folder, mtp, remote)
+        if isinstance(source, HFCheckpoint):
+            source.check_copies()
         forms = target_forms(source, to, dtype)
         origin = source.origin(forms)
         beside = Beside(folder, Tokenizer.from_dir(folder))

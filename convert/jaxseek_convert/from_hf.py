@@ -115,9 +115,12 @@ class HFCheckpoint:
                 f"{self.path}: {len(wrong)} tensors have a dtype that no weight has, such as {wrong[0]} "
                 f"({self.tensors[wrong[0]].dtype}); expected bfloat16, float16, float32 or float8_e4m3fn"
             )
-        for name in self.tensors:
-            if rows[name].kind in ("copy", "tied"):
-                self._check_copy(name, rows[name])
+
+    def check_copies(self) -> None:
+        """Raise CheckpointError where a repetition of a tensor differs from it: parameters hold but one."""
+        for name, row, _ in self.table:
+            if name in self.tensors and row.kind != "own":
+                self._check_copy(name, row)
 
     def _check_copy(self, name: str, row: Tensors) -> None:
         original = next(n for n, other, _ in self.table if other.kind == "own" and other.paths == row.paths)
@@ -213,6 +216,7 @@ class HFCheckpoint:
 
     def load(self, mesh: Any = None, dtype: Any = None) -> DeepSeek:
         """The model on a mesh. See `load_hf`."""
+        self.check_copies()
         model = DeepSeek.abstract(self.cfg, mesh, jnp.bfloat16)
 
         def make(path: str, param: nnx.Variable, sharding: NamedSharding) -> jax.Array:

@@ -93,8 +93,8 @@ def decode(rows: Rows, form: Form, dtype: Any) -> np.ndarray:
 def encode(numbers: np.ndarray, form: Form) -> Rows:
     """float32 numbers [R, C] in a quantised form.
 
-    The largest of a group becomes the largest there is; of 4 bits it becomes 7 or -8, or a little more than either,
-    whichever has the least squared error.
+    The largest of a group becomes the largest there is; of 4 bits it becomes 7 or -8, or a little more than
+    either, whichever has the least squared error.
     """
     values, scale = _encode(numbers, form)
     return Rows(np.asarray(values).view(form.dtype), np.asarray(scale))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -84,7 +84,7 @@ class Announced:
         abstract = self.table.params[self._rows[name].paths[0]]
         return Form(F32.name if abstract.dtype == jnp.float32 else self._dtype)
 
-    @property
+    @functools.cached_property
     def forms(self) -> dict[str, Form]:
         """As of HFCheckpoint."""
         return {p: self.form(n) for n, row in self.tensors.items() if row.kind == "own" for p in row.paths}
@@ -133,7 +133,7 @@ def rehearse(
         sink, _ = sink_for(source, forms, source.origin(forms), to)
         destinations = list(_destinations(source, sink))
         rates = _rates(folder, Path(dst))
-    read, written = sum(map(source.nbytes, sink.tensors)), sum(sink.files.values())
+    read, written = sum(map(source.nbytes, source.tensors)), sum(sink.files.values())
     seconds = read / rates["read"], written / rates["write"]
     strategy = Strategy.parse(mesh)
     specs = {p: Spec(f.kind, f.group) for p, f in forms.items() if f.quantized}
@@ -154,7 +154,7 @@ def rehearse(
         "read_bytes_per_second": round(rates["read"]),
         "write_bytes_per_second": round(rates["write"]),
         "seconds": [round(max(seconds)), round(sum(seconds))],
-        "destinations": [dataclasses.asdict(d) for d in destinations],
+        "destinations": [vars(d) for d in destinations],
     }
 
 

@@ -20,6 +20,7 @@ from jaxseek.sharding import fill
 from jaxseek_convert import stream
 from jaxseek_convert.checksums import check_sums, known_sums
 from jaxseek_convert.conversion import DIGESTS, Source, Stage, differing, opened
+from jaxseek_convert.from_hf import HFCheckpoint
 from jaxseek_convert.numbers import F32, Form, decode
 from jaxseek_convert.store import StoreCheckpoint, StoreSink
 from jaxseek_convert.table import Table
@@ -61,6 +62,8 @@ def verify(
         result["damaged"] = []
     result["digests"] = "damaged" in result
     result["ok"] = not result.get("damaged")
+    if result["ok"] and isinstance(found, HFCheckpoint):
+        found.check_copies()
     if source is not None:
         origin = opened(Path(source), mtp=bool(found.cfg.num_nextn_predict_layers))
         result["unlike_source"] = _unlike(origin, found, threads, stage)
