@@ -6,7 +6,6 @@ rows that it holds. On top of the model, memory holds one shard of one parameter
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import re
@@ -65,6 +64,7 @@ class HFCheckpoint:
         self._choose_mtp(mtp)
         self.table = Table(self.cfg)
         self._check()
+        self.forms = self._forms()
 
     # ---------------------------------------------------------------- what is there
 
@@ -156,8 +156,7 @@ class HFCheckpoint:
         powers = dtype == FP8 and (self.quantization or {}).get("scale_fmt") == "ue8m0"
         return Form(dtype.name, columns, rows, powers) if dtype == FP8 else Form(dtype.name)
 
-    @functools.cached_property
-    def forms(self) -> dict[str, Form]:
+    def _forms(self) -> dict[str, Form]:
         """Each parameter's form: its tensors', or one that holds them all (bfloat16 where FP8 is mixed)."""
         found: dict[str, set[Form]] = {}
         for name, row, _ in self.table:

@@ -110,9 +110,11 @@ def decode(rows: Rows, form: Form, dtype: Any) -> np.ndarray:
 
 
 def encode(numbers: np.ndarray, form: Form) -> Rows:
-    """float32 numbers [R, C] in a quantised form, where the largest of a group becomes the largest.
+    """float32 numbers [R, C] in a quantised form.
 
-    The scale of a group with a number that is not finite is not finite either.
+    The largest of a group becomes the largest there is; of 4 bits it becomes 7 or -8, or a little more than
+    either, whichever has the least squared error. The scale of a group with a number that is not finite is
+    not finite either.
     """
     most = np.float32({"int8": 127.0, "int4": 7.0}.get(form.kind, E4M3_MAX))
     values, scale = _encode(numbers, most, form)
@@ -152,8 +154,9 @@ def _encode(numbers: jax.Array, most: jax.Array, form: Form) -> tuple[jax.Array,
     g, b, G = form.group or C, form.block, form.groups(C)
     padded = jnp.pad(numbers, ((0, -R % b), (0, G * g - C))).reshape(-1, b, G, g)
     amax = jnp.abs(padded).max((1, 3))
-    # XLA takes what is below the smallest normal number for zero, by which nothing can be divided
-    scale = jnp.where(amax == 0, 1.0, jnp.maximum(amax / most, jnp.finfo(jnp.float32).tiny))
+    scale = jnp.where(amax == 0, 1.0, _divisor(amax / most))
+    if form.kind == "int4":
+        scale = _least_error(padded[:, 0], scale)
     if form.powers:
         mantissa, exponent = jnp.frexp(scale)  # up, to what has no mantissa
         scale = jnp.where(mantissa > 0.5, jnp.ldexp(jnp.ones_like(scale), exponent), scale)
@@ -161,11 +164,32 @@ def _encode(numbers: jax.Array, most: jax.Array, form: Form) -> tuple[jax.Array,
     scale = jnp.repeat(scale, b, 0)[:R]
     if form.kind not in ("int8", "int4"):
         return jnp.clip(q, -most, most).astype(jnp.float8_e4m3fn), scale
-    q = jnp.clip(jnp.rint(q), -most, most).astype(jnp.int8)
+    q = jnp.rint(q).astype(jnp.int8)
     if form.kind == "int8":
         return q, scale
+    q = jnp.clip(q, -8, 7)
     low, high = jax.lax.bitcast_convert_type(q, jnp.uint8).reshape(R, -1, 2).transpose(2, 0, 1) & 15
     return low | high << 4, scale
+
+
+def _divisor(scale: jax.Array) -> jax.Array:
+    """XLA takes what is below the smallest normal number for zero, by which nothing can be divided."""
+    tiny = jnp.finfo(jnp.float32).tiny
+    return jnp.where(jnp.abs(scale) < tiny, tiny, scale)
+
+
+def _least_error(numbers: jax.Array, scale: jax.Array) -> jax.Array:
+    """Of some scales for 4 bits, each group's with the least squared error. [R, G, g] and [R, G]."""
+    largest = jnp.take_along_axis(numbers, jnp.abs(numbers).argmax(-1, keepdims=True), -1)[..., 0]
+    signed = jnp.where(largest != 0, largest / -8, 1.0)  # the largest becomes -8, also where it is positive
+
+    def error(s: jax.Array) -> jax.Array:
+        s = s[..., None]
+        return jnp.square(jnp.clip(jnp.rint(numbers / s), -8, 7) * s - numbers).sum(-1)
+
+    choices = _divisor(jnp.stack([scale, signed, 0.9 * scale, 0.9 * signed]))
+    errors = jax.lax.map(error, choices)
+    return jnp.take_along_axis(choices, errors.argmin(0)[None], 0)[0]
 
 
 def from_blocks(scale_inv: np.ndarray, first: int, rows: int, form: Form) -> np.ndarray:

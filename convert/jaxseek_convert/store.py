@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -271,13 +271,12 @@ def repeats(row: Tensors, form: Form) -> int:
 class StoreSink:
     """A store that is being written, tensor by tensor."""
 
-    headers: ClassVar[dict[str, bytes]] = {}
-
     def __init__(self, table: Table, forms: Mapping[str, Form]):
         self.forms = forms
         self.arrays = arrays_of(table, forms)
         self.tensors = {name: (row, at) for name, row, at in table if row.kind == "own"}
         self.files = {name: n for array in self.arrays.values() for name, n in array.files().items()}
+        self.headers: dict[str, bytes] = {}
 
     def form(self, name: str) -> Form:
         """What the rows of a tensor have to be."""

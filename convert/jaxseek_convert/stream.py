@@ -47,11 +47,14 @@ class Source(Protocol):
 class Described(Protocol):
     """What is known of a checkpoint before it is read."""
 
-    cfg: ModelConfig
-    table: Table
-    tensors: Mapping[str, Any]
-    quantization: dict[str, Any] | None
-
+    @property
+    def cfg(self) -> ModelConfig: ...
+    @property
+    def table(self) -> Table: ...
+    @property
+    def tensors(self) -> Mapping[str, Any]: ...
+    @property
+    def quantization(self) -> Mapping[str, Any] | None: ...
     @property
     def forms(self) -> dict[str, Form]: ...
 
@@ -59,9 +62,12 @@ class Described(Protocol):
 class Sink(Protocol):
     """Files to be written: their sizes, the form that a tensor has there, and where its rows go."""
 
-    files: dict[str, int]
-    headers: dict[str, bytes]
-    tensors: dict[str, Any]
+    @property
+    def files(self) -> Mapping[str, int]: ...
+    @property
+    def headers(self) -> Mapping[str, bytes]: ...
+    @property
+    def tensors(self) -> Mapping[str, Any]: ...
 
     def form(self, name: str) -> Form: ...
     def put(self, name: str, first: int, rows: Rows) -> Iterable[tuple[str, str, int, np.ndarray]]: ...

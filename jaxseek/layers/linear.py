@@ -63,7 +63,7 @@ def _scaled(x: jax.Array, w: Scaled, rules: Rules, axes: tuple[str | None, ...],
         return _tensordot(x, dequantize(w, x.dtype), contract, rules.spec(*axes))
     y = _tensordot(x, w.value.astype(x.dtype), contract, rules.spec(*axes))
     scale = rules.shard(w.scale.reshape(outputs), *axes[len(tokens) :])
-    return (y * jnp.expand_dims(scale, range(len(tokens)))).astype(x.dtype)
+    return (y.astype(jnp.float32) * jnp.expand_dims(scale, range(len(tokens)))).astype(x.dtype)
 
 
 def _tensordot(x: jax.Array, w: jax.Array, contract: int, spec: Any) -> jax.Array:
