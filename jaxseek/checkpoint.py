@@ -18,14 +18,16 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import fcntl
 import functools
 import json
 import math
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import IO, Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -317,10 +319,15 @@ def check_destination(path: str | Path, needed: int, overwrite: bool) -> bool:
         raise CheckpointError(f"{path}: already exists; choose another name, or overwrite it (--overwrite)")
     if taken and kind_of(path) is None:
         raise CheckpointError(f"{path}: already exists and is no checkpoint, so it is not overwritten")
-    parent = existing_parent(path)
+    check_room(path, needed)
+    return taken
+
+
+def check_room(path: Path, needed: int) -> None:
+    """Raise CheckpointError unless so many bytes are free."""
+    parent = existing_parent(path.absolute())
     if (free := shutil.disk_usage(parent).free) < needed:
         raise CheckpointError(f"{path}: needs {_size(needed)}, but {parent} has {_size(free)} free")
-    return taken
 
 
 def existing_parent(path: Path) -> Path:
@@ -349,23 +356,46 @@ def new_directory(path: str | Path, needed: int, overwrite: bool = False) -> Ite
     except BaseException as e:
         if leader:
             shutil.rmtree(partial, ignore_errors=True)
-        _raise_full(e, path, needed, "now that what was written is removed")
+        _raise_full(e, path, needed, " now that what was written is removed")
         raise
 
 
 @contextlib.contextmanager
-def resumable_directory(path: str | Path, needed: int, overwrite: bool = False) -> Iterator[Path]:
-    """As `new_directory`, but what was written stays where it failed, and is there the next time."""
-    partial = _partial(path)
-    held = sum(f.stat().st_blocks * 512 for f in partial.rglob("*") if f.is_file())
-    taken = check_destination(path, max(0, needed - held), overwrite)
-    partial.mkdir(parents=True, exist_ok=True)
+def resumable_directory(path: str | Path, journal: str, overwrite: bool = False) -> Iterator[Path]:
+    """As `new_directory`, but what was written stays where it failed, and is there the next time.
+
+    The file `journal` in it tells what that is: nothing, as long as it is empty. It is locked, so that one
+    process at a time writes, and is removed last of all.
+    """
+    partial, path = _partial(path), Path(path).absolute()
+    with contextlib.suppress(OSError):
+        (path / journal).unlink()  # a kill may have left it there
+    taken = check_destination(path, 0, overwrite)
     try:
-        yield partial
-    except BaseException as e:
-        _raise_full(e, path, needed, "; free some and run the same command again: it goes on")
-        raise
-    _rename(partial, Path(path).absolute(), taken)
+        partial.mkdir(parents=True, exist_ok=True)
+        file = (partial / journal).open("a")
+    except OSError as e:
+        raise CheckpointError(f"{path}: cannot be written ({e}); choose another destination") from None
+    with file:
+        _lock(file, partial / journal)
+        try:
+            yield partial
+        except BaseException as e:
+            if not os.fstat(file.fileno()).st_size:
+                shutil.rmtree(partial, ignore_errors=True)
+            _raise_full(e, path, None, "; free some and run the same command again: it goes on")
+            raise
+        _rename(partial, path, taken)
+        (path / journal).unlink(missing_ok=True)
+
+
+def _lock(file: IO[str], path: Path) -> None:
+    """Have a file alone. Raises CheckpointError where another process has it, or was just done with it."""
+    with contextlib.suppress(BlockingIOError, FileNotFoundError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return
+    raise CheckpointError(f"{path.parent}: another process is converting to there; wait for it")
 
 
 def _partial(path: str | Path) -> Path:
@@ -382,12 +412,13 @@ def _rename(partial: Path, path: Path, taken: bool) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _raise_full(e: BaseException, path: str | Path, needed: int, then: str) -> None:
+def _raise_full(e: BaseException, path: str | Path, needed: int | None, then: str) -> None:
     if _is_full(e):
         parent = existing_parent(Path(path).absolute())
         free = shutil.disk_usage(parent).free
+        need = "" if needed is None else f"{_size(needed)} are needed, "
         raise CheckpointError(
-            f"{path}: the disk of {parent} is full; {_size(needed)} are needed, {_size(free)} are free {then}"
+            f"{path}: the disk of {parent} is full; {need}{_size(free)} are free{then}"
         ) from e
 
 
@@ -402,7 +433,7 @@ def _size(n: int) -> str:
 
 def _is_full(e: BaseException | None) -> bool:
     while e is not None:
-        if (isinstance(e, OSError) and e.errno == errno.ENOSPC) or "No space left" in str(e):
+        if (isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)) or "No space left" in str(e):
             return True
         e = e.__cause__ or e.__context__
     return False

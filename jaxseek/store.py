@@ -8,6 +8,7 @@ part.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -34,36 +35,38 @@ def copy(out: np.ndarray, view: np.ndarray) -> None:
 
 @dataclass(frozen=True)
 class Array:
-    """One array: its shape, and its axes in the order of the bytes."""
+    """One array: its shape, its axes in the order of the bytes, and the shape of its chunks."""
 
     path: str
     shape: tuple[int, ...]
     dtype: np.dtype
     order: tuple[int, ...]
+    chunk: tuple[int, ...] = ()  # where it is not given: of at most CHUNK_BYTES
+
+    def __post_init__(self):
+        if not self.chunk:
+            object.__setattr__(self, "chunk", self._chunk())
+
+    def _chunk(self) -> tuple[int, ...]:
+        """Chunks divide one axis, the first (in the bytes' order) that can be so; before it, each has 1."""
+        sizes = [self.shape[i] for i in self.order]
+        room = max(1, CHUNK_BYTES // self.dtype.itemsize)
+        axis, inner = next((a, n) for a in range(len(sizes)) if (n := math.prod(sizes[a + 1 :])) <= room)
+        most = min(sizes[axis], room // inner)
+        even = (n for n in range(most, most // 2, -1) if sizes[axis] % n == 0)  # no file is padded
+        cut = [1] * axis + [next(even, most)] + sizes[axis + 1 :]
+        return tuple(cut[self.order.index(i)] for i in range(len(sizes)))
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    @property
+    @functools.cached_property
     def _cut(self) -> tuple[int, int]:
-        """The axis (in the bytes' order) that chunks divide, and how long it is in a chunk; before it, 1."""
-        sizes = [self.shape[i] for i in self.order]
-        room = CHUNK_BYTES // self.dtype.itemsize
-        for axis in range(len(sizes)):
-            inner = math.prod(sizes[axis + 1 :])
-            if inner <= room:
-                most = min(sizes[axis], room // inner)
-                even = [n for n in range(most, most // 2, -1) if sizes[axis] % n == 0]  # no file is padded
-                return axis, even[0] if even else most
-        return len(sizes) - 1, min(sizes[-1], room)
-
-    @property
-    def chunk(self) -> tuple[int, ...]:
-        """The shape of a chunk."""
-        axis, n = self._cut
-        sizes = [1] * axis + [n] + [self.shape[i] for i in self.order[axis + 1 :]]
-        return tuple(sizes[self.order.index(i)] for i in range(len(self.shape)))
+        """The axis (in the bytes' order) that chunks divide, and how long it is in a chunk."""
+        sizes, chunk = ([of[i] for i in self.order] for of in (self.shape, self.chunk))
+        axis = next(a for a in range(len(sizes)) if sizes[a + 1 :] == chunk[a + 1 :])
+        return axis, chunk[axis]
 
     def files(self) -> dict[str, int]:
         """Every file by name, with its bytes."""
@@ -117,7 +120,8 @@ class Array:
         raw = json.loads((folder / "params" / path / "zarr.json").read_text(encoding="utf-8"))
         order = [c["configuration"]["order"] for c in raw["codecs"] if c["name"] == "transpose"]
         axes = tuple(order[0]) if order else tuple(range(len(raw["shape"])))
-        return cls(path, tuple(raw["shape"]), jnp.dtype(raw["data_type"]), axes)
+        chunk = tuple(raw["chunk_grid"]["configuration"]["chunk_shape"])
+        return cls(path, tuple(raw["shape"]), jnp.dtype(raw["data_type"]), axes, chunk)
 
     def metadata(self) -> dict[str, Any]:
         """Of zarr 3."""

@@ -34,7 +34,7 @@ from jaxseek_convert.checksums import check_sums
 from jaxseek_convert.files import RemoteFile, fetched, is_remote
 from jaxseek_convert.from_hf import HFCheckpoint
 from jaxseek_convert.gguf import gguf_to_hf, is_gguf
-from jaxseek_convert.numbers import BF16, F32, QUANTIZED, Form
+from jaxseek_convert.numbers import BF16, BLOCK, F32, QUANTIZED, Form, float8
 from jaxseek_convert.store import StoreCheckpoint, StoreSink, described
 from jaxseek_convert.to_hf import HFSink
 
@@ -62,10 +62,9 @@ def convert(
     `src` is a Hugging Face directory, a URL or `hf://` name of one, a jaxseek checkpoint, or what gguf.py
     reads. Without `dtype` every tensor keeps its own, FP8 with its scales too, and HF to jaxseek to HF
     gives the same tensors bit for bit. `dtype` may be a float's name, or `float8`, `int8` or `int4` for the
-    linear and expert matrices. The process takes `memory` bytes at most. What was written is read back and
-    compared with the digests of what was meant (unless `verify` is False) before `dst` gets its name.
-    Killed or failed, the same call goes on. Raises CheckpointError, ConfigError or TokenizerError; then
-    `dst` is what it was.
+    linear and expert matrices. The process takes `memory` bytes at most. With `verify` what was written is
+    read back and compared with the digests of what was meant before `dst` gets its name. Killed or failed,
+    the same call goes on. Raises CheckpointError, ConfigError or TokenizerError; then `dst` is what it was.
     """
     start, place = time.monotonic(), Path(dst)
     if to not in ("jaxseek", "hf"):
@@ -74,9 +73,12 @@ def convert(
         raise CheckpointError(
             f"{dst}: is or holds the checkpoint to be converted; choose another destination"
         )
-    checkpoint.check_destination(place, 0, overwrite)
     console = Console(stderr=True)
-    with folder_of(src, place) as (folder, remote), bars(progress, console) as stage:
+    with (
+        checkpoint.resumable_directory(place, stream.JOURNAL, overwrite) as partial,
+        folder_of(src, place) as (folder, remote),
+        bars(progress, console) as stage,
+    ):
         source = opened(folder, mtp, remote)
         if isinstance(source, HFCheckpoint):
             source.check_copies()
@@ -87,40 +89,38 @@ def convert(
             beside.tokenizer.check_fits(source.cfg.vocab_size)
         sink, finish = sink_for(source, forms, origin, to)
         layouts = {name: row.layout for name, (row, _) in sink.tensors.items()}
+        working = stream.working_memory(layouts, source.form, sink.form)
+        threads = stream.threads_for(memory, working + source.memory.thread, source.memory.shared)
         identity = {
             "source": source.identity(),
             "sink": [to, {path: form.__dict__ for path, form in forms.items()}, sorted(sink.files.items())],
         }
-        changed = any(source.form(n) != sink.form(n) for n in sink.tensors)
-        threads = stream.threads_for(memory, changed)
-        size = sum(map(source.nbytes, sink.tensors))
-        with checkpoint.resumable_directory(place, sum(sink.files.values()), overwrite) as partial:
-            journal = stream.Journal(partial, identity)
-            resumed = len(journal.done)
-            try:
-                if checksums and remote is None and not resumed:
-                    check_sums(folder, stage)
-                if resumed and journal.restarted:
-                    journal.forget(differing(partial, sink.spans, journal.done, threads, stage))
-                done = stage("convert", size)
-                done(sum(map(source.nbytes, journal.done)))
-                stream.pump(source, sink, layouts, journal, threads, done)
-                finish(partial, beside)
-                digests = {"algorithm": "xxh3-128", "tensors": journal.done}
-                checkpoint.write_json(partial / DIGESTS, digests, indent=None)
-                if to == "jaxseek":
-                    _write_manifest(partial, source, forms, origin)
-                if verify:
-                    found = opened(partial)
-                    if bad := list(differing(partial, found.spans, journal.done, threads, stage)):
-                        journal.forget(bad)
-                        raise CheckpointError(
-                            f"{dst}: {len(bad)} tensors were read back with other values, as {bad[0]}; is "
-                            "the disk sound? The same command writes them again"
-                        )
-            finally:
-                journal.close()
-        (place / stream.JOURNAL).unlink(missing_ok=True)
+        with contextlib.closing(stream.Journal(partial, identity)) as journal:
+            _check_room(place, partial, sink)
+            resumed = _resume(partial, sink, journal, threads, stage)
+            if checksums and remote is None and not resumed:
+                check_sums(folder, stage)
+            done = stage("convert", sum(map(source.nbytes, sink.tensors)))
+            done(sum(map(source.nbytes, journal.done)))
+            stream.pump(source, sink, layouts, journal, threads, done)
+            if source.identity() != identity["source"]:
+                raise CheckpointError(
+                    f"{src}: was changed while it was read, expected the same files from start to end; "
+                    "the same command starts anew"
+                )
+            finish(partial, beside)
+            digests = {"algorithm": "xxh3-128", "tensors": dict(sorted(journal.done.items()))}
+            checkpoint.write_json(partial / DIGESTS, digests, indent=None)
+            if to == "jaxseek":
+                _write_manifest(partial, source, forms, origin)
+            if verify:
+                found = opened(partial)
+                if bad := differing(partial, found.spans, journal.done, threads, stage):
+                    journal.forget(bad)
+                    raise CheckpointError(
+                        f"{dst}: {len(bad)} tensors were read back with other values, as {bad[0]}; is "
+                        "the disk sound? The same command writes them again"
+                    )
     seconds = time.monotonic() - start
     if progress:
         console.print(
@@ -147,6 +147,24 @@ def convert(
     }
 
 
+def _check_room(place: Path, partial: Path, sink: stream.Sink) -> None:
+    """Raise CheckpointError unless there is room for what is not allocated yet."""
+    held = sum(f.stat().st_blocks * 512 for f in partial.rglob("*") if f.is_file())
+    checkpoint.check_room(place, sum(sink.files.values()) - held)
+
+
+def _resume(partial: Path, sink: stream.Sink, journal: stream.Journal, threads: int, stage: Stage) -> int:
+    """How many tensors were written before, and still are what they were."""
+    if journal.done:
+        found = checkpoint.file_sizes(partial)
+        lost = {file for file, size in sink.files.items() if found.get(file) != size}
+        journal.forget([n for n in journal.done if any(file in lost for _, file, *_ in sink.spans(n))])
+    if journal.restarted:
+        journal.forget(differing(partial, sink.spans, journal.done, threads, stage))
+        journal.trust()
+    return len(journal.done)
+
+
 def opened(folder: Path, mtp: bool = True, remote: Mapping[str, RemoteFile] | None = None) -> Source:
     """A checkpoint of either kind."""
     kind = checkpoint.kind_of(folder)
@@ -170,29 +188,32 @@ def parse_dtype(dtype: Any) -> str | None:
 def target_forms(source: stream.Described, to: str, dtype: Any) -> dict[str, Form]:
     """The form in which each parameter is to be written."""
     name = parse_dtype(dtype)
-    powers = bool(source.quantization and source.quantization.get("scale_fmt") == "ue8m0")
+    eight = float8(source.quantization)
 
     def form(path: str) -> Form:
         abstract, own = source.table.params[path], source.forms[path]
         if abstract.dtype == F32:  # by design
             return Form(F32.name)
+        is_matrix = path.rpartition(".")[2] in MATRICES
+        if own.quantized and not is_matrix and (to == "jaxseek" or name is not None):
+            own = Form(BF16.name)
         if name is None:
             return own
         if name not in QUANTIZED:
             return Form(name)
-        wanted = QUANTIZED[name]
-        if path.rpartition(".")[2] not in MATRICES:
-            return Form(BF16.name) if own.quantized else own
-        if own.kind == wanted.kind:
-            return own
-        return Form(wanted.kind, wanted.group, wanted.block, powers and wanted.block > 1)
+        wanted = eight if name == "float8" else QUANTIZED[name]
+        return own if own.kind == wanted.kind or not is_matrix else wanted
 
     forms = {path: form(path) for path in source.table.params}
-    for _, row, _ in source.table:
-        if forms[row.paths[0]].kind == "int4" and row.layout.shape[1] % 2:
-            raise CheckpointError(
-                f"int4 needs an even number of inputs, {row.name} has {row.layout.shape[1]}"
-            )
+    for section in source.table.sections:
+        for row in section:
+            inputs = row.shapes[0][row.layout.order(0)[-1]]  # of a head, where there are heads
+            if forms[row.paths[0]].kind == "int4" and inputs % 2:
+                raise CheckpointError(
+                    f"int4 is stored in pairs of inputs, of which {row.name} has {inputs}"
+                    f"{' a head' if inputs < row.layout.shape[1] else ''}; expected an even number. Choose "
+                    "another dtype (--dtype int8)"
+                )
     if to == "hf" and (wrong := {f.kind for f in forms.values()} & {"int8", "int4"}):
         raise CheckpointError(
             f"Hugging Face files of these models are not written as {wrong.pop()}; choose float8, "
@@ -228,15 +249,15 @@ def sink_for(source: stream.Described, forms: Mapping[str, Form], origin: Mappin
 
         return sink, finish
     rows = {name: row for name, row, _ in source.table}
-    kept = {name: Form(kind) for name, kind in origin["dtypes"].items()}
-    sink = HFSink(source.table, {n: kept.get(n, forms[rows[n].paths[0]]) for n in source.tensors})
-    eight = [form for form in forms.values() if form.quantized]
-    if eight:
+    kept = origin["dtypes"]
+    tensors = {n: Form(kept[n]) if n in kept else forms[rows[n].paths[0]] for n in source.tensors}
+    sink = HFSink(source.table, tensors, kept)
+    if any(form.quantized for form in forms.values()):
         own = {
             "quant_method": "fp8",
             "fmt": "e4m3",
             "activation_scheme": "dynamic",
-            "weight_block_size": [eight[0].block, eight[0].group],
+            "weight_block_size": [BLOCK, BLOCK],
         }
         cfg["quantization_config"] = origin["quantization"] or own
 

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import functools
 import os
+import re
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ import numpy as np
 from jaxseek.checkpoint import CheckpointError
 
 _HUB = "hf://"
+_CHANGED = ("etag", "md5hash", "checksum", "lastmodified", "mtime", "updated", "created")  # where URLs differ
 _libc = ctypes.CDLL(None, use_errno=True)  # what it lacks, outside Linux, is left out
 _local = threading.local()
 
@@ -27,8 +29,12 @@ class File:
 
     def __init__(self, path: Path):
         self.path, self.name = path, path.name
-        status = path.stat()
-        self.size, self.changed = status.st_size, status.st_mtime_ns
+        self.size = path.stat().st_size
+
+    def state(self) -> list[Any]:
+        """What tells the file from itself before it was changed."""
+        status = self.path.stat()
+        return [str(self), status.st_size, status.st_mtime_ns]
 
     def __str__(self) -> str:
         return str(self.path)
@@ -81,17 +87,32 @@ class RemoteFile:
 
     def __init__(self, fs: Any, path: str):
         self.fs, self.path, self.name = fs, path, path.rsplit("/", 1)[-1]
-        info = fs.info(path)
-        self.size, self.changed = info["size"], str(info.get("etag") or info.get("mtime") or "")
+        self.size = fs.info(path)["size"]
+        if self.size is None:
+            raise CheckpointError(f"{self}: the server does not tell its size; download the files first")
+
+    def state(self) -> list[Any]:
+        """As of File, where the file system tells more than the size."""
+        info = {re.sub("[-_]", "", key).lower(): value for key, value in self.fs.info(self.path).items()}
+        told = next((info[key] for key in _CHANGED if info.get(key)), "")
+        return [str(self), info["size"], str(told)]
 
     def __str__(self) -> str:
         return self.fs.unstrip_protocol(self.path)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Bytes, by one request of a range."""
-        raw = self.fs.cat_file(self.path, start, stop)
+        try:
+            raw = self.fs.cat_file(self.path, start, stop)
+        except Exception as e:  # its errors have many bases
+            raise CheckpointError(
+                f"{self}: cannot be read ({type(e).__name__}: {str(e)[:300]}); the same command goes on"
+            ) from e
         if len(raw) != stop - start:
-            raise CheckpointError(f"{self}: gave {len(raw):,} bytes of {stop - start:,}; try again")
+            raise CheckpointError(
+                f"{self}: gave {len(raw):,} bytes where {stop - start:,} were asked for (bytes {start:,} to "
+                f"{stop:,}); does the server answer requests of a range, and is the file whole?"
+            )
         return np.frombuffer(raw, np.uint8)
 
     view = read
@@ -204,13 +225,15 @@ class Writer:
                 self._made.add(name)
         raw, at = data.reshape(-1).view(np.uint8).data, start
         fd = os.open(path, os.O_WRONLY)
-        while raw:
-            n = os.pwrite(fd, raw, at)
-            raw, at = raw[n:], at + n
-        _sync(fd, start, at - start, _START)
-        with self._lock:
-            self._behind.append((fd, start, at - start))
-            self._bytes += at - start
+        try:
+            while raw:
+                n = os.pwrite(fd, raw, at)
+                raw, at = raw[n:], at + n
+            _sync(fd, start, at - start, _START)
+        finally:
+            with self._lock:
+                self._behind.append((fd, start, at - start))
+                self._bytes += at - start
         self._settle(_BEHIND)
 
     def _settle(self, most: int) -> None:

@@ -6,7 +6,6 @@ rows that it holds. On top of the model, memory holds one shard of one parameter
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import re
@@ -26,7 +25,7 @@ from jaxseek.model import DeepSeek
 from jaxseek.sharding import fill
 from jaxseek_convert.files import RemoteFile
 from jaxseek_convert.layout import Index
-from jaxseek_convert.numbers import BF16, F32, FLOATS, FP8, Form, Rows, decode, from_blocks
+from jaxseek_convert.numbers import BF16, F32, FLOATS, FP8, SCALES, Form, Memory, Rows, decode, from_blocks
 from jaxseek_convert.safetensors_io import Tensor, find_tensors
 from jaxseek_convert.table import Table, Tensors
 
@@ -65,6 +64,7 @@ class HFCheckpoint:
         self._choose_mtp(mtp)
         self.table = Table(self.cfg)
         self._check()
+        self.forms = self._forms()
 
     # ---------------------------------------------------------------- what is there
 
@@ -77,12 +77,17 @@ class HFCheckpoint:
         }
         scales = {n: self.tensors.pop(n) for n in expected if n in self.tensors}
         raise_mismatch(
-            f"{self.path}: FP8 tensors without their scales",
+            f"{self.path}: the scales of its FP8 tensors are not those of blocks of {list(self._block)} "
+            "(config.json's weight_block_size)",
             {n: s.shape for n, s in scales.items()},
             expected,
-            f"each needs one scale for a block of {list(self._block)} (config.json's weight_block_size); "
-            "fetch the files again",
+            "Do config.json and the weights belong together, and is the download complete?",
         )
+        if wrong := [n for n, s in scales.items() if s.dtype not in SCALES]:
+            raise CheckpointError(
+                f"{self.path}: {len(wrong)} scales have a dtype that no scale has, such as {wrong[0]} "
+                f"({scales[wrong[0]].dtype}); expected one of {', '.join(d.name for d in SCALES)}"
+            )
         return {n.removesuffix("_scale_inv"): s for n, s in scales.items()}
 
     def _choose_mtp(self, mtp: bool) -> None:
@@ -110,6 +115,10 @@ class HFCheckpoint:
             expected,
             "Do config.json and the weights belong together, and is the download complete?",
         )
+        if wrong := [n for n, t in self.tensors.items() if t.dtype == FP8 and len(t.shape) != 2]:
+            raise CheckpointError(
+                f"{self.path}: {wrong[0]} is FP8, expected that of matrices alone; fetch the original weights"
+            )
         if wrong := [n for n, t in self.tensors.items() if t.dtype not in (*FLOATS, FP8)]:
             raise CheckpointError(
                 f"{self.path}: {len(wrong)} tensors have a dtype that no weight has, such as {wrong[0]} "
@@ -150,8 +159,7 @@ class HFCheckpoint:
         powers = dtype == FP8 and (self.quantization or {}).get("scale_fmt") == "ue8m0"
         return Form(dtype.name, columns, rows, powers) if dtype == FP8 else Form(dtype.name)
 
-    @functools.cached_property
-    def forms(self) -> dict[str, Form]:
+    def _forms(self) -> dict[str, Form]:
         """Each parameter's form: its tensors', or one that holds them all (bfloat16 where FP8 is mixed)."""
         found: dict[str, set[Form]] = {}
         for name, row, _ in self.table:
@@ -165,14 +173,19 @@ class HFCheckpoint:
         scale = self._scales.get(name)
         return self.tensors[name].nbytes + (scale.nbytes if scale else 0)
 
+    @property
+    def memory(self) -> Memory:
+        """What reading takes beside the rows."""
+        return Memory()
+
     def position(self, name: str) -> tuple[str, int]:
         """Where the tensor is, for reading in order."""
         return str(self.tensors[name].file), self.tensors[name].start
 
     def identity(self) -> list[Any]:
         """What tells this source from another, and from itself before it was changed."""
-        files = {str(t.file): t.file for t in self.tensors.values()}
-        return [[name, files[name].size, files[name].changed] for name in sorted(files)]
+        files = {str(t.file): t.file for t in (*self.tensors.values(), *self._scales.values())}
+        return [files[name].state() for name in sorted(files)]
 
     def spans(self, name: str) -> Iterator[tuple[str, str, int, int]]:
         """All bytes of a tensor: (name for their digest, file, position, bytes), in order."""
@@ -184,18 +197,19 @@ class HFCheckpoint:
         """What parameters in the forms `held` do not say, so that the checkpoint can be written as it was.
 
         `copies`: repetitions of parameters on disk. `dtypes`: those of tensors that differ from the
-        parameter's. `quantization`: config.json's.
+        parameter's which holds them unchanged, and of scales that are not float32. `quantization`:
+        config.json's.
         """
-        present = [(name, row) for name, row, _ in self.table if name in self.tensors]
-        return {
-            "copies": [name for name, row in present if row.kind in ("copy", "tied")],
-            "dtypes": {
-                name: self.form(name).kind
-                for name, row in present
-                if not self.form(name).quantized and self.form(name) != held[row.paths[0]]
-            },
-            "quantization": self.quantization,
-        }
+        present = [(name, row.paths[0], row.kind) for name, row, _ in self.table if name in self.tensors]
+        dtypes = {}
+        for name, path, _ in present:
+            own, kept = self.form(name), held[path] == self.forms[path]
+            if own.quantized and kept and self._scales[name].dtype != F32:
+                dtypes[f"{name}_scale_inv"] = self._scales[name].dtype.name
+            elif not own.quantized and own != held[path] and (kept or self.table.params[path].dtype == F32):
+                dtypes[name] = own.kind
+        copies = [name for name, _, kind in present if kind in ("copy", "tied")]
+        return {"copies": copies, "dtypes": dtypes, "quantization": self.quantization}
 
     # ---------------------------------------------------------------- reading
 
@@ -242,7 +256,7 @@ def quantization_of(path: Path) -> dict[str, Any] | None:
 
 def block_of(path: Path, how: Mapping[str, Any] | None) -> tuple[int, int]:
     """Rows and columns of weights that share a scale. Raises CheckpointError for all but block-scaled FP8."""
-    how = how or {}
+    how = {} if how is None else how if isinstance(how, dict) else {"quant_method": how}
     method, block = how.get("quant_method", "fp8"), how.get("weight_block_size", [128, 128])
     sound = isinstance(block, list) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block)
     if method != "fp8" or not sound:

@@ -9,6 +9,7 @@ DeepSeek-V3, README_WEIGHTS.md and fp8_cast_bf16.py; the integers are rounded sy
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +18,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from jaxseek.checkpoint import CheckpointError
+
 BF16 = np.dtype(ml_dtypes.bfloat16)
 F16 = np.dtype(np.float16)
 F32 = np.dtype(np.float32)
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 FLOATS = (BF16, F16, F32)
+SCALES = (F32, BF16, F16, np.dtype(ml_dtypes.float8_e8m0fnu))  # what scales on disk may be
 BLOCK = 128
 E4M3_MAX = 448.0
 
@@ -57,7 +61,14 @@ class Form:
         return 1 if self.group is None else -(-n // self.group)
 
 
-FLOAT8 = Form("float8_e4m3fn", BLOCK, BLOCK)
+def float8(how: Mapping[str, Any] | None) -> Form:
+    """FP8 in the blocks, and with scales of the kind, that a config.json's `quantization_config` names."""
+    how = how or {}
+    rows, columns = how.get("weight_block_size", (BLOCK, BLOCK))
+    return Form(FP8.name, columns, rows, how.get("scale_fmt") == "ue8m0")
+
+
+FLOAT8 = float8(None)
 QUANTIZED = {"int8": Form("int8"), "int4": Form("int4", BLOCK), "float8": FLOAT8}
 
 
@@ -67,6 +78,14 @@ class Rows:
 
     values: np.ndarray
     scale: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a source's reading takes beside the rows: of each thread, and of all together."""
+
+    thread: int = 0
+    shared: int = 0
 
 
 def change(rows: Rows, old: Form, new: Form) -> Rows:
@@ -94,9 +113,11 @@ def encode(numbers: np.ndarray, form: Form) -> Rows:
     """float32 numbers [R, C] in a quantised form.
 
     The largest of a group becomes the largest there is; of 4 bits it becomes 7 or -8, or a little more than
-    either, whichever has the least squared error.
+    either, whichever has the least squared error. The scale of a group with a number that is not finite is
+    not finite either.
     """
-    values, scale = _encode(numbers, form)
+    most = np.float32({"int8": 127.0, "int4": 7.0}.get(form.kind, E4M3_MAX))
+    values, scale = _encode(numbers, most, form)
     return Rows(np.asarray(values).view(form.dtype), np.asarray(scale))
 
 
@@ -127,13 +148,13 @@ def _e4m3(byte: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="form")
-def _encode(numbers: jax.Array, form: Form) -> tuple[jax.Array, jax.Array]:
+def _encode(numbers: jax.Array, most: jax.Array, form: Form) -> tuple[jax.Array, jax.Array]:
+    """`most` is no constant: by one XLA multiplies with its rounded reciprocal."""
     R, C = numbers.shape
-    g, b = form.group or C, form.block
-    G, most = form.groups(C), {"int8": 127.0, "int4": 7.0}.get(form.kind, E4M3_MAX)
+    g, b, G = form.group or C, form.block, form.groups(C)
     padded = jnp.pad(numbers, ((0, -R % b), (0, G * g - C))).reshape(-1, b, G, g)
     amax = jnp.abs(padded).max((1, 3))
-    scale = jnp.where(amax > 0, amax / most, 1.0)
+    scale = jnp.where(amax == 0, 1.0, _divisor(amax / most))
     if form.kind == "int4":
         scale = _least_error(padded[:, 0], scale)
     if form.powers:
@@ -151,6 +172,12 @@ def _encode(numbers: jax.Array, form: Form) -> tuple[jax.Array, jax.Array]:
     return low | high << 4, scale
 
 
+def _divisor(scale: jax.Array) -> jax.Array:
+    """XLA takes what is below the smallest normal number for zero, by which nothing can be divided."""
+    tiny = jnp.finfo(jnp.float32).tiny
+    return jnp.where(jnp.abs(scale) < tiny, tiny, scale)
+
+
 def _least_error(numbers: jax.Array, scale: jax.Array) -> jax.Array:
     """Of some scales for 4 bits, each group's with the least squared error. [R, G, g] and [R, G]."""
     largest = jnp.take_along_axis(numbers, jnp.abs(numbers).argmax(-1, keepdims=True), -1)[..., 0]
@@ -160,7 +187,7 @@ def _least_error(numbers: jax.Array, scale: jax.Array) -> jax.Array:
         s = s[..., None]
         return jnp.square(jnp.clip(jnp.rint(numbers / s), -8, 7) * s - numbers).sum(-1)
 
-    choices = jnp.stack([scale, signed, 0.9 * scale, 0.9 * signed])
+    choices = _divisor(jnp.stack([scale, signed, 0.9 * scale, 0.9 * signed]))
     errors = jax.lax.map(error, choices)
     return jnp.take_along_axis(choices, errors.argmin(0)[None], 0)[0]
 
@@ -175,5 +202,10 @@ def from_blocks(scale_inv: np.ndarray, first: int, rows: int, form: Form) -> np.
 def to_blocks(scale: np.ndarray, form: Form) -> np.ndarray:
     """One scale for each block, from those of rows that begin at a block's first."""
     blocks = np.ascontiguousarray(scale[:: form.block])
-    assert np.array_equal(blocks.repeat(form.block, 0)[: len(scale)], scale), "a block's rows differ in scale"
+    same = blocks.view(np.uint32).repeat(form.block, 0)[: len(scale)] == scale.view(np.uint32)
+    if not same.all():
+        raise CheckpointError(
+            f"FP8 with other scales for the rows of a block of {form.block}: Hugging Face files hold one for "
+            "all; choose another dtype (--dtype bf16)"
+        )
     return blocks

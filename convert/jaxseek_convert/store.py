@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -16,10 +16,11 @@ from jaxseek.config import ModelConfig
 from jaxseek.layers.quant import group_size, scale_shape
 from jaxseek.store import LAYOUT, Array
 from jaxseek_convert.files import File
-from jaxseek_convert.numbers import BLOCK, FLOAT8, Form, Rows
+from jaxseek_convert.numbers import BLOCK, FLOAT8, Form, Memory, Rows
 from jaxseek_convert.table import Table, Tensors
 
-_CACHE_BYTES = 256 << 20  # of chunks that Orbax wrote
+_CACHE_BYTES = 128 << 20  # of chunks that Orbax wrote
+_CHUNK_BYTES = 64 << 20  # the most that one has
 
 
 def arrays_of(table: Table, forms: Mapping[str, Form]) -> dict[str, Array]:
@@ -95,14 +96,10 @@ class StoreCheckpoint:
     def origin(self, held: Mapping[str, Form]) -> dict[str, Any]:
         """As of HFCheckpoint."""
         origin = self.manifest["origin"]
-        kept = {n: d for n, d in origin.get("dtypes", {}).items() if n in self.tensors}
+        same = {n for n, (row, _) in self.tensors.items() if held[row.paths[0]] == self.forms[row.paths[0]]}
+        dtypes = {n: d for n, d in origin.get("dtypes", {}).items() if n.removesuffix("_scale_inv") in same}
         copies = {"copies": [n for n in origin["copies"] if n in self.tensors]} if "copies" in origin else {}
-        same = {p for p, form in self.forms.items() if held[p] == form}
-        return {
-            **copies,
-            "dtypes": {n: d for n, d in kept.items() if self.tensors[n][0].paths[0] in same},
-            "quantization": origin.get("quantization"),
-        }
+        return {**copies, "dtypes": dtypes, "quantization": origin.get("quantization")}
 
     def form(self, name: str) -> Form:
         """As of HFCheckpoint."""
@@ -124,8 +121,13 @@ class StoreCheckpoint:
 
     def identity(self) -> list[Any]:
         """As of HFCheckpoint."""
-        status = (self.path / checkpoint.MANIFEST).stat()
-        return [str(self.path.absolute()), status.st_size, status.st_mtime_ns]
+        files = [self.path / checkpoint.MANIFEST, *(self.path / "params").rglob("*")]
+        return [str(self.path.absolute()), len(files), max(file.stat().st_mtime_ns for file in files)]
+
+    @property
+    def memory(self) -> Memory:
+        """As of HFCheckpoint."""
+        return Memory() if self._flat else Memory(2 * _CHUNK_BYTES, _CACHE_BYTES)
 
     def spans(self, name: str) -> Iterator[tuple[str, str, int, int]]:
         """As of HFCheckpoint; of a store that a conversion wrote."""
@@ -151,17 +153,32 @@ class StoreCheckpoint:
         return out
 
     def _read_orbax(self, plane: Plane, which: int, start: int, stop: int) -> np.ndarray:
-        """From chunks that hold the parameter as the model does: the heads of rows, cut to the rows."""
+        """From chunks that hold the parameter as the model does."""
         array, lead = plane.arrays[which], len(plane.at)
-        outer = len(plane.row.layout.dims[which][0])  # letters that make a row's index
-        size = math.prod(array.shape[i] for i in array.order[lead + outer :]) * array.dtype.itemsize
-        unit = size * math.prod(array.shape[i] for i in array.order[lead + 1 : lead + outer])
-        start, stop = (i - plane.start(which) for i in (start, stop))
-        low, high = start // unit, -(-stop // unit)
+        rows = [array.shape[i] for i in array.order[lead : lead + len(plane.row.layout.dims[which][0])]]
+        row = array.nbytes // math.prod(array.shape[:lead]) // math.prod(rows)
         matrix = self._opened(array.path)[plane.at] if lead else self._opened(array.path)
-        part = matrix.transpose([i - lead for i in array.order[lead:]])[low:high]
-        raw = np.ascontiguousarray(part.read(order="C").result()).reshape(-1).view(np.uint8)
-        return raw[start - low * unit : stop - low * unit]
+        matrix = matrix.transpose([i - lead for i in array.order[lead:]])
+        out, at = np.empty(stop - start, np.uint8), 0
+        for box in boxes(rows, *((i - plane.start(which)) // row for i in (start, stop))):
+            part = np.ascontiguousarray(matrix[box].read(order="C").result()).reshape(-1).view(np.uint8)
+            out[at : at + len(part)] = part
+            at += len(part)
+        return out
+
+    @functools.cached_property
+    def _context(self) -> Any:
+        """The arrays share a cache; chunks are decoded one after the other, or memory would hold them all."""
+        import tensorstore
+
+        one = {"limit": 1}
+        return tensorstore.Context(
+            {
+                "cache_pool": {"total_bytes_limit": _CACHE_BYTES},
+                "data_copy_concurrency": one,
+                "file_io_concurrency": one,
+            }
+        )
 
     @functools.cache  # noqa: B019 - an object lives as long as a conversion
     def _opened(self, path: str) -> Any:
@@ -169,8 +186,7 @@ class StoreCheckpoint:
 
         base = {"driver": "file", "path": str((self.path / "params").absolute()) + "/"}
         spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": path + "/"}}
-        pool = {"cache_pool": {"total_bytes_limit": _CACHE_BYTES}}
-        return tensorstore.open(spec, context=tensorstore.Context(pool), read=True).result()
+        return tensorstore.open(spec, context=self._context, read=True).result()
 
     @functools.cache  # noqa: B019
     def _file(self, name: str) -> File:
@@ -214,6 +230,22 @@ class Plane:
         return [(self.start(i) + n * first // R, self.start(i) + n * last // R) for i, n in enumerate(sizes)]
 
 
+def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[slice, ...]]:
+    """Entries `start` to `stop` of an array of this shape, counted in C order, as parts of it, in order."""
+    inner = math.prod(shape[1:])
+    while start < stop:
+        i, rest = divmod(start, inner)
+        n = (stop - start) // inner
+        if rest or not n:  # a part of one
+            last = min(inner, rest + stop - start)
+            for box in boxes(shape[1:], rest, last):
+                yield slice(i, i + 1), *box
+            start += last - rest
+        else:
+            yield slice(i, i + n), *(slice(0, size) for size in shape[1:])
+            start += n * inner
+
+
 def planes(arrays: Mapping[str, Array], form: Form, row: Tensors, at: tuple[int, ...]) -> list[Plane]:
     """Where a tensor's numbers are, and its scales where it is quantised."""
     suffixes = (".value", ".scale") if form.quantized else ("",)
@@ -239,13 +271,13 @@ def repeats(row: Tensors, form: Form) -> int:
 class StoreSink:
     """A store that is being written, tensor by tensor."""
 
-    headers: ClassVar[dict[str, bytes]] = {}
-
     def __init__(self, table: Table, forms: Mapping[str, Form]):
         self.forms = forms
         self.arrays = arrays_of(table, forms)
         self.tensors = {name: (row, at) for name, row, at in table if row.kind == "own"}
+        self.headers: dict[str, bytes] = {}
         self.files = {name: n for array in self.arrays.values() for name, n in array.files().items()}
+        self.headers: dict[str, bytes] = {}
 
     def form(self, name: str) -> Form:
         """What the rows of a tensor have to be."""

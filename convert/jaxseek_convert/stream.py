@@ -7,7 +7,6 @@ size from the start, so a tensor that was written in part is simply written agai
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -23,20 +22,23 @@ import xxhash
 from jaxseek.checkpoint import CheckpointError
 from jaxseek.config import ModelConfig
 from jaxseek_convert.files import File, Writer
-from jaxseek_convert.numbers import Form, Rows, change
+from jaxseek_convert.numbers import Form, Memory, Rows, change
 from jaxseek_convert.table import Table
 
 JOURNAL = "journal.jsonl"
 MEMORY = 3 << 29  # bytes, by default: 1.5 GiB
 _PIECE = 8 << 20  # bytes of rows at a time
-_PER_THREAD = 8 * _PIECE  # rows as read, as float32, in between, and as written
+_COPIES, _CHANGED = 3, 8  # of them in memory: as read, put in order, written; and float32 several times
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Source(Protocol):
     """A checkpoint as tensors of the Hugging Face format, of which rows are read."""
 
+    @property
+    def memory(self) -> Memory: ...
     def form(self, name: str) -> Form: ...
+    def identity(self) -> list[Any]: ...
     def nbytes(self, name: str) -> int: ...
     def position(self, name: str) -> tuple[str, int]: ...
     def rows(self, name: str, first: int, last: int) -> Rows: ...
@@ -72,12 +74,12 @@ class Sink(Protocol):
     def spans(self, name: str) -> Iterable[tuple[str, str, int, int]]: ...
 
 
-def threads_for(memory: int, changed: bool) -> int:
-    """How many threads fit into `memory` bytes beside what the process has already.
+def threads_for(memory: int, piece: int = 2 * _PIECE, shared: int = 0) -> int:
+    """How many threads fit into `memory` bytes beside what the process has already and what they share.
 
-    Raises CheckpointError where not even one does.
+    `piece` bytes are what a thread holds at a time. Raises CheckpointError where not even one fits.
     """
-    base, each = resident(), _PER_THREAD if changed else 2 * _PIECE
+    base, each = resident() + shared, piece
     n = (memory - base) // each
     if n < 1:
         raise CheckpointError(
@@ -95,87 +97,93 @@ def resident() -> int:
         return 400 << 20  # not Linux
 
 
-def pieces(layout: Any, old: Form, new: Form) -> Iterator[tuple[int, int]]:
-    """Ranges of a tensor's rows that are handled together."""
+def _rows(layout: Any, old: Form, new: Form) -> tuple[int, int]:
+    """How many rows of a tensor are handled together, and the bytes of one."""
     R, *columns = layout.shape
     align = math.lcm(layout.unit, new.block)
     width = math.prod(columns) * (old.dtype.itemsize if old == new else 4)
-    step = max(align, _PIECE // width // align * align)
+    return min(R, max(align, _PIECE // width // align * align)), width
+
+
+def pieces(layout: Any, old: Form, new: Form) -> Iterator[tuple[int, int]]:
+    """Ranges of a tensor's rows that are handled together."""
+    R, (step, _) = layout.shape[0], _rows(layout, old, new)
     for first in range(0, R, step):
         yield first, min(first + step, R)
 
 
+def working_memory(layouts: Mapping[str, Any], old: Callable[[str], Form], new: Callable[[str], Form]) -> int:
+    """The most bytes that a thread needs at a time for one of these tensors."""
+    most = _PIECE
+    for name, layout in layouts.items():
+        before, after = old(name), new(name)
+        times = _COPIES if before == after else _CHANGED
+        most = max(most, times * math.prod(_rows(layout, before, after)))
+    return most
+
+
 class Journal:
-    """What a conversion has done, on disk. One process at a time has it."""
+    """What a conversion has done, on disk. Lines are only ever added, so a kill can just cut the last off.
+
+    The first is what tells the conversion from others. Then there is one for each tensor that is written,
+    with its digests, or with none where it turned out that it has to be written again.
+    """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]):
+        """Where the folder holds another conversion, what that has left there is removed."""
         self.folder, self.path = folder, folder / JOURNAL
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(f"{folder}: another process is converting to there; wait for it") from None
-        self._identity = {"identity": dict(identity), "boot": _boot()}
         self.done: dict[str, dict[str, str]] = {}
-        self.restarted = (
-            False  # whether the machine went down since, and with it perhaps what was not on disk
-        )
-        self._file.seek(0)
-        head, *lines = self._file.read().splitlines() or [""]
-        if self._same(head):
-            for line in lines:
-                try:
-                    entry = json.loads(line)
+        identity, boot = json.loads(json.dumps(identity)), None
+        whole = 0  # bytes of lines that make sense
+        for line in self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []:
+            try:
+                entry: dict[str, Any] = json.loads(line)
+                if not line.endswith(b"\n") or (not whole and entry["identity"] != identity):
+                    break
+                boot = entry.get("boot", boot)
+                if "name" in entry:
                     self.done[entry["name"]] = entry["digests"]
-                except (ValueError, KeyError):
-                    break  # cut off by a kill: what follows it is done again
-        else:
-            self._clear()
-        self._rewrite()
+            except (ValueError, KeyError, TypeError, AttributeError):
+                break
+            whole += len(line)
+        self.done = {name: digests for name, digests in self.done.items() if digests}
+        self._file = self.path.open("ab")
+        self._file.truncate(whole)
+        if not whole:  # first of all the journal is empty: nothing is taken for done that is removed now
+            _clear(folder)
+            self._add(identity=identity, boot=_boot())
+        # whether the machine went down since, and with it perhaps what was not on disk
+        self.restarted = bool(whole) and boot != _boot()
 
-    def _clear(self) -> None:
-        """Away with what another conversion left."""
-        for path in self.folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path != self.path:
-                path.unlink()
-
-    def _same(self, head: str) -> bool:
-        try:
-            found = json.loads(head)
-        except ValueError:
-            return False
-        self.restarted = found.get("boot") != self._identity["boot"]
-        return found.get("identity") == json.loads(json.dumps(self._identity["identity"]))
-
-    def _rewrite(self) -> None:
-        self._file.seek(0)
-        self._file.truncate()
-        self._file.write(json.dumps(self._identity) + "\n")
-        for name, digests in self.done.items():
-            self._file.write(_line(name, digests))
+    def _add(self, **entry: Any) -> None:
+        self._file.write(json.dumps(entry).encode() + b"\n")
         self._file.flush()
 
     def add(self, name: str, digests: Mapping[str, str]) -> None:
         """Note that a tensor is written."""
         self.done[name] = dict(digests)
-        self._file.write(_line(name, digests))
-        self._file.flush()
+        self._add(name=name, digests=digests)
 
     def forget(self, names: Iterable[str]) -> None:
         """Of tensors that are to be written again."""
         for name in names:
-            self.done.pop(name, None)
-        self._rewrite()
+            del self.done[name]
+            self._add(name=name, digests=None)
+
+    def trust(self) -> None:
+        """Note that what is done was found on the disk."""
+        self._add(boot=_boot())
 
     def close(self) -> None:
         self._file.close()
 
 
-def _line(name: str, digests: Mapping[str, str]) -> str:
-    return json.dumps({"name": name, "digests": digests}) + "\n"
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != JOURNAL:
+            path.unlink()
 
 
 def _boot() -> str:
@@ -183,6 +191,18 @@ def _boot() -> str:
         return _BOOT.read_text().strip()
     except OSError:
         return ""
+
+
+def converted(source: Source, name: str, first: int, last: int, new: Form) -> Rows:
+    """Rows of a tensor in another form."""
+    old = source.form(name)
+    rows = change(source.rows(name, first, last), old, new)
+    if rows.scale is not None and old != new and not np.isfinite(rows.scale).all():
+        raise CheckpointError(
+            f"{name}: has numbers that are not finite in rows {first} to {last}, which cannot be stored as "
+            f"{new.kind}; convert to a float dtype, and see where they come from"
+        )
+    return rows
 
 
 def pump(
@@ -195,25 +215,26 @@ def pump(
 ) -> None:
     """Write every tensor of the sink that the journal does not have."""
     writer = Writer(journal.folder, sink.files)
-    for file, header in sink.headers.items():
-        writer.write(file, 0, np.frombuffer(header, np.uint8))
 
     def one(name: str) -> tuple[str, dict[str, str]]:
         old, new = source.form(name), sink.form(name)
         digests: dict[str, Any] = {}
         R = layouts[name].shape[0]
         for first, last in pieces(layouts[name], old, new):
-            rows = change(source.rows(name, first, last), old, new)
-            for key, file, start, data in sink.put(name, first, rows):
+            for key, file, start, data in sink.put(name, first, converted(source, name, first, last, new)):
                 digests.setdefault(key, xxhash.xxh3_128()).update(data)
                 writer.write(file, start, data)
             progress(source.nbytes(name) * last // R - source.nbytes(name) * first // R)
         return name, {key: d.hexdigest() for key, d in digests.items()}
 
     todo = sorted((n for n in sink.tensors if n not in journal.done), key=source.position)
-    for name, digests in _in_threads(one, todo, threads):
-        journal.add(name, digests)
-    writer.close()
+    try:
+        for file, header in sink.headers.items():
+            writer.write(file, 0, np.frombuffer(header, np.uint8))
+        for name, digests in _in_threads(one, todo, threads):
+            journal.add(name, digests)
+    finally:
+        writer.close()
 
 
 def digest_source(
@@ -230,8 +251,7 @@ def digest_source(
         old, new = source.form(name), sink.form(name)
         digests: dict[str, Any] = {}
         for first, last in pieces(layouts[name], old, new):
-            rows = change(source.rows(name, first, last), old, new)
-            for key, _, _, data in sink.put(name, first, rows):
+            for key, _, _, data in sink.put(name, first, converted(source, name, first, last, new)):
                 digests.setdefault(key, xxhash.xxh3_128()).update(data)
         progress(source.nbytes(name))
         return name, {key: d.hexdigest() for key, d in digests.items()}

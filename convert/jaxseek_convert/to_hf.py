@@ -81,10 +81,10 @@ class HFSink:
         self,
         table: Table,
         forms: Mapping[str, Form],
-        scale_dtype: Any = np.float32,
+        dtypes: Mapping[str, str] | None = None,
         max_shard_bytes: int = MAX_SHARD_BYTES,
     ):
-        """`forms` are those of the tensors to be written."""
+        """`forms` are those of the tensors to be written, `dtypes` those of scales that are not float32."""
         self.forms = forms
         self.tensors = {name: (row, at) for name, row, at in table if name in forms}
         specs: dict[str, Spec] = {}
@@ -92,8 +92,8 @@ class HFSink:
             shape, form = row.layout.shape, forms[name]
             specs[name] = (shape, form.dtype)
             if form.quantized:
-                blocks = (-(-shape[0] // form.block), form.groups(shape[1]))
-                specs[f"{name}_scale_inv"] = (blocks, np.dtype(scale_dtype))
+                key, blocks = f"{name}_scale_inv", (-(-shape[0] // form.block), form.groups(shape[1]))
+                specs[key] = (blocks, jnp.dtype((dtypes or {}).get(key, "float32")))
         self.shards = Shards(specs, max_shard_bytes)
         self.files, self.headers = self.shards.files, self.shards.headers
 

@@ -48,7 +48,7 @@ def verify(
     """
     folder = Path(path)
     found = opened(folder)
-    threads = stream.threads_for(memory, changed=False)
+    threads = stream.threads_for(memory)
     result: dict[str, Any] = {"path": str(path), "tensors": len(found.tensors), "ok": True}
     digests = read_digests(folder)
     if digests is not None:
