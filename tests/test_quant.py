@@ -27,7 +27,8 @@ from jaxseek.generate.engine import Engine
 from jaxseek.generate.sampling import Sampling
 from jaxseek.info import describe, read_quantization
 from jaxseek.kernels import int4
-from jaxseek.kernels.scaled import Scaled, product_of_few
+from jaxseek.kernels.grouped_mlp import _gmm_mlp, _tiled_mlp
+from jaxseek.kernels.scaled import Scaled, dequantize, product_of_few
 from jaxseek.layers.quant import (
     KINDS,
     MATRICES,
@@ -148,6 +149,22 @@ def test_the_product_of_few_rows_equals_the_formula(groups, monkeypatch):
     scale = draw.random((2, groups, 10), np.float32)
     expected = np.asarray(x, np.float64) @ (value * scale.repeat(24 // groups, 1).astype(np.float64))[1]
     assert_close(product_of_few(x, Scaled(jnp.asarray(value), jnp.asarray(scale)), 1), expected, 1e-6)
+
+
+@pytest.mark.parametrize("implementation", [functools.partial(_gmm_mlp, interpret=True), _tiled_mlp])
+@pytest.mark.parametrize("rows", [20, 300])  # CPU: tiles of 8 rows, and of 64
+def test_experts_compute_with_their_numbers(implementation, rows):
+    draw, sizes_E = np.random.default_rng(0), jnp.array([5, 0, rows - 9])
+    x = jnp.asarray(0.01 * draw.standard_normal((rows, 256), np.float32))
+    experts = [
+        Scaled(
+            jnp.asarray(draw.integers(-7, 8, (3, *shape)), jnp.int4),
+            jnp.asarray(draw.random((3, shape[0] // 128, shape[1]), np.float32)),
+        )
+        for shape in ((256, 128), (256, 128), (128, 256))
+    ]
+    expected = _tiled_mlp(x, *(dequantize(w, jnp.float32) for w in experts), sizes_E)
+    assert_close(implementation(x, *experts, sizes_E), expected, 1e-5)
 
 
 def test_in_bfloat16_a_number_is_the_rounded_float32_product():

@@ -33,7 +33,7 @@ def dequantize(w: Scaled, dtype: Any) -> jax.Array:
     """value * scale in float32, as `dtype`; on each shard by itself."""
     local = functools.partial(_numbers, dtype=dtype)
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size == 1 or mesh.are_all_axes_manual:
+    if mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual:
         return local(*w)
     specs = [jax.typeof(a).sharding.spec for a in w]
     return jax.shard_map(local, in_specs=tuple(specs), out_specs=specs[0])(*w)
