@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import math
@@ -68,6 +67,8 @@ class Announced:
             "Do config.json and the index belong together?",
         )
         self.tensors = {n: row for n, row in self._rows.items() if n in tensors}
+        own = [(n, row) for n, row in self.tensors.items() if row.kind == "own"]
+        self.forms = {path: self.form(n) for n, row in own for path in row.paths}
 
     def _implied(self) -> set[str]:
         names = self.table.names()
@@ -83,11 +84,6 @@ class Announced:
             return Form(FP8.name, self._block[1], self._block[0])
         abstract = self.table.params[self._rows[name].paths[0]]
         return Form(F32.name if abstract.dtype == jnp.float32 else self._dtype)
-
-    @functools.cached_property
-    def forms(self) -> dict[str, Form]:
-        """As of HFCheckpoint."""
-        return {p: self.form(n) for n, row in self.tensors.items() if row.kind == "own" for p in row.paths}
 
     def nbytes(self, name: str) -> int:
         """As of HFCheckpoint."""
