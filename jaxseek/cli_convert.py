@@ -138,10 +138,12 @@ def _quantize(args: argparse.Namespace) -> None:
         from jaxseek.quantize import rounding_error
 
         summary["error"] = error = rounding_error(args.src, args.dst, args.text)
-        lines = {
-            "KL from the source": f"{error['kl']:.5f} nats a token (99 %: {error['kl_99']:.4f})",
-            "same likeliest token": f"{error['same_token']:.2%} of {error['tokens']:,}, {error['text']}",
-        }
+        lines = {"error": f"not measured: {error.get('why')}"}
+        if "kl" in error:
+            lines = {
+                "KL from the source": f"{error['kl']:.5f} nats a token (99 %: {error['kl_99']:.4f})",
+                "same likeliest token": f"{error['same_token']:.2%} of {error['tokens']:,}, {error['text']}",
+            }
         if "perplexity" in error:
             before, after = error["perplexity"], error["perplexity_quantized"]
             lines["perplexity"] = f"{before:.3f} before, {after:.3f} after"

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxseek import checkpoint
+from jaxseek.config import ModelConfig
 from jaxseek.loading import load
 from jaxseek.model import DeepSeek
 from jaxseek.tokenizer import Tokenizer
+from jaxseek_convert.verify import free_memory
 
 _WINDOW, _WINDOWS, _BATCH = 256, 16, 4  # tokens, of which so many windows are read, so many at a time
 
@@ -23,9 +25,12 @@ def rounding_error(src: str | Path, dst: str | Path, text: str | Path | None = N
 
     Perplexity of both, KL(src || dst) in nats per token as mean and 99th percentile, and the share of
     tokens on which the likeliest is the same. Without `text` it is Python's manual; a model with no
-    tokenizer reads random tokens, of which the perplexity says nothing. Raises CheckpointError as `load`
-    does, and OSError for the text.
+    tokenizer reads random tokens, of which the perplexity says nothing. Where both do not fit into memory
+    the result is `why`. Raises CheckpointError as `load` does, and OSError for the text.
     """
+    cfg = ModelConfig.from_hf(dst)
+    if (need := 8 * cfg.num_params()) > (free := free_memory()):
+        return {"why": f"both models in float32 take {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free"}
     model, tokenizer = load(src)
     other, _ = load(dst)
     tokens = _tokens(tokenizer, model.cfg.vocab_size, text, min(_WINDOW, model.cfg.max_position_embeddings))

@@ -99,7 +99,7 @@ def test_a_quantised_checkpoint_is_what_its_source_rounds_to(hf, tmp_path, capsy
 
 def test_too_little_memory_for_the_logits_is_said(hf, tmp_path, monkeypatch):
     convert(hf, tmp_path / "new", progress=False)
-    monkeypatch.setattr("jaxseek_convert.verify._free_memory", lambda: 1000)
+    monkeypatch.setattr("jaxseek_convert.verify.free_memory", lambda: 1000)
     with bars(False, None) as stage:
         found = verify(tmp_path / "new", hf, stage=stage)
     assert found["ok"]
@@ -110,7 +110,7 @@ def test_too_little_memory_for_the_logits_is_said(hf, tmp_path, monkeypatch):
 def test_as_many_layers_are_compared_as_fit(hf, tmp_path, monkeypatch):
     convert(hf, tmp_path / "new", progress=False)
     two = ModelConfig.from_hf(V3).replace(num_hidden_layers=2, num_nextn_predict_layers=0)
-    monkeypatch.setattr("jaxseek_convert.verify._free_memory", lambda: 8 * two.num_params() + 2)
+    monkeypatch.setattr("jaxseek_convert.verify.free_memory", lambda: 8 * two.num_params() + 2)
     with bars(False, None) as stage:
         found = verify(tmp_path / "new", hf, stage=stage)
     assert found["logits"] == {"layers": 2, "max_difference": 0, "kl": 0, "same_token": 1}

@@ -136,7 +136,7 @@ def compare_logits(a: Source, b: Source, seed: int) -> dict[str, Any]:
 
 def _shortened(cfg: ModelConfig) -> ModelConfig | None:
     """The model with as many of its first layers as float32 numbers in half of the free memory."""
-    room = _free_memory() // 2
+    room = free_memory() // 2
     for layers in range(cfg.num_hidden_layers, 0, -1):
         short = cfg.replace(num_hidden_layers=layers, num_nextn_predict_layers=0)
         if 4 * short.num_params() <= room:
@@ -144,7 +144,8 @@ def _shortened(cfg: ModelConfig) -> ModelConfig | None:
     return None
 
 
-def _free_memory() -> int:
+def free_memory() -> int:
+    """Bytes that this machine can still give."""
     for line in Path("/proc/meminfo").read_text().splitlines() if os.path.exists("/proc/meminfo") else ():
         if line.startswith("MemAvailable"):
             return int(line.split()[1]) << 10
