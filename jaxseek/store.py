@@ -151,7 +151,7 @@ def write_metadata(folder: Path, arrays: Mapping[str, Array]) -> None:
         f"('{path}',)": {
             "key_metadata": [{"key": path, "key_type": 2}],
             "value_metadata": {
-                "value_type": "jax.Array",
+                "value_type": "np.ndarray",  # as what it comes back where no sharding is asked for
                 "skip_deserialize": False,
                 "write_shape": list(array.chunk),
             },

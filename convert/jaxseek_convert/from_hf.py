@@ -256,8 +256,14 @@ def quantization_of(path: Path) -> dict[str, Any] | None:
 
 def block_of(path: Path, how: Mapping[str, Any] | None) -> tuple[int, int]:
     """Rows and columns of weights that share a scale. Raises CheckpointError for all but block-scaled FP8."""
-    how = {} if how is None else how if isinstance(how, dict) else {"quant_method": how}
-    method, block = how.get("quant_method", "fp8"), how.get("weight_block_size", [128, 128])
+    known = (
+        {}
+        if how is None
+        else how
+        if isinstance(how, dict)
+        else {"quant_method": how, "weight_block_size": None}
+    )
+    method, block = known.get("quant_method", "fp8"), known.get("weight_block_size", [128, 128])
     sound = isinstance(block, list) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block)
     if method != "fp8" or not sound:
         raise CheckpointError(

@@ -114,7 +114,7 @@ def encode(numbers: np.ndarray, form: Form) -> Rows:
 
     The largest of a group becomes the largest there is; of 4 bits it becomes 7 or -8, or a little more than
     either, whichever has the least squared error. The scale of a group with a number that is not finite is
-    not finite either.
+    NaN.
     """
     most = np.float32({"int8": 127.0, "int4": 7.0}.get(form.kind, E4M3_MAX))
     values, scale = _encode(numbers, most, form)
@@ -161,7 +161,8 @@ def _encode(numbers: jax.Array, most: jax.Array, form: Form) -> tuple[jax.Array,
         mantissa, exponent = jnp.frexp(scale)  # up, to what has no mantissa
         scale = jnp.where(mantissa > 0.5, jnp.ldexp(jnp.ones_like(scale), exponent), scale)
     q = (padded / scale[:, None, :, None]).reshape(-1, G * g)[:R, :C]
-    scale = jnp.repeat(scale, b, 0)[:R]
+    finite = jnp.isfinite(padded).all((1, 3))  # XLA:CPU's max passes NaN over
+    scale = jnp.repeat(jnp.where(finite, scale, jnp.nan), b, 0)[:R]
     if form.kind not in ("int8", "int4"):
         return jnp.clip(q, -most, most).astype(jnp.float8_e4m3fn), scale
     q = jnp.rint(q).astype(jnp.int8)

@@ -155,14 +155,14 @@ def _read_file(file: File | RemoteFile) -> dict[str, Tensor]:
         header = json.loads(file.read(8, 8 + head).tobytes())
         header.pop("__metadata__", None)
         entries = sorted(
-            (tuple(e["data_offsets"]), name, e["dtype"], tuple(e["shape"])) for name, e in header.items()
+            (tuple(map(_whole, e["data_offsets"])), name, str(e["dtype"]), tuple(map(_whole, e["shape"])))
+            for name, e in header.items()
         )
+        expected = 8 + head + max((stop for (_, stop), *_ in entries), default=0)
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(
             f"{file}: the header cannot be read ({type(e).__name__}: {e}); {_AGAIN}"
         ) from None
-    body = 8 + head
-    expected = body + max((stop for (_, stop), *_ in entries), default=0)
     if size != expected:
         raise CheckpointError(
             f"{file}: the header describes {expected:,} bytes, the file has {size:,}; {_AGAIN}"
@@ -172,14 +172,20 @@ def _read_file(file: File | RemoteFile) -> dict[str, Tensor]:
         if kind not in DTYPES:
             raise CheckpointError(f"{file}: {name} has dtype {kind}; known: {', '.join(DTYPES)}")
         need = math.prod(shape) * DTYPES[kind].itemsize
-        if start != end or stop - start != need or any(n < 0 for n in shape):
+        if start != end or stop - start != need:
             raise CheckpointError(
                 f"{file}: {name} ({kind}, shape {list(shape)}) should take {need} bytes from {end}, "
                 f"the header says {start}..{stop}; {_AGAIN}"
             )
-        tensors[name] = Tensor(file, DTYPES[kind], shape, body + start)
+        tensors[name] = Tensor(file, DTYPES[kind], shape, 8 + head + start)
         end = stop
     return tensors
+
+
+def _whole(n: Any) -> int:
+    if type(n) is not int or n < 0:
+        raise ValueError(f"{n!r} is no size")
+    return n
 
 
 class Shards:

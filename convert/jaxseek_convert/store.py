@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxseek import checkpoint
+from jaxseek.checkpoint import CheckpointError
 from jaxseek.config import ModelConfig
 from jaxseek.layers.quant import group_size, scale_shape
 from jaxseek.store import LAYOUT, Array
@@ -80,9 +81,9 @@ class StoreCheckpoint:
         origin = self.manifest["origin"]
         names = own.union(origin["copies"]) if "copies" in origin else self.table.names()
         self.tensors = {name: rows[name] for name in rows if name in names}
-        self.arrays = arrays_of(self.table, self.forms)
-        self.quantization = origin.get("quantization")
         self._flat = self.manifest.get("layout") == LAYOUT
+        self.arrays = {p: self._as_written(a) for p, a in arrays_of(self.table, self.forms).items()}
+        self.quantization = origin.get("quantization")
 
     def _form(self, path: str, held: Mapping[str, Any]) -> Form:
         groups = self.manifest.get("quantization", {})
@@ -92,6 +93,21 @@ class StoreCheckpoint:
         kind = held[f"{path}.value"]["dtype"]
         block = how.get("weight_block_size", [BLOCK])[0]
         return Form(kind, groups[path], block if kind == FLOAT8.kind else 1)
+
+    def _as_written(self, array: Array) -> Array:
+        """With the chunks that it has on disk."""
+        if not self._flat:
+            return array
+        try:
+            found = Array.of(self.path, array.path)
+        except (ValueError, KeyError, TypeError, IndexError) as e:
+            found = f"{type(e).__name__}: {e}"
+        if not isinstance(found, Array) or replace(found, chunk=array.chunk) != array:
+            raise CheckpointError(
+                f"{self.path}/params/{array.path}/zarr.json: expected {array}, found {found}; was it "
+                "changed? Convert the source again"
+            )
+        return found
 
     def origin(self, held: Mapping[str, Form]) -> dict[str, Any]:
         """As of HFCheckpoint."""

@@ -7,6 +7,7 @@ size from the start, so a tensor that was written in part is simply written agai
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -147,10 +148,12 @@ class Journal:
                 break
             whole += len(line)
         self.done = {name: digests for name, digests in self.done.items() if digests}
-        self._file = self.path.open("ab")
-        self._file.truncate(whole)
-        if not whole:  # first of all the journal is empty: nothing is taken for done that is removed now
+        self.path.touch()
+        os.truncate(self.path, whole)
+        if not whole:  # and so nothing is taken for done that is removed now
             _clear(folder)
+        self._file = self.path.open("ab")
+        if not whole:
             self._add(identity=identity, boot=_boot())
         # whether the machine went down since, and with it perhaps what was not on disk
         self.restarted = bool(whole) and boot != _boot()
@@ -283,18 +286,28 @@ def digest(
 
 
 def _in_threads(work: Callable[[str], Any], items: Iterable[str], threads: int) -> Iterator[Any]:
-    """Results as they come; the first error ends it."""
+    """Results as they come. After the first error those that were under way come, and then it is raised."""
+    todo, waiting, error = iter(items), set[Future[Any]](), None
     with ThreadPoolExecutor(threads) as pool:
-        waiting: set[Future[Any]] = set()
         try:
-            for item in items:
-                waiting.add(pool.submit(work, item))
-                if len(waiting) >= 4 * threads:
-                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                    yield from (f.result() for f in done)
-            while waiting:
+            while True:
+                if error is None:
+                    more = itertools.islice(todo, 2 * threads - len(waiting))
+                    waiting |= {pool.submit(work, item) for item in more}
+                if not waiting:
+                    break
                 done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                yield from (f.result() for f in done)
+                for future in done:
+                    if future.cancelled():
+                        continue
+                    if future.exception() is None:
+                        yield future.result()
+                    elif error is None:
+                        error = future.exception()
+                        for other in waiting:
+                            other.cancel()
         finally:
-            for f in waiting:
-                f.cancel()
+            for future in waiting:
+                future.cancel()
+    if error is not None:
+        raise error
