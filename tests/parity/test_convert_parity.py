@@ -129,7 +129,7 @@ def test_a_bfloat16_checkpoint_returns_as_it_was(name, tmp_path):
     np.testing.assert_array_equal(logits_of(again), logits_of(read_back(tmp_path / "theirs")[0]))
 
 
-# transformers 5.23 takes the block's size from that of the scales, so edge blocks (such as those of the released
+# transformers 5.23 takes the block's size from that of the scales, so edge blocks (as those of the released
 # 576-row projection) come out wrong there: these weights have none, or one block alone.
 WHOLE_BLOCKS = {
     "hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128, "num_attention_heads": 4,
