@@ -486,10 +486,20 @@ def _unpack(stored: jax.Array, size: int, axis: int, sharding: NamedSharding) ->
     return jax.sharding.reshard(int4.unpack(stored, size, axis), sharding)
 
 
+def _apart(path: str, a: jax.Array) -> tuple[int, ...]:
+    """Axes that no chunk of a large array spans: layers and experts, which a conversion reads one by one."""
+    name = next(
+        part for part in reversed(path.split(".")) if "_" in part
+    )  # not that of a quantised one's part
+    letters = name.rsplit("_", 1)[1]
+    lead = a.ndim - len(letters) + letters.startswith("E")
+    return tuple(range(lead)) if a.nbytes > _CHUNK_BYTES else ()
+
+
 def _orbax_save(path: Path, arrays: dict[str, jax.Array]) -> None:
     import orbax.checkpoint as ocp  # a third of a second to import
 
-    args = {p: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for p in arrays}
+    args = {p: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=_apart(p, a)) for p, a in arrays.items()}
     # Without a minimum every small array is cut between its replicas by a program compiled for the purpose.
     writer = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_CHUNK_BYTES)
     writers = ocp.type_handlers.create_type_handler_registry((jax.Array, writer))

@@ -27,7 +27,7 @@ from jaxseek_convert import files as files_module
 from jaxseek_convert.conversion import DIGESTS
 from jaxseek_convert.files import Writer
 from jaxseek_convert.safetensors_io import read_safetensors, write_safetensors
-from jaxseek_convert.store import boxes
+from jaxseek_convert.store import StoreCheckpoint, boxes
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 F8 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -306,9 +306,13 @@ def test_a_store_is_read_in_the_chunks_that_it_was_written_in(hf, tmp_path, monk
 @pytest.mark.parametrize("name", ["deepseek_v3", "llama, all biases"])
 def test_what_orbax_wrote_is_converted_by_parts_of_its_chunks(name, pieces, tmp_path, monkeypatch):
     src = write_hf(tmp_path / "hf", MODELS[name], random_tensors(MODELS[name]))
-    monkeypatch.setattr(checkpoint, "_CHUNK_BYTES", 1 << 10)
+    monkeypatch.setattr(checkpoint, "_CHUNK_BYTES", 1 << 9)
     monkeypatch.setattr(stream, "_PIECE", 100)
     checkpoint.save(load_hf(src, "tensor=2"), tmp_path / "saved")
+    found = StoreCheckpoint(tmp_path / "saved")
+    for path in found.arrays:  # a chunk of every layer and expert would be read for each of them
+        if "_EDF" in path:
+            assert found._opened(path).chunk_layout.read_chunk.shape[:2] == (1, 1)
     run(tmp_path / "saved", tmp_path / "back", to="hf", verify=True)
     assert read_with_safetensors(tmp_path / "back") == read_with_safetensors(src)
     run(tmp_path / "saved", tmp_path / "ours")
