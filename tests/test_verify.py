@@ -6,6 +6,7 @@ import re
 import ml_dtypes
 import numpy as np
 import pytest
+from oracles import quick_compilation  # noqa: F401
 from safetensors.numpy import load_file, save_file
 from test_convert import MODELS, random_tensors, read_with_safetensors, to_fp8, write_hf
 from test_tokenizer import train_sentencepiece
