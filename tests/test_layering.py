@@ -25,8 +25,8 @@ TIERS = [
     {"loading", "generate"},
     {"train"},
     {"rl"},
-    {"eval", "serve", "lab", "info", "bench_worker"},
-    {"bench", "bench_train", "bench_grpo"},
+    {"eval", "serve", "info", "bench_worker"},
+    {"bench", "bench_train", "bench_grpo", "lab"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(TIERS) for name in names}

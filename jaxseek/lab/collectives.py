@@ -50,7 +50,9 @@ def cost(op: Op, topology: Topology, coords: Coords) -> Cost:
     group = (op.groups or everyone)[0]
     n, link = len(group), topology.chip.link_bandwidth
     if op.opcode in ("collective-permute", "collective-broadcast"):
-        hops = max((_distance(coords[a], coords[b], topology) for a, *rest in op.groups for b in rest), default=1)
+        hops = max(
+            (_distance(coords[a], coords[b], topology) for a, *rest in op.groups for b in rest), default=1
+        )
         return Cost(op.bytes / link * max(1, hops), max(1, hops) * HOP_SECONDS)
     axes = _axes(group, topology, coords)
     if not axes:

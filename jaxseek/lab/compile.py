@@ -135,7 +135,9 @@ def _compile(job: Job, folder: Path, progress: Callable[[str], None]) -> None:
 def explain(log: str) -> dict[str, Any]:
     """The compiler's reason in a worker's log: {"text", "needed"}, with bytes where memory was it."""
     units = {"K": 2**10, "M": 2**20, "G": 2**30}
-    found = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", log)
+    size = r"([\d.]+)([KMG])"
+    found = re.search(rf"Used {size} of {size} hbm", log)
+    found = found or re.search(rf"required for [\w ]+ \({size}\) exceeds available HBM \({size}\)", log)
     if found:
         used, has = float(found[1]) * units[found[2]], float(found[3]) * units[found[4]]
         text = f"does not fit: needs {used / 2**30:.2f} GiB of HBM per device of {has / 2**30:.2f}"

@@ -262,7 +262,9 @@ def _ops(i, here, computations, times, dispatch, program) -> Iterator[Op]:
             )
     if i.opcode == "custom-call" and '"tpu_custom_call"' in i.attributes:
         flops, moved = _number(i, "flops"), _number(i, "bytes_accessed")
-        if not flops and not moved:  # no estimate of its own: at least its operands are read and its result written
+        if (
+            not flops and not moved
+        ):  # no estimate of its own: at least its operands are read and its result written
             moved = shape_bytes(i.shape) + sum(shape_bytes(here[o].shape) for o in i.operands if o in here)
             program.kernels_without_estimate.append(i.name)
         yield Op(**common, opcode="custom-call", kind="pallas", flops=flops, bytes=moved)

@@ -23,7 +23,7 @@ from jaxseek.generate.sampling import Sampling, SamplingArrays
 from jaxseek.lab.chips import Topology
 from jaxseek.model import DeepSeek
 from jaxseek.run_config import RunConfig
-from jaxseek.sharding import Rules, Strategy, fill, parameters
+from jaxseek.sharding import Rules, Strategy, fill
 from jaxseek.train.batch import make_batch
 from jaxseek.train.objectives import Objective
 from jaxseek.train.optimizer import decays, make_optimizer
@@ -70,7 +70,9 @@ class Job:
             parts = self.strategy.parts(self.rules, name)
             if size % parts:
                 what = "batch" if name == "batch" else "context"
-                raise ConfigError(f"{what} {size} is not divisible by the {parts} parts of {name} [{self.phase}]")
+                raise ConfigError(
+                    f"{what} {size} is not divisible by the {parts} parts of {name} [{self.phase}]"
+                )
 
     @property
     def phase(self) -> str:
@@ -89,14 +91,19 @@ class Job:
 
 def abstract_model(job: Job) -> DeepSeek:
     """The model's shapes and shardings, in the dtype that its weights rest in."""
-    model = DeepSeek.abstract(job.cfg, job.strategy, jnp.float32 if job.workload == "train" else jnp.bfloat16)
-    if job.weights == "bf16":
+    dtype = jnp.float32 if job.workload == "train" else jnp.bfloat16
+    return job_weights(DeepSeek.abstract(job.cfg, job.strategy, dtype), job.weights)
+
+
+def job_weights(model: DeepSeek, weights: str) -> DeepSeek:
+    """An abstract model with its weights as the job has them: the one place that knows of quantised ones."""
+    if weights == "bf16":
         return model
     try:
         from jaxseek.layers.quant import quantize_abstract  # pyright: ignore[reportAttributeAccessIssue]
     except ImportError:
-        raise ConfigError(f"--weights {job.weights}: this version computes with bf16 weights only") from None
-    return quantize_abstract(model, {"fp8": "float8"}.get(job.weights, job.weights))
+        raise ConfigError(f"--weights {weights}: this version computes with bf16 weights only") from None
+    return quantize_abstract(model, {"fp8": "float8"}.get(weights, weights))
 
 
 def device_bytes(tree: Any, sizes: dict[str, int]) -> float:
@@ -184,8 +191,3 @@ def _train(job: Job, model: DeepSeek, array: Any, placed: Any) -> tuple[Any, tup
     weight = np.float32(0.3 if job.cfg.num_nextn_predict_layers else 0)
     step = make_step(Objective(run, jnp.dtype(run.compute_dtype)), optimizer)
     return step, (state, None, jax.tree.map(batch, fields), weight, np.float32(0.001))
-
-
-def parameter_shares(job: Job) -> dict[str, tuple[jax.ShapeDtypeStruct, tuple[str | None, ...]]]:
-    """Every parameter's abstract value and logical axes (those of its layer), by path."""
-    return {p: (v.get_value(), v.get_metadata("axes")) for p, v in parameters(abstract_model(job)).items()}
