@@ -1,4 +1,4 @@
-"""A first estimate of a Job from its config and strategy alone, in a millisecond: nothing is traced or compiled.
+"""A first estimate of a Job from its config and strategy alone: nothing is traced or compiled.
 
 It says what must fit and what time cannot be less than, and by how much a strategy moves data. Good enough to
 throw out most strategies before the compiler sees them; not to choose between good ones.
@@ -129,7 +129,7 @@ def _touched_experts(job: Job) -> float:
 
 
 def _flops(job: Job) -> float:
-    """Of the whole step: two per weight that a token uses, and attention; the backward pass is twice as much."""
+    """Of the whole step: two per weight that a token uses, and attention; backward is twice as much."""
     cfg, n = job.cfg, job.context
     heads = cfg.num_attention_heads
     if not cfg.is_mla:

@@ -1,8 +1,8 @@
 """What a collective costs on a torus: which mesh axes it joins, which links it uses, and for how long.
 
-The model is that of the scaling book (jax-ml.github.io/scaling-book/sharding): along an axis of n chips that
-wraps around, data flow both ways; without the wrap one way counts. Latency is a hop's time for every hop along
-the longest way. Groups that take every k-th chip of an axis share its links with k - 1 other groups.
+The model is that of the scaling book (jax-ml.github.io/scaling-book/sharding). Along an axis that wraps around,
+data flow both ways; without the wrap one way counts. Latency is a hop's time for every hop of the longest way.
+Groups that take every k-th chip of an axis share its links with k - 1 other groups.
 """
 
 from __future__ import annotations
@@ -50,10 +50,9 @@ def cost(op: Op, topology: Topology, coords: Coords) -> Cost:
     group = (op.groups or everyone)[0]
     n, link = len(group), topology.chip.link_bandwidth
     if op.opcode in ("collective-permute", "collective-broadcast"):
-        hops = max(
-            (_distance(coords[a], coords[b], topology) for a, *rest in op.groups for b in rest), default=1
-        )
-        return Cost(op.bytes / link * max(1, hops), max(1, hops) * HOP_SECONDS)
+        ways = [_distance(coords[g[0]], coords[p], topology) for g in op.groups for p in g[1:]]
+        hops = max(1, *ways, 0)
+        return Cost(op.bytes / link * hops, hops * HOP_SECONDS)
     axes = _axes(group, topology, coords)
     if not axes:
         return Cost(0.0, 0.0)
@@ -73,7 +72,7 @@ def cost(op: Op, topology: Topology, coords: Coords) -> Cost:
 
 
 def _axes(group: tuple[int, ...], topology: Topology, coords: Coords) -> list[tuple[float, int]]:
-    """Of every torus axis that a group spans: links that a member may send on, and hops of the longest way."""
+    """Of every torus axis that a group spans: links that a member may send on, hops of the longest way."""
     found = []
     for axis, size in enumerate(topology.dims):
         at = sorted({coords[p][axis] for p in group})

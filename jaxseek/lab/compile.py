@@ -44,8 +44,8 @@ class CompileError(ValueError):
 
 @dataclass(frozen=True)
 class Compiled:
-    """Of one device: bytes of the arguments by kind, the compiler's memory statistics, coordinates on the torus
-    of every partition in the mesh's order, seconds that lowering and compiling took; and the program's text."""
+    """Of one device: bytes of the arguments by kind, the compiler's memory statistics; coordinates on the
+    torus of every partition in the mesh's order, seconds of lowering and compiling, the program's text."""
 
     given: dict[str, float]
     memory: dict[str, int]

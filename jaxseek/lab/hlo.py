@@ -1,8 +1,8 @@
 """What a compiled TPU program does, read from its text: cycles, kernels, collectives and copies, by scope.
 
-Pure functions on the text of an optimised HLO module. A loop's body stands once in it, so what it holds counts
-as often as the loop turns; a loop whose turns depend on data counts once and is listed. Only instructions that
-run are counted: what a fusion calls is part of the fusion (collectives inside it are listed all the same).
+Pure functions on the text of an optimised HLO module. A loop's body stands once in it, so what it holds
+counts as often as the loop turns; a loop whose turns depend on data counts once and is listed. Only what runs
+is counted: what a fusion calls is part of the fusion (collectives inside it are listed all the same).
 """
 
 from __future__ import annotations
@@ -44,16 +44,17 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Op:
-    """What runs `times` times: `cycles` of XLA's own code, or flops and bytes of a kernel, collective or copy.
+    """What runs `times` times: `cycles` of XLA's code, or flops and bytes of a kernel, collective or copy.
 
     Everything is of one turn and of one device. `groups` are a collective's replica groups, or its pairs
-    (source, target); `dispatch` marks what stands outside the loop over steps.
+    (source, target); `dispatch` marks what stands outside the loop over steps; `what` is the JAX primitive.
     """
 
     name: str
     opcode: str
     kind: str  # "xla", "pallas", "collective", "copy"
     scope: str
+    what: str
     times: int
     cycles: int = 0
     flops: float = 0.0
@@ -155,8 +156,14 @@ def scope_of(instruction: Instruction) -> str:
     return "/".join(names)
 
 
+def primitive_of(instruction: Instruction) -> str:
+    """The JAX primitive that an instruction, or the root of a fusion, came from."""
+    found = re.search(r'op_name="([^"]*)"', instruction.attributes)
+    return found[1].rsplit("/", 1)[-1] if found else ""
+
+
 def trip_count(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
-    """How often a while loop turns: as XLA notes it, or `counter < constant` from 0; None where data decide."""
+    """How often a loop turns: as XLA notes it, or `counter < constant` from 0; None where data decide."""
     noted = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
     if noted:
         return int(noted[1])
@@ -243,7 +250,8 @@ def read_program(text: str) -> Program:
 
 def _ops(i, here, computations, times, dispatch, program) -> Iterator[Op]:
     """What one instruction other than a loop or a call amounts to."""
-    common = {"name": i.name, "scope": scope_of(i), "times": times, "dispatch": dispatch}
+    common = {"name": i.name, "scope": scope_of(i), "what": primitive_of(i), "times": times}
+    common["dispatch"] = dispatch
     inner = computations.get(_called(i, "calls"), []) if i.opcode in ("fusion", "async-start") else []
     for found, scope in [(i, here), *((j, {k.name: k for k in inner}) for j in inner)]:
         opcode = found.opcode.removesuffix("-start")

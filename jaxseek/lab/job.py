@@ -170,7 +170,8 @@ def train_run(job: Job) -> RunConfig:
     return RunConfig.from_dict(
         {
             "objective": "pretrain", "model": job.cfg.model_type, "out": "-", "steps": 1,
-            "compute_dtype": "bfloat16", "data": {"train": ["-"], "length": job.context}, "batch": {"size": job.batch},
+            "compute_dtype": "bfloat16", "batch": {"size": job.batch},
+            "data": {"train": ["-"], "length": job.context},
             "optimizer": {"moments": "bfloat16"}, "loss": {"sequence_balance": 1e-4},
         }
     )  # fmt: skip

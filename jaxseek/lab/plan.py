@@ -36,27 +36,21 @@ def plan(
     held = first_pass(job).held / 2**30
     try:
         with console.status("starting the TPU compiler") as status:
-            compiled = compile_job(
-                job, lambda text: status.update(f"{text} ({held:.1f} GiB held per device)")
-            )
+            compiled = compile_job(job, lambda text: status.update(f"{text} ({held:.1f} GiB held)"))
     except CompileError as e:
         if e.needed is None:
             raise
         found = {"fits": False, "error": str(e), "layout": layout, "bytes_per_device": {"peak": e.needed}}
-        print(
-            json.dumps(found) if as_json else f"{title(model, job)}\n  {e} ({held:.2f} GiB weights and cache)"
-        )
+        text = f"{title(model, job)}\n  {e} ({held:.2f} GiB of weights and cache)"
+        print(json.dumps(found) if as_json else text)
         return 1
     r = report(job, compiled)
     if hlo:
         Path(hlo).write_text(compiled.text, encoding="utf-8")
     if plot:
         draw(title(model, job), r, plot)
-    print(
-        json.dumps({"model": model, "layout": layout} | r.to_dict())
-        if as_json
-        else lines(title(model, job), r)
-    )
+    found = {"model": model, "layout": layout} | r.to_dict()
+    print(json.dumps(found) if as_json else lines(title(model, job), r))
     return 0 if r.fits else 1
 
 

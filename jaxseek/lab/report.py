@@ -1,10 +1,10 @@
-"""A compiled step as figures: time by kind and scope, limits, rates, the dearest operations, the collectives."""
+"""A compiled step as figures: time by kind and scope, limits, rates, dearest operations, collectives."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from jaxseek.lab.analytic import Estimate, first_pass
@@ -14,7 +14,7 @@ from jaxseek.lab.compile import Compiled
 from jaxseek.lab.hlo import Op, Program, read_program
 from jaxseek.lab.job import TOKENS_PER_DISPATCH, Job
 
-KINDS = ("xla", "pallas", "collective", "copy")
+KINDS: tuple[str, ...] = ("xla", "pallas", "collective", "copy")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,6 @@ class Report:
     dispatch: float
     left_out: dict[str, list[str]]
     compile_seconds: float = 0.0
-    extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def lower(self) -> float:
@@ -102,7 +101,7 @@ def _row(t: Timed) -> dict[str, Any]:
     o = t.op
     row = {
         "name": o.name, "kind": o.kind, "opcode": o.opcode, "scope": o.scope, "times": o.times,
-        "seconds": t.seconds, "cycles": o.cycles, "bytes": o.bytes,
+        "primitive": o.what, "seconds": t.seconds, "cycles": o.cycles, "bytes": o.bytes,
     }  # fmt: skip
     return row | ({"axes": t.axes, "algorithm": o.algorithm} if o.kind == "collective" else {})
 
@@ -131,7 +130,8 @@ def summarise(
     decoding = job.phase == "decode"
     timed = [_time(op, job.topology, coords, job) for op in program.ops]
     step = [t for t in timed if not (decoding and t.op.dispatch)]
-    seconds, scopes = dict.fromkeys(KINDS, 0.0), defaultdict(lambda: dict.fromkeys(KINDS, 0.0))
+    seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0)
+    scopes: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(KINDS, 0.0))
     for t in step:
         seconds[t.op.kind] += t.seconds
         scopes[t.op.scope or "other"][t.op.kind] += t.seconds
@@ -168,38 +168,40 @@ def _time(op: Op, topology: Topology, coords: Coords, job: Job) -> Timed:
 
 def lines(title: str, r: Report) -> str:
     """The report as text."""
-    d, gib, ms, us = r.to_dict(), 2**30, 1e3, 1e6
-    m, s, roof, rate = r.memory, r.seconds, d["roofline"], d["tokens_per_second"]
-    held = ", ".join(f"{k} {m[k] / gib:.2f}" for k in ("weights", "cache", "optimizer", "temp") if m[k])
-    verdict = "fits" if r.fits else "DOES NOT FIT"
-    chip = r.job.topology.chip
+    gib, m, s, e = 2**30, r.memory, {k: v * 1e3 for k, v in r.seconds.items()}, r.estimate
+    usable, reached = r.job.topology.chip.device.usable / gib, [e.limit / r.upper, e.limit / r.lower]
+    chips = math.prod(r.job.topology.dims)
+    rates = [r.job.tokens / r.upper, r.job.tokens / r.lower]
+    parts = ", ".join(f"{k} {m[k] / gib:.2f}" for k in ("weights", "cache", "optimizer", "temp") if m[k])
     out = [
         title,
-        f"  memory   peak {m['peak'] / gib:.2f} of {chip.device.usable / gib:.2f} GiB per device: {verdict} ({held})",
-        f"  step     {r.lower * ms:.3f} to {r.upper * ms:.3f} ms (all overlapped, nothing overlapped)",
-        f"           XLA {s['xla'] * ms:.3f} ms ({r.cycles / 1e6:.2f} M cycles), kernels {s['pallas'] * ms:.3f}, "
-        f"collectives {s['collective'] * ms:.3f}, prefetch {s['copy'] * ms:.3f}",
-        f"  limit    {roof['limit_seconds'] * ms:.3f} ms (HBM {roof['hbm_seconds'] * ms:.3f}, "
-        f"flops {roof['flops_seconds'] * ms:.3f}): {roof['fraction'][0]:.0%} to {roof['fraction'][1]:.0%} reached",
-        f"  tokens/s {_range(rate['per_chip'])} per chip, {_range(rate['per_sequence'])} per sequence",
+        f"  memory   peak {m['peak'] / gib:.2f} of {usable:.2f} GiB per device ({parts}): "
+        + ("fits" if r.fits else "DOES NOT FIT"),
+        f"  step     {r.lower * 1e3:.3f} to {r.upper * 1e3:.3f} ms (all overlapped, nothing overlapped)",
+        f"           XLA {s['xla']:.3f} ms ({r.cycles / 1e6:.2f} M cycles), kernels {s['pallas']:.3f}, "
+        f"collectives {s['collective']:.3f}, prefetch {s['copy']:.3f}",
+        f"  limit    {e.limit * 1e3:.3f} ms (HBM {e.hbm_seconds * 1e3:.3f}, flops {e.flops_seconds * 1e3:.3f})"
+        f", {reached[0]:.0%} to {reached[1]:.0%} reached",
+        f"  tokens/s {_range([x / chips for x in rates])} per chip, "
+        f"{_range([x / r.job.batch for x in rates])} per sequence",
     ]
     if r.dispatch:
-        out.append(f"  and      {r.dispatch * ms:.3f} ms once per dispatch of {TOKENS_PER_DISPATCH} steps")
+        out.append(f"  and      {r.dispatch * 1e3:.3f} ms once per dispatch of {TOKENS_PER_DISPATCH} steps")
     out.append("  by scope (ms: XLA, kernels, collectives, prefetch)")
-    for scope, parts in list(r.scopes.items())[:10]:
-        out.append(f"    {scope:24s} " + "  ".join(f"{parts[k] * ms:8.3f}" for k in KINDS))
+    for scope, times in list(r.scopes.items())[:10]:
+        out.append(f"    {scope:24s} " + "  ".join(f"{times[k] * 1e3:8.3f}" for k in KINDS))
     out.append("  dearest operations (us over all turns)")
     for t in r.operations[:10]:
+        o = t.op
         out.append(
-            f"    {t.seconds * us:10.1f}  {t.op.times:4d} x {t.op.kind:10s} {t.op.scope or '-':24s} {t.op.name}"
+            f"    {t.seconds * 1e6:10.1f} {o.times:4d} x {o.kind:10s} {o.scope:22s} {o.what} ({o.name})"
         )
     out.append("  collectives (us over all turns; bytes of a device's operand)")
     for t in r.operations:
-        if t.op.kind == "collective":
-            out.append(
-                f"    {t.seconds * us:10.1f}  {t.op.times:4d} x {t.op.opcode:18s} {t.op.bytes / 1024:10.1f} KiB "
-                f"over {t.axes:14s} {t.op.scope or '-'}"
-            )
+        o = t.op
+        if o.kind == "collective":
+            size = f"{o.bytes / 1024:.1f} KiB over {t.axes}"
+            out.append(f"    {t.seconds * 1e6:10.1f} {o.times:4d} x {o.opcode:18s} {size:34s} {o.scope}")
     for what, names in r.left_out.items():
         if names:
             out.append(f"  {what.replace('_', ' ')}: {len(names)} ({', '.join(names[:5])})")
