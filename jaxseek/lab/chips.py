@@ -4,8 +4,8 @@ All figures are per *chip*. Where a chip is two JAX devices (`devices`), `device
 
 Sources. [docs] docs.cloud.google.com/tpu/docs, the pages v4, v5e, v5p, v6e, tpu7x (read in November 2026).
 [book] jax-ml.github.io/scaling-book/tpus: bandwidth of one link in one direction as it is reached, a hop's
-time, which axes wrap around. Clock: peak / (multiply-adds per cycle of the matrix units * 2), which for v5e is
-197e12 / (4 * 128 * 128 * 2) = 1.50 GHz; docs/lab.md has what a large matmul compiles to.
+time, which axes wrap around. Clock: peak / (multiply-adds per cycle of the matrix units * 2), which for v5e
+is 197e12 / (4 * 128 * 128 * 2) = 1.50 GHz; docs/lab.md has what a large matmul compiles to.
 """
 
 from __future__ import annotations

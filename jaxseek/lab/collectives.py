@@ -1,8 +1,8 @@
 """What a collective costs on a torus: which mesh axes it joins, which links it uses, and for how long.
 
-The model is that of the scaling book (jax-ml.github.io/scaling-book/sharding). Along an axis that wraps around,
-data flow both ways; without the wrap one way counts. Latency is a hop's time for every hop of the longest way.
-Groups that take every k-th chip of an axis share its links with k - 1 other groups.
+The model is that of the scaling book (jax-ml.github.io/scaling-book/sharding). Along an axis that wraps
+around data flow both ways; without the wrap one way counts. Latency is a hop's time for every hop of the
+longest way. Groups that take every k-th chip of an axis share its links with k - 1 other groups.
 """
 
 from __future__ import annotations

@@ -172,6 +172,7 @@ def lines(title: str, r: Report) -> str:
     usable, reached = r.job.topology.chip.device.usable / gib, [e.limit / r.upper, e.limit / r.lower]
     chips = math.prod(r.job.topology.dims)
     rates = [r.job.tokens / r.upper, r.job.tokens / r.lower]
+    floors = f"HBM {e.hbm_seconds * 1e3:.3f}, flops {e.flops_seconds * 1e3:.3f}"
     parts = ", ".join(f"{k} {m[k] / gib:.2f}" for k in ("weights", "cache", "optimizer", "temp") if m[k])
     out = [
         title,
@@ -180,8 +181,7 @@ def lines(title: str, r: Report) -> str:
         f"  step     {r.lower * 1e3:.3f} to {r.upper * 1e3:.3f} ms (all overlapped, nothing overlapped)",
         f"           XLA {s['xla']:.3f} ms ({r.cycles / 1e6:.2f} M cycles), kernels {s['pallas']:.3f}, "
         f"collectives {s['collective']:.3f}, prefetch {s['copy']:.3f}",
-        f"  limit    {e.limit * 1e3:.3f} ms (HBM {e.hbm_seconds * 1e3:.3f}, flops {e.flops_seconds * 1e3:.3f})"
-        f", {reached[0]:.0%} to {reached[1]:.0%} reached",
+        f"  limit    {e.limit * 1e3:.3f} ms ({floors}), {reached[0]:.0%} to {reached[1]:.0%} reached",
         f"  tokens/s {_range([x / chips for x in rates])} per chip, "
         f"{_range([x / r.job.batch for x in rates])} per sequence",
     ]
