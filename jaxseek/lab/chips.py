@@ -36,6 +36,7 @@ class Chip:
     wraps_at: int
     clock: float
     devices: int = 1
+    config: str = ""  # libtpu's chip configuration, where its default is not how JAX runs the chip
 
     @property
     def device(self) -> Chip:
@@ -61,7 +62,7 @@ CHIPS = {
             torus=3,  # [docs]
             wraps_at=4,  # [book]: optical switches close every axis of whole 4x4x4 cubes
             clock=1.05e9,  # 275e12 / (2 cores * 4 * 128 * 128 * 2)
-            devices=2,  # as libtpu's topology lists them
+            config="megacore",  # both cores are one device
         ),
         Chip(
             "v5e",

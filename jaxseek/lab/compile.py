@@ -121,9 +121,11 @@ def _compile(job: Job, folder: Path, progress: Callable[[str], None]) -> None:
                     worker.wait()
         if worker.returncode:
             error = explain((partial / "log").read_text(encoding="utf-8", errors="replace"))
+            error["text"] += largest_buffers(partial / "dump")
             if error["needed"] is None:  # for another reason than memory: not kept
                 raise CompileError(**error)
             (partial / "error.json").write_text(json.dumps(error), encoding="utf-8")
+        shutil.rmtree(partial / "dump", ignore_errors=True)
         for name in ("job.pickle", "log", "lowered"):
             (partial / name).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
@@ -145,3 +147,12 @@ def explain(log: str) -> dict[str, Any]:
     lines = [line for line in log.splitlines() if re.match(r"^[\w.]*(Error|Exception|Unimplemented)\b", line)]
     text = lines[-1] if lines else "\n".join(log.splitlines()[-5:])
     return {"text": f"the TPU compiler failed: {text[:1000]}", "needed": None}
+
+
+def largest_buffers(dump: Path, count: int = 8) -> str:
+    """The compiler's own list of what takes the most memory, largest first; "" where it wrote none."""
+    reports = sorted(dump.glob("*memory-usage-report.txt"))
+    rows = re.findall(
+        r"\(\s*\d+%\);\s*([\d.]+[KMG]iB);[^;]*;[^;]*; (.*)", reports[-1].read_text() if reports else ""
+    )
+    return "".join(f"\n    {size:>10s}  {shapes[:90]}" for size, shapes in rows[:count])

@@ -226,6 +226,7 @@ def read_program(text: str) -> Program:
 
     def walk(name: str, times: int, dispatch: bool) -> Iterator[Op]:
         here = {i.name: i for i in computations[name]}
+        chains: set[str] = set()
         for i in computations[name]:
             if i.opcode == "while":
                 turns = trip_count(i, computations)
@@ -242,13 +243,13 @@ def read_program(text: str) -> Program:
                 each = [list(walk(b, times, dispatch)) for b in names if b]
                 yield from max(each, key=lambda ops: sum(o.cycles * o.times for o in ops), default=[])
             else:
-                yield from _ops(i, here, computations, times, dispatch, program)
+                yield from _ops(i, here, computations, times, dispatch, program, chains)
 
     program.ops = list(walk(entry, 1, True))
     return program
 
 
-def _ops(i, here, computations, times, dispatch, program) -> Iterator[Op]:
+def _ops(i, here, computations, times, dispatch, program, chains) -> Iterator[Op]:
     """What one instruction other than a loop or a call amounts to."""
     common = {"name": i.name, "scope": scope_of(i), "what": primitive_of(i), "times": times}
     common["dispatch"] = dispatch
@@ -256,6 +257,11 @@ def _ops(i, here, computations, times, dispatch, program) -> Iterator[Op]:
     for found, scope in [(i, here), *((j, {k.name: k for k in inner}) for j in inner)]:
         opcode = found.opcode.removesuffix("-start")
         if opcode in COLLECTIVES:
+            # one that runs beside several fusions stands in each of them, with the same chain_id
+            if chain := re.search(r'chain_id="(\d+)"', found.attributes):
+                if chain[1] in chains:
+                    continue
+                chains.add(chain[1])
             operands = [scope[o].shape for o in found.operands if o in scope]
             operands = operands[:1] if opcode == "ragged-all-to-all" else operands
             groups = replica_groups(found.attributes)

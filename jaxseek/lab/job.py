@@ -126,7 +126,7 @@ def lower(job: Job, mesh: Mesh) -> tuple[Any, dict[str, float]]:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
     def placed(tree: Any) -> Any:
-        return jax.tree.map(lambda a: array(a.shape, a.dtype, a.sharding.spec), tree)
+        return jax.tree.map(lambda a: array(a.shape, a.dtype, a.sharding.spec if a.sharding else P()), tree)
 
     def value(path: str, param: Any, sharding: NamedSharding) -> Any:
         return array(param.get_value().shape, param.get_value().dtype, sharding.spec)

@@ -197,15 +197,24 @@ def lines(title: str, r: Report) -> str:
             f"    {t.seconds * 1e6:10.1f} {o.times:4d} x {o.kind:10s} {o.scope:22s} {o.what} ({o.name})"
         )
     out.append("  collectives (us over all turns; bytes of a device's operand)")
-    for t in r.operations:
+    for t, count in _alike(r.operations):
         o = t.op
-        if o.kind == "collective":
-            size = f"{o.bytes / 1024:.1f} KiB over {t.axes}"
-            out.append(f"    {t.seconds * 1e6:10.1f} {o.times:4d} x {o.opcode:18s} {size:34s} {o.scope}")
+        each = f"{o.times} x" if count == 1 else f"{count} x {o.times} x"
+        size = f"{o.bytes / 1024:.1f} KiB over {t.axes}"
+        out.append(f"    {t.seconds * count * 1e6:10.1f} {each:>12s} {o.opcode:18s} {size:34s} {o.scope}")
     for what, names in r.left_out.items():
         if names:
             out.append(f"  {what.replace('_', ' ')}: {len(names)} ({', '.join(names[:5])})")
     return "\n".join(out)
+
+
+def _alike(operations: list[Timed]) -> list[tuple[Timed, int]]:
+    """One of each kind of collective, and how many there are, dearest first."""
+    kinds: dict[tuple, list[Timed]] = defaultdict(list)
+    for t in operations:
+        if t.op.kind == "collective":
+            kinds[t.op.opcode, t.op.bytes, t.axes, t.op.scope, t.op.times].append(t)
+    return sorted(((ts[0], len(ts)) for ts in kinds.values()), key=lambda k: -k[0].seconds * k[1])
 
 
 def _range(values: list[float]) -> str:

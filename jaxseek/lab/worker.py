@@ -21,14 +21,15 @@ from jaxseek.lab.job import Job, lower
 def main(job_file: str, out: str) -> None:
     job: Job = pickle.loads(Path(job_file).read_bytes())
     folder, start = Path(out), time.monotonic()
-    slice_ = topologies.get_topology_desc(platform="tpu", topology_name=job.topology.name)
+    config = {"chip_config_name": c} if (c := job.topology.chip.config) else {}
+    slice_ = topologies.get_topology_desc(platform="tpu", topology_name=job.topology.name, **config)
     mesh = job.strategy.make_mesh(list(slice_.devices))
     with jax.set_mesh(mesh):
         lowered, given = lower(job, mesh)
         seconds = {"lower": time.monotonic() - start}
         (folder / "lowered").touch()
         start = time.monotonic()
-        compiled = lowered.compile()
+        compiled = lowered.compile({"xla_dump_to": str(folder / "dump"), "xla_dump_hlo_as_text": True})
         seconds["compile"] = time.monotonic() - start
     found = compiled.memory_analysis()
     sizes = ("argument", "output", "alias", "temp", "generated_code")
@@ -38,7 +39,9 @@ def main(job_file: str, out: str) -> None:
         "memory": {name: getattr(found, f"{name}_size_in_bytes") for name in sizes},
         "coords": [list(d.coords) for d in mesh.devices.flat],
     }
-    (folder / "program.hlo.gz").write_bytes(gzip.compress(compiled.as_text().encode(), 3))
+    # not compiled.as_text(): jaxlib may be older than libtpu, and refuse what it does not know
+    text = next((folder / "dump").glob("*.after_codegen.txt")).read_bytes()
+    (folder / "program.hlo.gz").write_bytes(gzip.compress(text, 3))
     (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
 
 
