@@ -13,7 +13,7 @@ from jaxseek import cli
 from jaxseek.config import ConfigError, ModelConfig, configs_dir
 from jaxseek.generate.engine import Engine
 from jaxseek.generate.sampling import Sampling
-from jaxseek.lab import analytic, collectives, compile, hlo, plan, report
+from jaxseek.lab import analytic, collectives, compile, hlo, plan, report, sweep
 from jaxseek.lab.chips import CHIPS, HOP_SECONDS, Topology
 from jaxseek.lab.job import Job
 from jaxseek.sharding import Strategy
@@ -54,6 +54,10 @@ def test_operations_are_attributed_to_named_scopes():
     assert [o.scope for o in ops("collective")] == ["mlp/experts", ""]
     assert [o.scope for o in ops("xla")] == ["", "attention"]
     assert ops("xla")[1].what == "dot_general"
+    sliced = hlo.Instruction(
+        "a", "", "copy", (), 'op_name="jit(f)/while/body/jit(dynamic_index_in_dim)/squeeze"'
+    )
+    assert hlo.scope_of(sliced) == "layer slices"
     backward = hlo.Instruction(
         "a", "", "add", (), 'op_name="jit(step)/transpose(jvp(mlp))/while/body/router/dot"'
     )
@@ -338,6 +342,40 @@ def test_plan_says_what_is_missing(monkeypatch, capsys):
     assert "pip install 'jaxseek[lab]'" in capsys.readouterr().err
     assert cli.main(["plan", "tiny-v3", "--topology", "v9:2x4"]) == 1
     assert "unknown chip 'v9'" in capsys.readouterr().err
+
+
+def test_a_sweep_leaves_out_what_cannot_fit_or_is_slow_and_what_is_the_same():
+    cfg, slice_ = ModelConfig.from_preset("deepseek-v2-lite"), Topology.parse("v5e:2x4")
+    found = sweep.layouts(cfg, slice_, "decode", 8, 2048, "bf16", [])
+    names = [e.name for e in found]
+    assert {"default tensor=8", "attention-data-parallel expert=8"} <= set(names)
+    assert len({"spread tensor=4,context=2", "spread expert=4,context=2"} & set(names)) == 1
+    kept, left = sweep.prune(found, 5)
+    assert len(kept) == 5
+    assert len(kept) + len(left) == len(found)
+    assert any("holds" in e.reason for e in left)
+    assert any("estimated at" in e.reason for e in left)
+    given = sweep.layouts(cfg, slice_, "decode", 8, 2048, "bf16", ["tensor=8", "expert=8"])
+    assert [e.name for e in given] == ["tensor=8", "expert=8"]
+
+
+def test_a_sweep_is_a_table_a_front_a_verdict_and_a_picture(tmp_path):
+    slow, fast = summary(), summary()
+    slow.seconds["collective"] += 0.01
+    slow.scopes["mlp/experts"]["collective"] += 0.01
+    entries = [
+        sweep.Entry("slow", slow.job, slow),
+        sweep.Entry("fast", fast.job, fast),
+        sweep.Entry("large", fast.job, summary(peak=2.0**35)),
+        sweep.Entry("none", fast.job, None, "does not fit: needs 17 GiB"),
+    ]
+    assert [e.name for e in sweep.pareto(entries)] == ["fast"]
+    assert sweep.verdict(entries).startswith("batch 8: fast, ")
+    assert sweep.verdict(entries).endswith("+10.00 in mlp/experts")
+    rows = sweep.table(entries)
+    assert list(rows.columns[1].cells) == ["fast", "large", "slow", "none"]
+    sweep.draw("tiny", entries, tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow

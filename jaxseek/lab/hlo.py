@@ -144,7 +144,10 @@ def _number(instruction: Instruction, key: str) -> float:
 
 
 def scope_of(instruction: Instruction) -> str:
-    """The `named_scope`s of an instruction, outermost first: "mlp/experts"; "" for none."""
+    """The `named_scope`s of an instruction, outermost first: "mlp/experts"; "" for none.
+
+    What a scan over layers slices out of the stacks has the scope "layer slices".
+    """
     found = re.search(r'op_name="([^"]*)"', instruction.attributes)
     parts = [] if not found else found[1].split("/")[:-1]
     names = []
@@ -153,7 +156,8 @@ def scope_of(instruction: Instruction) -> str:
             part = inner[1]
         if part and not _NOISE.match(part) and re.match(r"^\w+$", part) and part not in names:
             names.append(part)
-    return "/".join(names)
+    sliced = any(part.startswith("jit(dynamic_index_in_dim)") for part in parts)
+    return "/".join(names) or ("layer slices" if sliced else "")
 
 
 def primitive_of(instruction: Instruction) -> str:

@@ -22,7 +22,7 @@ from jaxseek.lab.chips import Topology
 from jaxseek.lab.compile import CompileError, compile_job
 from jaxseek.lab.job import Job
 from jaxseek.lab.report import Report, report
-from jaxseek.sharding import Strategy
+from jaxseek.sharding import Rules, Strategy
 
 RULES = ("default", "spread", "attention-data-parallel")  # shipped rule tables, tried with all sizes
 COMPILE_BYTES = 3 * 2**30  # what one compilation of a 671B step takes at most, and more
@@ -51,9 +51,9 @@ def layouts(
     weights: str,
     meshes: Sequence[str],
 ) -> list[Entry]:
-    """The jobs of these meshes, or else of the shipped rule tables with every split of the slice; of those
-    that split alike one."""
-    found: dict[Strategy, Entry] = {}
+    """The jobs of these meshes, or else of the shipped rule tables with every split of the slice; one of
+    those that are the same layout by other names."""
+    found: dict[Any, Entry] = {}
     for name, make in _strategies(topology, meshes):
         try:
             job = Job(cfg, make(), topology, workload, batch, context, weights)
@@ -61,8 +61,21 @@ def layouts(
             if meshes:
                 raise
             continue
-        found.setdefault(job.strategy, Entry(name, job))
+        found.setdefault(_signature(job), Entry(name, job))
     return list(found.values())
+
+
+def _signature(job: Job) -> Any:
+    """What a layout is but for the names of its axes: their sizes in order, and what each splits."""
+    axes = [a for a, n in job.strategy.sizes if n > 1]
+    without = ("kv_heads", "q_groups") if job.cfg.is_mla else ("heads", "latent", "q_lora")
+    tables = [job.strategy.weights, job.rules] + ([job.strategy.decode] if job.phase == "prefill" else [])
+
+    def split(rules: Rules) -> Any:
+        table = {name: of for name, of in rules.table if of and name not in without}
+        return rules.dispatch, sorted((name, [axes.index(a) for a in of]) for name, of in table.items())
+
+    return repr(([n for _, n in job.strategy.sizes if n > 1], [split(rules) for rules in tables]))
 
 
 def _strategies(topology: Topology, meshes: Sequence[str]) -> Iterable[tuple[str, Callable[[], Strategy]]]:
