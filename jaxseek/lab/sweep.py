@@ -22,7 +22,7 @@ from jaxseek.lab.chips import Topology
 from jaxseek.lab.compile import CompileError, compile_job
 from jaxseek.lab.job import Job
 from jaxseek.lab.report import Report, report
-from jaxseek.sharding import Rules, Strategy
+from jaxseek.sharding import Strategy
 
 RULES = ("default", "spread", "attention-data-parallel")  # shipped rule tables, tried with all sizes
 COMPILE_BYTES = 3 * 2**30  # what one compilation of a 671B step takes at most, and more
@@ -66,16 +66,23 @@ def layouts(
 
 
 def _signature(job: Job) -> Any:
-    """What a layout is but for the names of its axes: their sizes in order, and what each splits."""
-    axes = [a for a, n in job.strategy.sizes if n > 1]
+    """What a layout is but for the names of its axes: neighbours that only ever split together are one."""
+    axes = [(a, n) for a, n in job.strategy.sizes if n > 1]
     without = ("kv_heads", "q_groups") if job.cfg.is_mla else ("heads", "latent", "q_lora")
-    tables = [job.strategy.weights, job.rules] + ([job.strategy.decode] if job.phase == "prefill" else [])
-
-    def split(rules: Rules) -> Any:
-        table = {name: of for name, of in rules.table if of and name not in without}
-        return rules.dispatch, sorted((name, [axes.index(a) for a in of]) for name, of in table.items())
-
-    return repr(([n for _, n in job.strategy.sizes if n > 1], [split(rules) for rules in tables]))
+    rules = [job.strategy.weights, job.rules] + ([job.strategy.decode] if job.phase == "prefill" else [])
+    splits = [{name: of for name, of in r.table if of and name not in without} for r in rules]
+    merged: list[tuple[str, int]] = []
+    for a, n in axes:
+        last = merged[-1][0] if merged else ""
+        together = all((a in of) == (last in of) for table in splits for of in table.values())
+        if last and together:
+            splits = [{k: tuple(x for x in of if x != a) for k, of in table.items()} for table in splits]
+            merged[-1] = (last, merged[-1][1] * n)
+        else:
+            merged.append((a, n))
+    index = {a: i for i, (a, _) in enumerate(merged)}
+    named = [sorted((k, [index[a] for a in of]) for k, of in table.items()) for table in splits]
+    return repr(([n for _, n in merged], [r.dispatch for r in rules], named))
 
 
 def _strategies(topology: Topology, meshes: Sequence[str]) -> Iterable[tuple[str, Callable[[], Strategy]]]:
