@@ -194,6 +194,45 @@ def _parser() -> argparse.ArgumentParser:
         "--against", choices=("transformers", "trl"), help="time this too (needs the parity extra)"
     )
     p.add_argument("--json", action="store_true")
+
+    p = verb(
+        "plan",
+        _plan,
+        "What a step costs on a TPU slice, by compiling it for the slice where there is no TPU: memory, "
+        "time, the dearest operations, every collective. Exit code 1 where it does not fit.",
+        "jaxseek plan deepseek-v2-lite --topology v5e:2x4 --workload decode --batch 8 --context 2048",
+    )
+
+    def lab_arguments(p: argparse.ArgumentParser) -> None:
+        p.add_argument("model", help="preset, checkpoint or Hugging Face directory, or config.json")
+        p.add_argument("--topology", required=True, metavar="CHIP:AxB", help="such as v5e:8x8 or v5p:4x4x4")
+        workloads = ("decode", "prefill", "train", "rollout")
+        p.add_argument("--workload", choices=workloads, default="decode")
+        p.add_argument("--context", type=int, default=2048, help="tokens of a sequence (default 2048)")
+        p.add_argument("--weights", choices=("bf16", "int8", "int4", "fp8"), default="bf16")
+        p.add_argument("--json", action="store_true")
+        p.add_argument("--plot", metavar="FILE", help="draw it")
+
+    lab_arguments(p)
+    p.add_argument(
+        "--mesh",
+        help="axis sizes (tensor=4,expert=2), a strategy TOML, or a shipped one's name (default: the shipped "
+        "layout for this model, slice and workload, or else sizes chosen by a first estimate)",
+    )
+    p.add_argument("--batch", type=int, default=8, help="sequences (default 8)")
+    p.add_argument("--hlo", metavar="FILE", help="write the compiled program's text")
+
+    p = verb(
+        "sweep",
+        _sweep,
+        "Compare layouts of a step on a TPU slice: the shipped rule tables with all sizes, pruned by a first "
+        "estimate, compiled as `plan` does. Started again, it goes on where it was.",
+        "jaxseek sweep deepseek-v2-lite --topology v5e:2x4 --batch 8 64 --plot sweep.png",
+    )
+    lab_arguments(p)
+    p.add_argument("--mesh", nargs="+", default=[], help="compare these instead, each as `plan` takes it")
+    p.add_argument("--batch", type=int, nargs="+", default=[8], help="sequences; several are compared")
+    p.add_argument("--keep", type=int, default=8, metavar="N", help="layouts to compile for each batch")
     return top
 
 
@@ -479,6 +518,20 @@ def _bench(args: argparse.Namespace) -> None:
 
     sizes = {"prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens}
     bench(args.model, batches=args.batch, **sizes, **common)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from jaxseek.lab.plan import plan
+
+    layout = args.model, args.topology, args.mesh, args.workload, args.batch, args.context, args.weights
+    return plan(*layout, as_json=args.json, hlo=args.hlo, plot=args.plot)
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from jaxseek.lab.sweep import sweep
+
+    layouts = args.model, args.topology, args.mesh, args.workload, args.batch, args.context, args.weights
+    return sweep(*layouts, keep=args.keep, as_json=args.json, plot=args.plot)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ TIERS = [
     {"loading", "generate"},
     {"train"},
     {"rl"},
-    {"eval", "serve", "lab", "info", "quantize", "bench_worker"},
-    {"bench", "bench_train", "bench_grpo"},
+    {"eval", "serve", "info", "quantize", "bench_worker"},
+    {"bench", "bench_train", "bench_grpo", "lab"},
     {"cli_convert"},
     {"cli"},
 ]

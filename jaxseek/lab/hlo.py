@@ -1,0 +1,301 @@
+"""What a compiled TPU program does, read from its text: cycles, kernels, collectives and copies, by scope.
+
+Pure functions on the text of an optimised HLO module. A loop's body stands once in it, so what it holds
+counts as often as the loop turns; a loop whose turns depend on data counts once and is listed. Only what runs
+is counted: what a fusion calls is part of the fusion (collectives inside it are listed all the same).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+# estimated_cycles beyond this are the compiler's mark for "unknown" (sums of 1e20 with them)
+SENTINEL = 10**12
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+_BITS = {"pred": 8, "token": 0, "bf16": 16, "c64": 64, "c128": 128}
+_NOISE = re.compile(
+    r"^(jit\(.*\)|while|body|cond|closed_call|shard_map|checkpoint|rematted_computation|remat|scan|branch_\d.*"
+    r"|pjit|custom_vjp_call.*|custom_jvp_call.*|vmap\(\)|cond_\d.*|None)$"
+)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line: `%name = shape opcode(operands), attributes`."""
+
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+    root: bool = False
+
+
+@dataclass(frozen=True)
+class Op:
+    """What runs `times` times: `cycles` of XLA's code, or flops and bytes of a kernel, collective or copy.
+
+    Everything is of one turn and of one device. `groups` are a collective's replica groups, or its pairs
+    (source, target); `dispatch` marks what stands outside the loop over steps; `what` is the JAX primitive.
+    """
+
+    name: str
+    opcode: str
+    kind: str  # "xla", "pallas", "collective", "copy"
+    scope: str
+    what: str
+    times: int
+    cycles: int = 0
+    flops: float = 0.0
+    bytes: float = 0.0
+    groups: tuple[tuple[int, ...], ...] = ()
+    algorithm: str = ""
+    dispatch: bool = False
+
+
+@dataclass
+class Program:
+    """All that runs, what was left out for having no estimate, and loops of unknown length."""
+
+    ops: list[Op] = field(default_factory=list)
+    sentinels: list[str] = field(default_factory=list)
+    loops: list[str] = field(default_factory=list)
+    kernels_without_estimate: list[str] = field(default_factory=list)
+
+
+# -------------------------------------------------------------------- text
+
+
+def shape_bytes(shape: str) -> float:
+    """Bytes of an array's shape, or of all arrays of a tuple's; padding of tiles not counted."""
+    total = 0.0
+    for dtype, dims in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", shape):
+        found = re.search(r"\d+", dtype)
+        bits = _BITS.get(dtype, int(found.group()) if found else 0)
+        total += bits / 8 * math.prod(map(int, dims.split(","))) if dims else bits / 8
+    return total
+
+
+def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    """Every computation's instructions by its name, and the name of the entry."""
+    computations: dict[str, list[Instruction]] = {}
+    entry, lines = "", None
+    for line in text.splitlines():
+        if lines is not None and line.startswith("  "):
+            found = _instruction(line)
+            if found:
+                lines.append(found)
+        elif line.startswith(("%", "ENTRY")) and line.rstrip().endswith("{"):
+            name = re.match(r"(?:ENTRY )?%?([^\s(]+)", line).group(1)  # type: ignore[union-attr]
+            lines = computations[name] = []
+            entry = name if line.startswith("ENTRY") else entry
+        elif line.startswith("}"):
+            lines = None
+    if not entry:
+        raise ValueError("no ENTRY computation: this is not the text of an HLO module")
+    return computations, entry
+
+
+def _instruction(line: str) -> Instruction | None:
+    found = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
+    if not found:
+        return None
+    rest = line[found.end() :]
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    shape, rest = rest[:end], rest[end:].lstrip()
+    opening = rest.find("(")
+    closing = _closing(rest, opening)
+    operands = tuple(re.findall(r"%([\w.\-]+)", rest[opening:closing]))
+    opcode = rest[:opening]
+    if opcode in ("constant", "parameter"):
+        operands = (rest[opening + 1 : closing],)
+    return Instruction(found[2], shape, opcode, operands, rest[closing + 1 :], bool(found[1]))
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the parenthesis that opens at `start` closes."""
+    depth = 0
+    for at in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[at], 0)
+        if depth == 0:
+            return at
+    return len(text) - 1
+
+
+def _called(instruction: Instruction, key: str) -> str:
+    found = re.search(rf"\b{key}=%?([\w.\-]+)", instruction.attributes)
+    return found[1] if found else ""
+
+
+def _number(instruction: Instruction, key: str) -> float:
+    found = re.search(rf'"{key}":"?(-?[\d.e+]+)', instruction.attributes)
+    return float(found[1]) if found else 0.0
+
+
+def scope_of(instruction: Instruction) -> str:
+    """The `named_scope`s of an instruction, outermost first: "mlp/experts"; "" for none.
+
+    What a scan over layers slices out of the stacks has the scope "layer slices".
+    """
+    found = re.search(r'op_name="([^"]*)"', instruction.attributes)
+    parts = [] if not found else found[1].split("/")[:-1]
+    names = []
+    for part in parts:
+        while inner := re.match(r"^(?:transpose|jvp|vmap|remat|checkpoint)\((.*)\)$", part):
+            part = inner[1]
+        if part and not _NOISE.match(part) and re.match(r"^\w+$", part) and part not in names:
+            names.append(part)
+    sliced = any(part.startswith("jit(dynamic_index_in_dim)") for part in parts)
+    return "/".join(names) or ("layer slices" if sliced else "")
+
+
+def primitive_of(instruction: Instruction) -> str:
+    """The JAX primitive that an instruction, or the root of a fusion, came from."""
+    found = re.search(r'op_name="([^"]*)"', instruction.attributes)
+    return found[1].rsplit("/", 1)[-1] if found else ""
+
+
+def trip_count(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
+    """How often a loop turns: as XLA notes it, or `counter < constant` from 0; None where data decide."""
+    noted = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
+    if noted:
+        return int(noted[1])
+    condition = {i.name: i for i in computations.get(_called(loop, "condition"), [])}
+    root = next((i for i in condition.values() if i.root), None)
+    if root is None or "direction=LT" not in _with_callee(root, computations):
+        return None
+    operands = [condition[o] for o in root.operands if o in condition]
+    limits = [int(o.operands[0]) for o in operands if o.opcode == "constant" and o.operands[0].isdecimal()]
+    counters = [o for o in operands if o.opcode == "get-tuple-element"]
+    return limits[0] if len(limits) == 1 and len(counters) == 1 else None
+
+
+def _with_callee(root: Instruction, computations: dict[str, list[Instruction]]) -> str:
+    if root.opcode != "fusion":
+        return root.attributes if root.opcode == "compare" else ""
+    inner = [i for i in computations.get(_called(root, "calls"), []) if i.root]
+    return inner[0].attributes if inner and inner[0].opcode == "compare" else ""
+
+
+def replica_groups(attributes: str) -> tuple[tuple[int, ...], ...]:
+    """Groups of partitions in any of XLA's notations, or pairs (source, target); () where all take part."""
+    pairs = re.search(r"source_target_pairs=\{([\d,{}]*)\}", attributes)
+    listed = re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", attributes)
+    if found := pairs or listed:
+        return tuple(tuple(map(int, g.split(","))) for g in re.findall(r"\{([\d,]+)\}", found[1]))
+    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+        shape, dims = (tuple(map(int, found[i].split(","))) for i in (1, 2))
+        order = tuple(map(int, found[3].split(","))) if found[3] else tuple(range(len(dims)))
+        return _chunks(_transposed(dims, order), shape[-1])
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes):
+        axes = re.findall(r"'([^']+)'=(\d+)", found[1])
+        names, dims = [a for a, _ in axes], tuple(int(n) for _, n in axes)
+        inner = [names.index(a) for a in re.findall(r"'([^']+)'", found[2])]
+        order = tuple(i for i in range(len(dims)) if i not in inner) + tuple(inner)
+        return _chunks(_transposed(dims, order), math.prod(dims[i] for i in inner))
+    return ()
+
+
+def _transposed(dims: tuple[int, ...], order: tuple[int, ...]) -> list[int]:
+    """0, 1, ... laid out as `dims`, transposed and flattened."""
+    strides = [math.prod(dims[i + 1 :]) for i in range(len(dims))]
+    out = [0]
+    for axis in order:
+        out = [base + i * strides[axis] for base in out for i in range(dims[axis])]
+    return out
+
+
+def _chunks(values: list[int], n: int) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(values[i : i + n]) for i in range(0, len(values), n))
+
+
+# -------------------------------------------------------------------- the program
+
+
+def read_program(text: str) -> Program:
+    """Everything that one call of the program runs."""
+    computations, entry = parse(text)
+    program = Program()
+
+    def walk(name: str, times: int, dispatch: bool) -> Iterator[Op]:
+        here = {i.name: i for i in computations[name]}
+        chains: set[str] = set()
+        for i in computations[name]:
+            if i.opcode == "while":
+                turns = trip_count(i, computations)
+                if turns is None:
+                    program.loops.append(i.name)
+                inside = (times * (turns or 1), dispatch and turns is not None)
+                yield from walk(_called(i, "body"), *inside)
+            elif i.opcode == "call":
+                yield from walk(_called(i, "to_apply"), times, dispatch)
+            elif i.opcode == "conditional":
+                branches = re.search(r"branch_computations=\{([^}]*)\}", i.attributes)
+                names = re.findall(r"%?([\w.\-]+)", branches[1]) if branches else []
+                names = names or [_called(i, "true_computation"), _called(i, "false_computation")]
+                each = [list(walk(b, times, dispatch)) for b in names if b]
+                yield from max(each, key=lambda ops: sum(o.cycles * o.times for o in ops), default=[])
+            else:
+                yield from _ops(i, here, computations, times, dispatch, program, chains)
+
+    program.ops = list(walk(entry, 1, True))
+    return program
+
+
+def _ops(i, here, computations, times, dispatch, program, chains) -> Iterator[Op]:
+    """What one instruction other than a loop or a call amounts to."""
+    common = {"name": i.name, "scope": scope_of(i), "what": primitive_of(i), "times": times}
+    common["dispatch"] = dispatch
+    inner = computations.get(_called(i, "calls"), []) if i.opcode in ("fusion", "async-start") else []
+    for found, scope in [(i, here), *((j, {k.name: k for k in inner}) for j in inner)]:
+        opcode = found.opcode.removesuffix("-start")
+        if opcode in COLLECTIVES:
+            # one that runs beside several fusions stands in each of them, with the same chain_id
+            if chain := re.search(r'chain_id="(\d+)"', found.attributes):
+                if chain[1] in chains:
+                    continue
+                chains.add(chain[1])
+            operands = [scope[o].shape for o in found.operands if o in scope]
+            operands = operands[:1] if opcode == "ragged-all-to-all" else operands
+            groups = replica_groups(found.attributes)
+            algorithm = re.search(r'"emitter":"(\w+)"', found.attributes)
+            yield Op(
+                **common | {"name": found.name, "scope": scope_of(found) or common["scope"]},
+                opcode=opcode,
+                kind="collective",
+                bytes=sum(map(shape_bytes, operands)),
+                groups=groups,
+                algorithm=algorithm[1] if algorithm else "",
+            )
+    if i.opcode == "custom-call" and '"tpu_custom_call"' in i.attributes:
+        flops, moved = _number(i, "flops"), _number(i, "bytes_accessed")
+        if (
+            not flops and not moved
+        ):  # no estimate of its own: at least its operands are read and its result written
+            moved = shape_bytes(i.shape) + sum(shape_bytes(here[o].shape) for o in i.operands if o in here)
+            program.kernels_without_estimate.append(i.name)
+        yield Op(**common, opcode="custom-call", kind="pallas", flops=flops, bytes=moved)
+    elif i.opcode in ("copy-start", "slice-start"):
+        yield Op(**common, opcode=i.opcode, kind="copy", bytes=shape_bytes(_first(i.shape)))
+    elif cycles := _number(i, "estimated_cycles"):
+        if cycles > SENTINEL or cycles < 0:
+            program.sentinels.append(i.name)
+        else:
+            yield Op(**common, opcode=i.opcode, kind="xla", cycles=int(cycles), bytes=shape_bytes(i.shape))
+
+
+def _first(shape: str) -> str:
+    """The first array of a tuple's shape."""
+    found = re.search(r"[a-z]\w*\[[\d,]*\]", shape)
+    return found[0] if found else ""

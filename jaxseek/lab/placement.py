@@ -1,0 +1,117 @@
+"""Where experts live: DeepSeek's expert-parallel load balancer (EPLB), and what a placement does to the load.
+
+Pure functions of expert loads. Slots are physical experts, more than there are logical ones: the busy ones
+are there several times. Source: deepseek-ai/EPLB, its README on hierarchical and global load balancing; ties
+go to the lower index.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Placement:
+    """`expert_LS`: the expert in every slot, device after device. `slots_LEK`: each expert's slots, padded
+    with -1. `copies_LE`: how many it has."""
+
+    expert_LS: np.ndarray
+    slots_LEK: np.ndarray
+    copies_LE: np.ndarray
+
+
+def pack(weight_N: np.ndarray, packs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Each item's pack and its rank in it: heaviest first, into the lightest pack that has room.
+
+    All packs get equally many. Raises ValueError where that is not possible.
+    """
+    room, left = divmod(len(weight_N), packs)
+    if left:
+        raise ValueError(f"{len(weight_N)} items do not fill {packs} packs equally")
+    pack_N, rank_N = np.zeros((2, len(weight_N)), int)
+    load, count = np.zeros(packs), np.zeros(packs, int)
+    for item in np.argsort(-weight_N, kind="stable"):
+        best = int(np.argmin(np.where(count < room, load, np.inf)))
+        pack_N[item], rank_N[item] = best, count[best]
+        load[best] += weight_N[item]
+        count[best] += 1
+    return pack_N, rank_N
+
+
+def replicate(weight_N: np.ndarray, slots: int) -> np.ndarray:
+    """The item of every slot: one each, then again and again that with the most load for a copy."""
+    if slots < len(weight_N):
+        raise ValueError(f"{slots} slots are fewer than the {len(weight_N)} experts")
+    copies_N, item_S = np.ones(len(weight_N), int), list(range(len(weight_N)))
+    while len(item_S) < slots:
+        best = int(np.argmax(weight_N / copies_N))
+        item_S.append(best)
+        copies_N[best] += 1
+    return np.array(item_S)
+
+
+def place(load_LE: np.ndarray, slots: int, groups: int, nodes: int, devices: int) -> Placement:
+    """Put experts into `slots` on `devices`, which are in `nodes`, by their loads.
+
+    Hierarchical where the groups of experts divide among the nodes: a group stays in one node, copies are
+    made within nodes, and slots are packed onto each node's devices. Otherwise global: the same with one
+    group and one node. Raises ValueError for numbers that do not divide.
+    """
+    E = load_LE.shape[1]
+    if groups % nodes:
+        groups = nodes = 1
+    for what, n, by in (("experts", E, groups), ("slots", slots, devices), ("devices", devices, nodes)):
+        if n % by:
+            raise ValueError(f"{n} {what} are not divisible by {by}")
+    expert_LS = np.stack([_place(load_E, slots, groups, nodes, devices) for load_E in load_LE])
+    copies_LE = np.stack([np.bincount(row, minlength=E) for row in expert_LS])
+    slots_LEK = np.full((*load_LE.shape, copies_LE.max()), -1)
+    for l, row in enumerate(expert_LS):
+        for e in range(E):
+            slots_LEK[l, e, : copies_LE[l, e]] = np.flatnonzero(row == e)
+    return Placement(expert_LS, slots_LEK, copies_LE)
+
+
+def _place(load_E, slots, groups, nodes, devices) -> np.ndarray:
+    group_size = len(load_E) // groups
+    node_G, _ = pack(load_E.reshape(groups, group_size).sum(axis=1), nodes)
+    out = []
+    for node in range(nodes):
+        held = np.concatenate(
+            [np.arange(group_size) + g * group_size for g in np.flatnonzero(node_G == node)]
+        )
+        item_S = replicate(load_E[held], slots // nodes)
+        each_S = (load_E[held] / np.bincount(item_S))[item_S]
+        device_S, rank_S = pack(each_S, devices // nodes)
+        out.append(held[item_S[np.lexsort((rank_S, device_S))]])
+    return np.concatenate(out)
+
+
+def device_load(load_LE: np.ndarray, placement: Placement, devices: int) -> np.ndarray:
+    """Tokens that each device serves, [L, devices], if an expert's copies share its tokens equally."""
+    each_LE = load_LE / placement.copies_LE
+    each_LS = np.take_along_axis(each_LE, placement.expert_LS, axis=1)
+    return each_LS.reshape(len(load_LE), devices, -1).sum(axis=-1)
+
+
+def imbalance(device_LD: np.ndarray) -> float:
+    """The slowest device's load against the mean's, over layers: 1 is perfect balance."""
+    return float(device_LD.max(axis=1).sum() / device_LD.mean(axis=1).sum())
+
+
+def touched(ids_TBK: np.ndarray, placement: Placement, devices: int, layer: int = 0) -> np.ndarray:
+    """Experts whose weights a device reads in each step of a recorded trace, [steps, devices].
+
+    `ids` are the experts that every row of the batch chose, [steps, B, K]; the rows of an expert with several
+    copies take them in turn. Reading weights is what decoding small batches costs, so the slowest device of a
+    step is the one with the most.
+    """
+    T, B, K = ids_TBK.shape
+    slots = placement.expert_LS.shape[1]
+    copies_TBK = placement.copies_LE[layer][ids_TBK]
+    slot_TBK = placement.slots_LEK[layer][ids_TBK, np.arange(B)[None, :, None] % copies_TBK]
+    used_TS = np.zeros((T, slots), bool)
+    used_TS[np.arange(T)[:, None], slot_TBK.reshape(T, B * K)] = True
+    return used_TS.reshape(T, devices, -1).sum(axis=-1)

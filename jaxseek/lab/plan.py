@@ -1,0 +1,102 @@
+"""`jaxseek plan`: one strategy on one slice, compiled and reported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from jaxseek.config import ConfigError, ModelConfig, configs_dir, presets
+from jaxseek.info import read_config
+from jaxseek.lab.analytic import first_pass, sensible
+from jaxseek.lab.chips import Topology
+from jaxseek.lab.compile import CompileError, compile_job
+from jaxseek.lab.job import Job
+from jaxseek.lab.report import draw, lines, report
+from jaxseek.sharding import Strategy
+
+
+def plan(
+    model: str,
+    topology: str,
+    mesh: str | None,
+    workload: str,
+    batch: int,
+    context: int,
+    weights: str,
+    as_json: bool = False,
+    hlo: str | None = None,
+    plot: str | None = None,
+) -> int:
+    """Compile the step and print what it costs. Returns 1 for a program that does not fit."""
+    job, layout = make_job(read_config(model), topology, mesh, workload, batch, context, weights)
+    console = Console(stderr=True)
+    console.print(f"layout: {layout}", highlight=False)
+    held = first_pass(job).held / 2**30
+    try:
+        with console.status("starting the TPU compiler") as status:
+            compiled = compile_job(job, lambda text: status.update(f"{text} ({held:.1f} GiB held)"))
+    except CompileError as e:
+        if e.needed is None:
+            raise
+        found = {"fits": False, "error": str(e), "layout": layout, "bytes_per_device": {"peak": e.needed}}
+        text = f"{title(model, job)}\n  {e} ({held:.2f} GiB of weights and cache)"
+        print(json.dumps(found) if as_json else text)
+        return 1
+    r = report(job, compiled)
+    if hlo:
+        Path(hlo).write_text(compiled.text, encoding="utf-8")
+    if plot:
+        draw(title(model, job), r, plot)
+    found = {"model": model, "layout": layout} | r.to_dict()
+    print(json.dumps(found) if as_json else lines(title(model, job), r))
+    return 0 if r.fits else 1
+
+
+def title(model: str, job: Job) -> str:
+    sizes = " x ".join(f"{a}={n}" for a, n in job.strategy.sizes if n > 1) or "one device"
+    return (
+        f"{model}, {job.workload} of {job.batch} x {job.context:,} tokens, {job.weights} weights, on "
+        f"{job.topology.name} as {sizes}"
+    )
+
+
+def make_job(
+    cfg: ModelConfig, topology: str, mesh: str | None, workload: str, batch: int, context: int, weights: str
+) -> tuple[Job, str]:
+    """The job, and in words where its layout comes from. Raises ConfigError."""
+    slice_ = Topology.parse(topology)
+    if mesh is not None:
+        return Job(cfg, Strategy.parse(mesh), slice_, workload, batch, context, weights), mesh
+    problem = ""
+    for path in shipped(cfg, slice_, workload):
+        try:
+            job = Job(cfg, Strategy.from_toml(path), slice_, workload, batch, context, weights)
+        except ConfigError as e:
+            problem = f"; {path.name} is not for this: {e}"
+            continue
+        return job, f"{path.name}, which is shipped"
+    job = sensible(cfg, slice_, workload, batch, context, weights)
+    sizes = ",".join(f"{a}={n}" for a, n in job.strategy.sizes if n > 1) or "one device"
+    return job, f"the default strategy with {sizes}, by a first estimate of all its sizes{problem}"
+
+
+def shipped(cfg: ModelConfig, topology: Topology, workload: str) -> list[Path]:
+    """Shipped layouts for a model of these shapes: configs/meshes/PRESET.CHIP-AxB.WORKLOAD[.NOTE].toml."""
+    found = []
+    for path in sorted((configs_dir() / "meshes").glob("*.*.*.toml")):
+        preset, slice_, of, *_ = path.name.removesuffix(".toml").split(".")
+        wanted = "decode" if workload == "rollout" else workload
+        if slice_ != topology.name.replace(":", "-") or of != wanted or preset not in presets():
+            continue
+        if _shape(ModelConfig.from_preset(preset)) == _shape(cfg):
+            found.append(path)
+    return found
+
+
+def _shape(cfg: ModelConfig) -> tuple[int, ...]:
+    return (
+        cfg.hidden_size, cfg.num_hidden_layers, cfg.num_attention_heads, cfg.vocab_size,
+        cfg.n_routed_experts, cfg.intermediate_size,
+    )  # fmt: skip

@@ -1,0 +1,256 @@
+"""A compiled step as figures: time by kind and scope, limits, rates, dearest operations, collectives."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from jaxseek.lab.analytic import Estimate, first_pass
+from jaxseek.lab.chips import Topology
+from jaxseek.lab.collectives import Coords, cost, mesh_axes
+from jaxseek.lab.compile import Compiled
+from jaxseek.lab.hlo import Op, Program, read_program
+from jaxseek.lab.job import TOKENS_PER_DISPATCH, Job
+
+KINDS: tuple[str, ...] = ("xla", "pallas", "collective", "copy")
+
+
+@dataclass(frozen=True)
+class Timed:
+    """An operation with the seconds of all its turns."""
+
+    op: Op
+    seconds: float
+    axes: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Of one step on one device. `seconds` by kind; `lower` overlaps everything, `upper` nothing.
+
+    `xla` and `pallas` share the core and add up; `collective` and `copy` (prefetch from HBM) may run beside
+    them. `dispatch` are seconds outside the loop over decode steps, once per dispatch.
+    """
+
+    job: Job
+    estimate: Estimate
+    memory: dict[str, float]
+    cycles: int
+    seconds: dict[str, float]
+    scopes: dict[str, dict[str, float]]
+    operations: list[Timed]
+    dispatch: float
+    left_out: dict[str, list[str]]
+    compile_seconds: float = 0.0
+
+    @property
+    def lower(self) -> float:
+        s = self.seconds
+        return max(s["xla"] + s["pallas"], s["collective"], s["copy"], self.estimate.limit)
+
+    @property
+    def upper(self) -> float:
+        return max(sum(self.seconds.values()), self.lower)
+
+    @property
+    def fits(self) -> bool:
+        return self.memory["peak"] <= self.job.topology.chip.device.usable
+
+    @property
+    def core_cycles(self) -> float:
+        """XLA's cycles, and the kernels' by their cost estimates in cycles."""
+        return self.cycles + self.seconds["pallas"] * self.job.topology.chip.clock
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON has it; rates are [at the upper bound of time, at the lower]."""
+        job, e, chips = self.job, self.estimate, math.prod(self.job.topology.dims)
+        rates = [job.tokens / t for t in (self.upper, self.lower)]
+        return {
+            "topology": job.topology.name,
+            "mesh": {a: n for a, n in job.strategy.sizes if n > 1},
+            "workload": job.workload,
+            "batch": job.batch,
+            "context": job.context,
+            "weights": job.weights,
+            "bytes_per_device": self.memory | {"hbm": job.topology.chip.device.usable},
+            "fits": self.fits,
+            "cycles": {"xla": self.cycles, "core": self.core_cycles},
+            "seconds": self.seconds
+            | {"lower": self.lower, "upper": self.upper, "per_dispatch": self.dispatch},
+            "roofline": {
+                "hbm_seconds": e.hbm_seconds,
+                "flops_seconds": e.flops_seconds,
+                "limit_seconds": e.limit,
+                "fraction": [e.limit / self.upper, e.limit / self.lower],
+            },
+            "tokens_per_second": {
+                "per_chip": [r / chips for r in rates],
+                "per_sequence": [r / job.batch for r in rates],
+            },
+            "scopes": self.scopes,
+            "dearest": [_row(t) for t in self.operations[:10]],
+            "collectives": [_row(t) for t in self.operations if t.op.kind == "collective"],
+            "left_out": self.left_out,
+            "compile_seconds": self.compile_seconds,
+        }
+
+
+def _row(t: Timed) -> dict[str, Any]:
+    o = t.op
+    row = {
+        "name": o.name, "kind": o.kind, "opcode": o.opcode, "scope": o.scope, "times": o.times,
+        "primitive": o.what, "seconds": t.seconds, "cycles": o.cycles, "bytes": o.bytes,
+    }  # fmt: skip
+    return row | ({"axes": t.axes, "algorithm": o.algorithm} if o.kind == "collective" else {})
+
+
+def report(job: Job, compiled: Compiled) -> Report:
+    """What a compiled job costs."""
+    given, m = compiled.given, compiled.memory
+    memory = {
+        "weights": given["weights"],
+        "cache": given.get("cache", 0.0),
+        "optimizer": given.get("optimizer", 0.0),
+        "padding": m["argument"] - sum(given.values()),  # of tiles, and small inputs
+        "new_outputs": float(m["output"] - m["alias"]),
+        "temp": float(m["temp"]),
+        "code": float(m["generated_code"]),
+        "peak": float(compiled.peak),
+    }
+    program = read_program(compiled.text)
+    return summarise(job, program, memory, compiled.coords, sum(compiled.seconds.values()))
+
+
+def summarise(
+    job: Job, program: Program, memory: dict[str, float], coords: Coords, compile_seconds: float = 0.0
+) -> Report:
+    """The report of a program that has been read."""
+    decoding = job.phase == "decode"
+    timed = [_time(op, job.topology, coords, job) for op in program.ops]
+    step = [t for t in timed if not (decoding and t.op.dispatch)]
+    seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0)
+    scopes: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(KINDS, 0.0))
+    for t in step:
+        seconds[t.op.kind] += t.seconds
+        scopes[t.op.scope or "other"][t.op.kind] += t.seconds
+    return Report(
+        job=job,
+        estimate=first_pass(job),
+        memory=memory,
+        cycles=sum(t.op.cycles * t.op.times for t in step if t.op.kind == "xla"),
+        seconds=seconds,
+        scopes=dict(sorted(scopes.items(), key=lambda kv: -sum(kv[1].values()))),
+        operations=sorted(step, key=lambda t: -t.seconds),
+        dispatch=sum(t.seconds for t in timed) - sum(t.seconds for t in step),
+        left_out={
+            "no_cycles": program.sentinels,
+            "loops_counted_once": program.loops[1:] if decoding else program.loops,
+            "kernels_without_estimate": program.kernels_without_estimate,
+        },
+        compile_seconds=compile_seconds,
+    )
+
+
+def _time(op: Op, topology: Topology, coords: Coords, job: Job) -> Timed:
+    chip = topology.chip.device
+    if op.kind == "collective":
+        axes = mesh_axes(op.groups, job.strategy.sizes)
+        return Timed(op, cost(op, topology, coords).seconds * op.times, axes)
+    if op.kind == "xla":
+        return Timed(op, op.cycles / chip.clock * op.times)
+    return Timed(op, max(op.flops / chip.peak["bf16"], op.bytes / chip.hbm_bandwidth) * op.times)
+
+
+# -------------------------------------------------------------------- to read
+
+
+def lines(title: str, r: Report) -> str:
+    """The report as text."""
+    gib, m, s, e = 2**30, r.memory, {k: v * 1e3 for k, v in r.seconds.items()}, r.estimate
+    usable, reached = r.job.topology.chip.device.usable / gib, [e.limit / r.upper, e.limit / r.lower]
+    chips = math.prod(r.job.topology.dims)
+    rates = [r.job.tokens / r.upper, r.job.tokens / r.lower]
+    floors = f"HBM {e.hbm_seconds * 1e3:.3f}, flops {e.flops_seconds * 1e3:.3f}"
+    parts = ", ".join(f"{k} {m[k] / gib:.2f}" for k in ("weights", "cache", "optimizer", "temp") if m[k])
+    out = [
+        title,
+        f"  memory   peak {m['peak'] / gib:.2f} of {usable:.2f} GiB per device ({parts}): "
+        + ("fits" if r.fits else "DOES NOT FIT"),
+        f"  step     {r.lower * 1e3:.3f} to {r.upper * 1e3:.3f} ms (all overlapped, nothing overlapped)",
+        f"           XLA {s['xla']:.3f} ms ({r.cycles / 1e6:.2f} M cycles), kernels {s['pallas']:.3f}, "
+        f"collectives {s['collective']:.3f}, prefetch {s['copy']:.3f}",
+        f"  limit    {e.limit * 1e3:.3f} ms ({floors}), {reached[0]:.0%} to {reached[1]:.0%} reached",
+        f"  tokens/s {_range([x / chips for x in rates])} per chip, "
+        f"{_range([x / r.job.batch for x in rates])} per sequence",
+    ]
+    if r.dispatch:
+        out.append(f"  and      {r.dispatch * 1e3:.3f} ms once per dispatch of {TOKENS_PER_DISPATCH} steps")
+    out.append("  by scope (ms: XLA, kernels, collectives, prefetch)")
+    for scope, times in list(r.scopes.items())[:10]:
+        out.append(f"    {scope:24s} " + "  ".join(f"{times[k] * 1e3:8.3f}" for k in KINDS))
+    out.append("  dearest operations (us over all turns)")
+    for t in r.operations[:10]:
+        o = t.op
+        out.append(
+            f"    {t.seconds * 1e6:10.1f} {o.times:4d} x {o.kind:10s} {o.scope:22s} {o.what} ({o.name})"
+        )
+    out.append("  collectives (us over all turns; bytes of a device's operand)")
+    for t, count in _alike(r.operations):
+        o = t.op
+        each = f"{o.times} x" if count == 1 else f"{count} x {o.times} x"
+        size = f"{o.bytes / 1024:.1f} KiB over {t.axes}"
+        out.append(f"    {t.seconds * count * 1e6:10.1f} {each:>12s} {o.opcode:18s} {size:34s} {o.scope}")
+    for what, names in r.left_out.items():
+        if names:
+            out.append(f"  {what.replace('_', ' ')}: {len(names)} ({', '.join(names[:5])})")
+    return "\n".join(out)
+
+
+def _alike(operations: list[Timed]) -> list[tuple[Timed, int]]:
+    """One of each kind of collective, and how many there are, dearest first."""
+    kinds: dict[tuple, list[Timed]] = defaultdict(list)
+    for t in operations:
+        if t.op.kind == "collective":
+            kinds[t.op.opcode, t.op.bytes, t.axes, t.op.scope, t.op.times].append(t)
+    return sorted(((ts[0], len(ts)) for ts in kinds.values()), key=lambda k: -k[0].seconds * k[1])
+
+
+def _range(values: list[float]) -> str:
+    return " to ".join(f"{v:,.1f}" for v in values)
+
+
+def draw(title: str, r: Report, path: str) -> None:
+    """A picture: what memory holds, and where the time goes by scope."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), width_ratios=[1, 2.6], layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    bottom = 0.0
+    for name in ("weights", "cache", "optimizer", "padding", "new_outputs", "temp", "code"):
+        gib = r.memory[name] / 2**30
+        if gib > 0.001:
+            left.bar(0, gib, bottom=bottom, width=0.6, label=f"{name.replace('_', ' ')} {gib:.2f}")
+            bottom += gib
+    usable = r.job.topology.chip.device.usable / 2**30
+    left.axhline(usable, color="black", linewidth=1, linestyle="--")
+    left.text(0.32, usable, f"{usable:.2f}", va="bottom", fontsize=8)
+    left.set(xticks=[], xlim=(-0.5, 0.5), ylabel="GiB per device", ylim=(0, max(usable, bottom) * 1.1))
+    left.legend(fontsize=8, loc="upper left")
+    names = list(r.scopes)[:9][::-1]
+    start = [0.0] * len(names)
+    for kind, label in zip(KINDS, ("XLA", "kernels", "collectives", "prefetch")):
+        values = [r.scopes[n][kind] * 1e3 for n in names]
+        if any(values):
+            right.barh(names, values, left=start, label=label)
+            start = [a + b for a, b in zip(start, values)]
+    for value, label in ((r.estimate.limit, "roofline"), (r.lower, "overlapped"), (r.upper, "in turn")):
+        right.plot([], [], " ", label=f"{label}: {value * 1e3:.2f} ms")
+    right.set(xlabel="ms per step")
+    right.legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,407 @@
+"""The sharding lab without a TPU compiler: reading programs, the torus, first estimates, reports, errors."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import pytest
+from oracles import quick_compilation, random_model, random_tokens, tiny_config  # noqa: F401
+
+from jaxseek import cli
+from jaxseek.config import ConfigError, ModelConfig, configs_dir
+from jaxseek.generate.engine import Engine
+from jaxseek.generate.sampling import Sampling
+from jaxseek.lab import analytic, collectives, compile, hlo, plan, report, sweep
+from jaxseek.lab.chips import CHIPS, HOP_SECONDS, Topology
+from jaxseek.lab.job import Job
+from jaxseek.sharding import Strategy
+
+TINY = ModelConfig.from_preset("tiny-v3")
+NO_LIBTPU = importlib.util.find_spec("libtpu") is None
+
+# Lines of a decode step of tiny-v3 for v5e:2x4 (expert=4, tensor=2), operands and layouts shortened.
+PROGRAM = (Path(__file__).parent / "programs" / "decode.hlo").read_text(encoding="utf-8")
+
+
+def ops(kind):
+    return [o for o in hlo.read_program(PROGRAM).ops if o.kind == kind]
+
+
+# -------------------------------------------------------------------- programs
+
+
+def test_what_a_loop_holds_counts_as_often_as_it_turns_and_an_unknown_loop_once():
+    copy, fusion = ops("xla")
+    assert (fusion.name, fusion.times, fusion.cycles, fusion.dispatch) == ("fusion.7", 5, 1826, False)
+    assert (copy.name, copy.times, copy.dispatch) == ("copy.9", 1, True)
+    assert hlo.read_program(PROGRAM).loops == ["while.130"]
+
+
+def test_cycles_that_mean_unknown_are_left_out_and_named():
+    assert hlo.read_program(PROGRAM).sentinels == ["gather.2"]
+
+
+def test_kernels_bring_their_own_estimate_or_the_bytes_of_what_they_touch():
+    gmm, bare = ops("pallas")
+    assert (gmm.flops, gmm.bytes, gmm.times) == (4194304, 212992, 5)
+    assert bare.bytes == 2 * (128 * 64 + 8 * 256)
+    assert hlo.read_program(PROGRAM).kernels_without_estimate == ["bare.1"]
+
+
+def test_operations_are_attributed_to_named_scopes():
+    assert [o.scope for o in ops("collective")] == ["mlp/experts", ""]
+    assert [o.scope for o in ops("xla")] == ["", "attention"]
+    assert ops("xla")[1].what == "dot_general"
+    sliced = hlo.Instruction(
+        "a", "", "copy", (), 'op_name="jit(f)/while/body/jit(dynamic_index_in_dim)/squeeze"'
+    )
+    assert hlo.scope_of(sliced) == "layer slices"
+    backward = hlo.Instruction(
+        "a", "", "add", (), 'op_name="jit(step)/transpose(jvp(mlp))/while/body/router/dot"'
+    )
+    assert hlo.scope_of(backward) == "mlp/router"
+
+
+def test_collectives_have_bytes_groups_and_the_compilers_algorithm():
+    psum, gather = ops("collective")
+    assert (psum.opcode, psum.bytes, psum.times, psum.algorithm) == (
+        "all-reduce", 8 * 256 * 2, 5, "SinglePhaseRingSumEmitter",
+    )  # fmt: skip
+    assert psum.groups == ((0, 2, 4, 6, 1, 3, 5, 7),)
+    assert gather.groups == ((0, 1), (2, 3), (4, 5), (6, 7))
+    assert gather.bytes == 8 * 256 * 2
+
+
+def test_a_collective_that_runs_beside_several_fusions_counts_once():
+    line = '  %all-gather.NAME = bf16[8,512]{1,0} all-gather(%param_0), frontend_attributes={chain_id="10"}\n'
+    fused = PROGRAM.replace("  ROOT %multiply.1", line + "  ROOT %multiply.1")
+    gathers = [o for o in hlo.read_program(fused).ops if o.name == "all-gather.NAME"]
+    assert [(o.times, o.scope) for o in gathers] == [(5, "attention")]  # fusion.7 and gather.2 call it
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("replica_groups={{0,1},{2,3}}, dimensions={0}", ((0, 1), (2, 3))),
+        ("replica_groups=[2,4]<=[8], x", ((0, 1, 2, 3), (4, 5, 6, 7))),
+        ("replica_groups=[4,2]<=[2,4]T(1,0), x", ((0, 4), (1, 5), (2, 6), (3, 7))),
+        ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}", ((0, 1, 4, 5), (2, 3, 6, 7))),
+        ("source_target_pairs={{0,1},{1,0}}", ((0, 1), (1, 0))),
+        ("replica_groups={}", ()),
+    ],
+)
+def test_every_notation_of_replica_groups_is_read(text, groups):
+    assert hlo.replica_groups(text) == groups
+
+
+def test_a_shape_has_the_bytes_of_all_its_arrays():
+    assert (
+        hlo.shape_bytes("(bf16[2,3]{1,0:T(8,128)(2,1)}, /*index=1*/f32[], s4[8]{0}, pred[3])")
+        == 12 + 4 + 4 + 3
+    )
+    assert hlo.shape_bytes("f8e4m3fn[16]{0}") == 16
+
+
+def test_text_that_is_no_program_is_refused():
+    with pytest.raises(ValueError, match="no ENTRY"):
+        hlo.read_program("nothing")
+
+
+# -------------------------------------------------------------------- torus
+
+
+def op(opcode, size, groups):
+    return hlo.Op("a", opcode, "collective", "", "", 1, bytes=size, groups=groups)
+
+
+GRID = tuple((i % 4, i // 4) for i in range(16))  # 4x4 chips in row order
+
+
+def test_groups_are_named_by_the_mesh_axes_that_they_join():
+    sizes = (("data", 1), ("expert", 4), ("tensor", 2))
+    pairs = ((0, 1), (2, 3), (4, 5), (6, 7))
+    assert collectives.mesh_axes(pairs, sizes) == "tensor"
+    assert collectives.mesh_axes(((0, 2, 4, 6), (1, 3, 5, 7)), sizes) == "expert"
+    assert collectives.mesh_axes(((0, 2, 4, 6, 1, 3, 5, 7),), sizes) == "expert+tensor"
+    assert collectives.mesh_axes((), sizes) == "expert+tensor"
+    assert collectives.mesh_axes(((0, 1, 2),), sizes) == "?"
+
+
+def test_a_gather_uses_both_ways_of_a_ring_and_one_of_a_line():
+    line, ring = Topology(CHIPS["v5e"], (4, 4)), Topology(CHIPS["v5p"], (4, 4))
+    group = (tuple(range(4)),)
+    a, b = (collectives.cost(op("all-gather", 1e6, group), t, GRID) for t in (line, ring))
+    assert a.bandwidth == pytest.approx(3e6 / 4.5e10)
+    assert a.latency == pytest.approx(3 * HOP_SECONDS)
+    assert b.bandwidth == pytest.approx(3e6 / (2 * 9e10))
+    assert b.latency == pytest.approx(2 * HOP_SECONDS)
+
+
+def test_a_group_over_two_axes_has_the_links_of_both_and_strides_share_theirs():
+    slice_ = Topology(CHIPS["v5e"], (4, 4))
+    plane = collectives.cost(op("reduce-scatter", 1e6, ()), slice_, GRID)
+    assert plane.bandwidth == pytest.approx(1e6 * 15 / 16 / (2 * 4.5e10))
+    assert plane.latency == pytest.approx(6 * HOP_SECONDS)
+    strided = collectives.cost(op("reduce-scatter", 1e6, ((0, 2),)), slice_, GRID)
+    assert strided.bandwidth == pytest.approx(1e6 / 2 / (4.5e10 * 2 / 3))
+
+
+def test_small_sums_go_round_once_and_large_ones_are_scattered_and_gathered():
+    slice_ = Topology(CHIPS["v5e"], (4, 4))
+    small, large = (collectives.cost(op("all-reduce", size, ()), slice_, GRID) for size in (1e3, 1e8))
+    assert small.latency == pytest.approx(6 * HOP_SECONDS)
+    assert large.bandwidth == pytest.approx(2 * 1e8 * 15 / 16 / (2 * 4.5e10))
+
+
+def test_a_permutation_costs_its_longest_way():
+    slice_ = Topology(CHIPS["v5e"], (4, 4))
+    found = collectives.cost(op("collective-permute", 9e4, ((0, 1), (0, 3))), slice_, GRID)
+    assert found.seconds == pytest.approx(3 * (9e4 / 4.5e10 + HOP_SECONDS))
+
+
+def test_all_to_all_is_limited_by_the_links_in_the_middle():
+    slice_ = Topology(CHIPS["v5e"], (8, 1))
+    coords = tuple((i, 0) for i in range(8))
+    found = collectives.cost(op("all-to-all", 8e6, ()), slice_, coords)
+    assert found.bandwidth == pytest.approx(8e6 * 7 / 4 / 4.5e10)
+
+
+# -------------------------------------------------------------------- jobs
+
+
+def job(
+    mesh="expert=4,tensor=2", topology="v5e:2x4", workload="decode", batch=8, context=512, cfg=TINY, **more
+):
+    return Job(cfg, Strategy.parse(mesh), Topology.parse(topology), workload, batch, context, **more)
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+def test_chips_are_told_by_their_figures(chip):
+    assert chip.usable <= chip.hbm * 1.01
+    assert {"bf16", "int8", "fp8"} == set(chip.peak)
+    multiply_adds = chip.peak["bf16"] / chip.clock / 2 / 128**2
+    assert multiply_adds == pytest.approx(round(multiply_adds), rel=0.01)  # whole matrix units
+    assert chip.device.hbm_bandwidth * chip.devices == chip.hbm_bandwidth
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"topology": "h100:8x8"}, "unknown chip 'h100'; known: v4, v5e"),
+        ({"topology": "v5e:8"}, "a v5e slice has 2 axes, such as v5e:4x4"),
+        ({"topology": "v5e:4x4"}, "expert=4 x tensor=2 is 8 devices, but v5e:4x4 has 16"),
+        ({"batch": 6, "mesh": "fsdp=4,tensor=2"}, "batch 6 is not divisible by the 4 parts of batch"),
+        ({"context": 511, "mesh": "context=8"}, "context 511 is not divisible by the 8 parts"),
+        ({"mesh": "expert=1,tensor=8"}, "heads 4 is not divisible by tensor=8"),
+        ({"workload": "train", "weights": "int8"}, "training updates its weights"),
+        ({"weights": "int3"}, "weights 'int3': expected one of bf16"),
+        ({"workload": "dream"}, "workload 'dream': expected one of decode"),
+    ],
+)
+def test_a_job_that_cannot_be_says_why(given, message):
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+        job(**given)
+
+
+def test_serving_leaves_the_multi_token_module_out_and_training_keeps_it():
+    cfg = dataclasses.replace(TINY, num_nextn_predict_layers=1)
+    assert job(cfg=cfg).cfg.num_nextn_predict_layers == 0
+    assert job(cfg=cfg, workload="train", mesh="expert=4,fsdp=2").cfg.num_nextn_predict_layers == 1
+
+
+def test_the_key_of_a_job_is_its_content(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "1")
+    assert compile.key_of(job()) == compile.key_of(job())
+    keys = {compile.key_of(j) for j in (job(), job(batch=16), job(context=1024), job("expert=8"))}
+    assert len(keys) == 4
+
+
+# -------------------------------------------------------------------- first estimates
+
+
+def test_the_first_estimate_holds_the_bytes_that_info_counts():
+    from jaxseek.info import describe
+
+    j = job("fsdp=2,expert=2,tensor=2", batch=8, context=512)
+    found, told = analytic.first_pass(j), describe(j.cfg, j.strategy, "bfloat16", 512, 8)
+    assert found.weights == pytest.approx(told["weight_bytes_per_chip"], rel=1e-6)
+    assert found.cache == told["cache_bytes_per_chip"]
+    assert (
+        found.collective_bytes > analytic.first_pass(job("expert=4,tensor=2")).collective_bytes
+    )  # fsdp gathers
+
+
+def test_the_floor_of_r1_is_its_weights_read_once():
+    cfg = ModelConfig.from_preset("deepseek-r1")
+    j = Job(cfg, Strategy.parse("expert=16,tensor=16"), Topology.parse("v5e:16x16"), "decode", 8192, 128)
+    found = analytic.first_pass(j)
+    everything = 2 * (cfg.num_params() - cfg.vocab_size * cfg.hidden_size) / 256  # the embedding is looked up
+    assert found.hbm_seconds == pytest.approx((everything + found.cache) / 8.19e11, rel=0.05)
+    few = analytic.first_pass(dataclasses.replace(j, batch=8))
+    touched = 1 - (1 - 8 / 256) ** 8  # 57 of 256 experts
+    assert few.hbm_seconds < 0.4 * found.hbm_seconds
+    assert few.hbm_seconds > touched * everything / 8.19e11
+
+
+def test_sensible_sizes_fit_and_models_without_experts_have_some():
+    for name, slice_ in (("deepseek-v2-lite", "v5e:2x4"), ("deepseek-r1-distill-qwen-1.5b", "v5e:1x1")):
+        j = analytic.sensible(
+            ModelConfig.from_preset(name), Topology.parse(slice_), "decode", 8, 2048, "bf16"
+        )
+        assert j.strategy.num_devices == j.topology.num_devices
+        assert analytic.first_pass(j).held < j.topology.chip.usable
+
+
+# -------------------------------------------------------------------- reports
+
+
+def summary(**more):
+    memory = dict.fromkeys(("cache", "optimizer", "padding", "new_outputs", "code"), 0.0)
+    memory |= {"weights": 2.0**30, "temp": 2.0**20, "peak": 1.5 * 2**30} | more
+    coords = tuple((i % 2, i // 2) for i in range(8))
+    return report.summarise(job(), hlo.read_program(PROGRAM), memory, coords)
+
+
+def test_a_report_adds_up():
+    r = summary()
+    assert r.cycles == 5 * 1826
+    assert r.seconds["xla"] == pytest.approx(5 * 1826 / 1.5e9)
+    assert r.seconds["pallas"] == pytest.approx(5 * (212992 + 2 * (128 * 64 + 8 * 256)) / 8.19e11)
+    assert r.lower <= r.upper <= sum(r.seconds.values()) + r.estimate.limit
+    assert r.dispatch == pytest.approx(40000 / 1.5e9 + 5 * 8 * 512 * 192 * 2 / 8.19e11)
+    assert sum(sum(s.values()) for s in r.scopes.values()) == pytest.approx(sum(r.seconds.values()))
+    assert r.fits
+    assert not summary(peak=16 * 2.0**30).fits
+
+
+def test_a_report_is_json_text_and_a_picture(tmp_path):
+    r = summary()
+    found = json.loads(json.dumps(r.to_dict()))
+    assert [c["axes"] for c in found["collectives"]] == ["expert+tensor", "tensor"]
+    assert found["left_out"]["loops_counted_once"] == []  # the steps themselves are expected
+    assert len(found["dearest"]) <= 10
+    text = report.lines("tiny", r)
+    for part in ("M cycles", "all-reduce", "over expert+tensor", "fits", "mlp/experts", "gather.2"):
+        assert part in text
+    report.draw("tiny", r, str(tmp_path / "plan.png"))
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+
+
+def test_the_compilers_reasons_are_read_from_its_log():
+    log = "INFO\njax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total "
+    log += "memory required for HLO temporaries (17.06G) exceeds available HBM (15.75G). HLO module: jit_x.\n"
+    found = compile.explain(log)
+    assert "needs 17.06 GiB of HBM per device of 15.75" in found["text"]
+    assert found["needed"] == pytest.approx(17.06 * 2**30)
+    assert compile.explain("x\nValueError: no such thing\n") == {
+        "text": "the TPU compiler failed: ValueError: no such thing", "needed": None,
+    }  # fmt: skip
+
+
+# -------------------------------------------------------------------- layouts and the command
+
+
+def test_the_shipped_layout_is_used_for_models_of_its_shape():
+    for name in ("deepseek-v2-lite", "deepseek-v2-lite-chat"):
+        found, layout = plan.make_job(
+            ModelConfig.from_preset(name), "v5e:2x4", None, "rollout", 8, 2048, "bf16"
+        )
+        assert layout.startswith("deepseek-v2-lite.v5e-2x4.decode.toml")
+        assert dict(found.strategy.sizes)["expert"] == 4
+    _, layout = plan.make_job(TINY, "v5e:2x4", None, "decode", 8, 512, "bf16")
+    assert layout.startswith("the default strategy with ")
+
+
+@pytest.mark.parametrize("path", sorted((configs_dir() / "meshes").glob("*.*.*.toml")), ids=lambda p: p.name)
+def test_shipped_layouts_fit_their_model_and_slice(path):
+    preset, slice_, workload, *_ = path.name.split(".")
+    chip, _, dims = slice_.partition("-")
+    strategy = Strategy.from_toml(path)
+    assert strategy.num_devices == Topology.parse(f"{chip}:{dims}").num_devices
+    assert workload in ("decode", "prefill", "train")
+    strategy.check_fits(ModelConfig.from_preset(preset))
+
+
+def test_a_shipped_layout_computes_what_one_device_computes():
+    cfg = tiny_config("v3", num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
+    prompts = [random_tokens(4, 8)[i, : 3 + i].tolist() for i in range(4)]
+    mesh = configs_dir() / "meshes" / "deepseek-v2-lite.v5e-2x4.decode.toml"
+
+    def tokens(mesh):
+        engine = Engine(random_model(cfg, mesh=mesh))
+        return [c.tokens for c in engine.generate(prompts, Sampling(max_new_tokens=6, temperature=0.0))]
+
+    assert tokens(str(mesh)) == tokens(None)
+
+
+def test_plan_says_what_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["plan", "tiny-v3", "--topology", "v5e:2x4", "--context", "512"]) == 1
+    assert "pip install 'jaxseek[lab]'" in capsys.readouterr().err
+    assert cli.main(["plan", "tiny-v3", "--topology", "v9:2x4"]) == 1
+    assert "unknown chip 'v9'" in capsys.readouterr().err
+
+
+def test_a_sweep_leaves_out_what_cannot_fit_or_is_slow_and_what_is_the_same():
+    cfg, slice_ = ModelConfig.from_preset("deepseek-v2-lite"), Topology.parse("v5e:2x4")
+    found = sweep.layouts(cfg, slice_, "decode", 8, 2048, "bf16", [])
+    names = [e.name for e in found]
+    assert {"default tensor=8", "attention-data-parallel expert=8"} <= set(names)
+    assert len({"spread tensor=4,context=2", "spread expert=4,context=2"} & set(names)) == 1
+    kept, left = sweep.prune(found, 5)
+    assert len(kept) == 5
+    assert len(kept) + len(left) == len(found)
+    assert any("holds" in e.reason for e in left)
+    assert any("estimated at" in e.reason for e in left)
+    given = sweep.layouts(cfg, slice_, "decode", 8, 2048, "bf16", ["tensor=8", "expert=8"])
+    assert [e.name for e in given] == ["tensor=8", "expert=8"]
+
+
+def test_a_sweep_is_a_table_a_front_a_verdict_and_a_picture(tmp_path):
+    slow, fast = summary(), summary()
+    slow.seconds["collective"] += 0.01
+    slow.scopes["mlp/experts"]["collective"] += 0.01
+    entries = [
+        sweep.Entry("slow", slow.job, slow),
+        sweep.Entry("fast", fast.job, fast),
+        sweep.Entry("large", fast.job, summary(peak=2.0**35)),
+        sweep.Entry("none", fast.job, None, "does not fit: needs 17 GiB"),
+    ]
+    assert [e.name for e in sweep.pareto(entries)] == ["fast"]
+    assert sweep.verdict(entries).startswith("batch 8: fast, ")
+    assert sweep.verdict(entries).endswith("+10.00 in mlp/experts")
+    rows = sweep.table(entries)
+    assert list(rows.columns[1].cells) == ["fast", "large", "slow", "none"]
+    sweep.draw("tiny", entries, tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NO_LIBTPU, reason="needs the lab extra")
+@pytest.mark.parametrize("workload", ["decode", "rollout"])
+def test_the_tpu_compiler_reports_a_step(workload, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("XLA_FLAGS")  # those of these tests are for CPU
+    arguments = [
+        "plan",
+        "tiny-v3",
+        "--topology",
+        "v5e:2x4",
+        "--mesh",
+        "expert=4,tensor=2",
+        "--context",
+        "512",
+    ]
+    assert cli.main([*arguments, "--workload", workload, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"]
+    assert 0 < found["seconds"]["lower"] <= found["seconds"]["upper"] < 0.01
+    assert found["bytes_per_device"]["temp"] < 64 * 2**20
+    names = [c["opcode"] for c in found["collectives"] for _ in range(c["times"])]
+    assert (
+        names.count("all-reduce") == 3 * 6 - 1 + 1
+    )  # a layer: attention, experts, shared; a dense one; embed
+    assert names.count("all-gather") == 1  # of the logits
+    assert math.isfinite(found["roofline"]["limit_seconds"])
