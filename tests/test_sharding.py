@@ -64,11 +64,14 @@ def test_a_file_replaces_single_entries_of_the_tables(tmp_path):
     assert sizes(Strategy.from_toml(file, fsdp=4)) == {"fsdp": 4, "tensor": 2}
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in (configs_dir() / "meshes").glob("*.toml")))
+TABLES = sorted(p.stem for p in (configs_dir() / "meshes").glob("*.toml") if "." not in p.stem)
+
+
+@pytest.mark.parametrize("name", TABLES)  # those for a model and a slice: tests/test_lab.py
 def test_shipped_strategies_fit_one_device_and_the_largest_model(name):
     assert Strategy.parse(name).num_devices == 1
     file = configs_dir() / "meshes" / f"{name}.toml"
-    Strategy.from_toml(file, expert=32, tensor=8, fsdp=2).check_fits(ModelConfig.from_preset("deepseek-r1"))
+    Strategy.from_toml(file, expert=32, tensor=4, fsdp=2).check_fits(ModelConfig.from_preset("deepseek-r1"))
 
 
 def test_axes_of_size_one_split_nothing():

@@ -145,7 +145,8 @@ def pareto(entries: list[Entry]) -> list[Entry]:
         (ta, ra), (tb, rb) = _rates(a), _rates(b)
         return ta <= tb and ra >= rb and (ta, ra) != (tb, rb)
 
-    return [e for e in fits if not any(better(o, e) for o in fits)]
+    front = {_rates(e): e for e in reversed(fits) if not any(better(o, e) for o in fits)}
+    return sorted(front.values(), key=_rates)
 
 
 def _rates(e: Entry) -> tuple[float, float]:
@@ -271,17 +272,18 @@ def draw(title: str, entries: list[Entry], path: str | Path) -> None:
     for e, (t, r) in zip(done, points):
         if e.report and not e.report.fits:
             axes.scatter([t * 1e3], [r], marker="x", c="red", s=90)
-    front = sorted(pareto(entries), key=_rates)
+    front = pareto(entries)
     axes.plot([_rates(e)[0] * 1e3 for e in front], [_rates(e)[1] for e in front], color="grey", zorder=0)
-    for e in front:
+    for i, e in enumerate(front, 1):
         at = (_rates(e)[0] * 1e3, _rates(e)[1])
-        axes.annotate(f"{e.name}, batch {e.job.batch}", at, (6, -10), textcoords="offset points", fontsize=8)
+        axes.annotate(str(i), at, (7, -3), textcoords="offset points", fontsize=9, weight="bold")
+        axes.plot([], [], " ", label=f"{i}  batch {e.job.batch}: {e.name}, {at[0]:.1f} ms")
     usable = entries[0].job.topology.chip.device.usable / 2**30
     figure.colorbar(dots, label=f"GiB per device, of {usable:.2f}; x does not fit")
-    axes.set(
-        xscale="log", yscale="log", xlabel="ms per step, nothing overlapped", ylabel="tokens/s per device"
-    )
+    axes.set(yscale="log", xlabel="ms per step, nothing overlapped", ylabel="tokens/s per device")
     axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.3, which="both")
+    if front:
+        figure.legend(loc="outside lower left", fontsize=8, handlelength=0, frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
