@@ -41,7 +41,18 @@ def tiny(tmp_path_factory):
 
 
 def test_help_of_every_verb_shows_an_example(capsys):
-    for verb in ("convert", "generate", "chat", "train", "info", "bench"):
+    for verb in (
+        "convert",
+        "quantize",
+        "verify",
+        "plan",
+        "sweep",
+        "generate",
+        "chat",
+        "train",
+        "info",
+        "bench",
+    ):
         with pytest.raises(SystemExit) as stop:
             main([verb, "--help"])
         assert stop.value.code == 0
@@ -81,7 +92,7 @@ def test_info_counts_what_the_spec_says(capsys):
 def test_a_checkpoint_is_converted_and_generates_what_the_source_does(capsys, tiny, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "the quick"}\n{"messages": [{"role": "user", "content": "boil tea"}]}\n')
-    assert main(["convert", str(tiny), str(tmp_path / "ours")]) == 0
+    assert main(["convert", str(tiny), str(tmp_path / "ours"), "--memory", "32GiB"]) == 0
     capsys.readouterr()
     texts = []
     for model in (tiny, tmp_path / "ours"):

@@ -34,7 +34,7 @@ def hf(tmp_path):
 
 
 def run(capsys, *argv):
-    code = main([str(a) for a in argv])
+    code = main([*map(str, argv), "--memory", "32GiB"])  # the tests' own process is large
     out, err = capsys.readouterr()
     return code, out, err
 
@@ -263,6 +263,14 @@ def test_a_rehearsal_is_what_then_happens(to, dtype, mtp, tmp_path):
     )
     assert plan["disk_free"] > 0
     assert plan["seconds"][0] + 1 > 0
+
+
+def test_a_checkpoint_of_ours_is_rehearsed_too(hf, tmp_path):
+    convert(hf, tmp_path / "small", dtype="int8", progress=False)
+    plan = rehearse(tmp_path / "small", tmp_path / "back", "hf", "bfloat16")
+    done = convert(tmp_path / "small", tmp_path / "back", "hf", "bfloat16", progress=False)
+    assert plan["bytes_written"] == done["bytes"]
+    assert {d["target"] for d in plan["destinations"]} == {"model.safetensors"}
 
 
 def test_a_mesh_is_refused_where_it_would_do_nothing(hf, tmp_path, capsys):

@@ -53,7 +53,7 @@ def convert(
     overwrite: bool = False,
     progress: bool = True,
     *,
-    memory: int = stream.MEMORY,
+    memory: int | None = None,
     verify: bool = False,
     checksums: bool = True,
 ) -> dict[str, Any]:
@@ -62,7 +62,8 @@ def convert(
     `src` is a Hugging Face directory, a URL or `hf://` name of one, a jaxseek checkpoint, or what gguf.py
     reads. Without `dtype` every tensor keeps its own, FP8 with its scales too, and HF to jaxseek to HF
     gives the same tensors bit for bit. `dtype` may be a float's name, or `float8`, `int8` or `int4` for the
-    linear and expert matrices. The process takes `memory` bytes at most. With `verify` what was written is
+    linear and expert matrices. The process takes `memory` bytes at most (by default 1.5 GiB beside what it
+    has when this is called). With `verify` what was written is
     read back and compared with the digests of what was meant before `dst` gets its name. Killed or failed,
     the same call goes on. Raises CheckpointError, ConfigError or TokenizerError; then `dst` is what it was.
     """

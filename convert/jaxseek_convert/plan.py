@@ -27,7 +27,7 @@ from jaxseek_convert.files import File, Writer
 from jaxseek_convert.from_hf import block_of, quantization_of
 from jaxseek_convert.numbers import F32, FP8, Form
 from jaxseek_convert.safetensors_io import INDEX, bytes_of, read_index
-from jaxseek_convert.store import planes
+from jaxseek_convert.store import StoreCheckpoint, planes
 from jaxseek_convert.table import Table
 from jaxseek_convert.to_hf import HFSink
 
@@ -124,7 +124,8 @@ def rehearse(
     other.
     """
     with folder_of(src, Path(dst), weights=False) as (folder, _):
-        source = Announced(folder, mtp)
+        ours = checkpoint.kind_of(folder) == "jaxseek"
+        source = StoreCheckpoint(folder, mtp) if ours else Announced(folder, mtp)
         forms = target_forms(source, to, dtype)
         sink, _ = sink_for(source, forms, source.origin(forms), to)
         destinations = list(_destinations(source, sink))
@@ -154,7 +155,7 @@ def rehearse(
     }
 
 
-def _destinations(source: Announced, sink: Any) -> Iterator[Destination]:
+def _destinations(source: Announced | StoreCheckpoint, sink: Any) -> Iterator[Destination]:
     """Of every tensor, in the table's order."""
     for name, row, at in source.table:
         if name not in source.tensors:

@@ -293,7 +293,6 @@ class StoreSink:
         self.tensors = {name: (row, at) for name, row, at in table if row.kind == "own"}
         self.headers: dict[str, bytes] = {}
         self.files = {name: n for array in self.arrays.values() for name, n in array.files().items()}
-        self.headers: dict[str, bytes] = {}
 
     def form(self, name: str) -> Form:
         """What the rows of a tensor have to be."""

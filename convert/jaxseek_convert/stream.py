@@ -75,12 +75,14 @@ class Sink(Protocol):
     def spans(self, name: str) -> Iterable[tuple[str, str, int, int]]: ...
 
 
-def threads_for(memory: int, piece: int = 2 * _PIECE, shared: int = 0) -> int:
-    """How many threads fit into `memory` bytes beside what the process has already and what they share.
+def threads_for(memory: int | None, piece: int = 2 * _PIECE, shared: int = 0) -> int:
+    """How many threads fit into `memory` bytes of the process, beside what it has and what they share.
 
-    `piece` bytes are what a thread holds at a time. Raises CheckpointError where not even one fits.
+    Without `memory` they may take MEMORY beside what it has, be that the caller's model. `piece` bytes are
+    what a thread holds at a time. Raises CheckpointError where not even one fits.
     """
     base, each = resident() + shared, piece
+    memory = MEMORY + resident() if memory is None else memory
     n = (memory - base) // each
     if n < 1:
         raise CheckpointError(

@@ -33,7 +33,7 @@ def verify(
     path: str | Path,
     source: str | Path | None = None,
     *,
-    memory: int = stream.MEMORY,
+    memory: int | None = None,
     stage: Stage,
     seed: int = 0,
 ) -> dict[str, Any]:
