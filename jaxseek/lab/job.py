@@ -21,6 +21,7 @@ from jaxseek.config import ConfigError, ModelConfig
 from jaxseek.generate import engine
 from jaxseek.generate.sampling import Sampling, SamplingArrays
 from jaxseek.lab.chips import Topology
+from jaxseek.layers.quant import quantize_abstract
 from jaxseek.model import DeepSeek
 from jaxseek.run_config import RunConfig
 from jaxseek.sharding import Rules, Strategy, fill
@@ -99,10 +100,6 @@ def job_weights(model: DeepSeek, weights: str) -> DeepSeek:
     """An abstract model with its weights as the job has them: the one place that knows of quantised ones."""
     if weights == "bf16":
         return model
-    try:
-        from jaxseek.layers.quant import quantize_abstract  # pyright: ignore[reportAttributeAccessIssue]
-    except ImportError:
-        raise ConfigError(f"--weights {weights}: this version computes with bf16 weights only") from None
     return quantize_abstract(model, {"fp8": "float8"}.get(weights, weights))
 
 
