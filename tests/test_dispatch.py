@@ -161,6 +161,16 @@ def test_sums_gradients_and_loads_equal_the_dense_loop(phase, mesh):
     assert not dgates[~valid].any()
 
 
+@pytest.mark.parametrize("mesh", ["", *REPLICATED])
+def test_few_rows_on_tpu_are_multiplied_with_every_expert_to_the_same_end(mesh, monkeypatch):
+    monkeypatch.setattr("jaxseek.layers.dispatch.platform", lambda: "tpu")
+    monkeypatch.setattr("jaxseek.layers.dispatch.grouped_mlp", None)  # the batched products run on CPU too
+    program.cache_clear()
+    for routing in ("random", "skewed", "padded"):
+        check(strategy_of(mesh), "decode", routing)
+    program.cache_clear()
+
+
 def test_local_keeps_all_experts_on_every_device(tmp_path):
     strategy = strategy_of("data=2,tensor=2", tmp_path, dispatch="local")
     check(strategy, "train", "random")

@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import assert_close, expert, quick_compilation  # noqa: F401
 
-from jaxseek.kernels.grouped_mlp import _gmm_mlp, _tiled_mlp, grouped_mlp, sort_by_expert
+from jaxseek.kernels.grouped_mlp import (
+    _gmm_mlp,
+    _tiled_mlp,
+    every_expert_mlp,
+    grouped_mlp,
+    sort_by_expert,
+)
+from jaxseek.kernels.scaled import Scaled
 
 
 def arrays(M, D, F, E, dtype=np.float32, seed=0):
@@ -104,6 +111,25 @@ def test_sorting_is_stable_and_leaves_out_ids_of_no_expert():
     order_M, sizes_E = sort_by_expert(jnp.array([2, 0, 3, 2, 0, 3, 0]), 3)
     assert order_M.tolist() == [1, 4, 6, 0, 3, 2, 5]
     assert sizes_E.tolist() == [3, 0, 2]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_every_expert_of_few_bits_is_its_numbers(groups):
+    rng = np.random.default_rng(0)
+    E, D, F = 3, 4, 6
+
+    def few_bits(inputs, outputs):
+        value = rng.integers(-127, 128, (E, inputs, outputs)).astype(np.int8)
+        scale = rng.uniform(0.5, 1.5, (E, groups, outputs)).astype(np.float32)
+        return Scaled(jnp.asarray(value), jnp.asarray(scale)), value * scale.repeat(inputs // groups, 1)
+
+    experts, numbers = zip(few_bits(D, F), few_bits(D, F), few_bits(F, D))
+    x_ND = rng.standard_normal((5, D)).astype(np.float32) / 100
+    gates_NE = rng.uniform(0, 1, (5, E)).astype(np.float32)
+    gate, up, down = (w.astype(np.float64) for w in numbers)
+    a, b = np.einsum("ND,EDF->ENF", x_ND, gate), np.einsum("ND,EDF->ENF", x_ND, up)
+    expected = np.einsum("ENF,EFD,NE->ND", a / (1 + np.exp(-a)) * b, down, gates_NE)
+    assert_close(every_expert_mlp(x_ND, gates_NE, *experts), expected, 1e-5)
 
 
 @jax.numpy_dtype_promotion("standard")  # the kernel that ships with Pallas promotes freely
