@@ -21,7 +21,7 @@ from jaxseek.kernels.ragged_all_to_all import ragged_all_to_all
 from jaxseek.kernels.scaled import Scaled
 from jaxseek.sharding import Rules, platform
 
-_FEW = 128  # rows, for which a TPU reads int8 experts for as long as it multiplies with them
+_FEW = 32  # rows; a TPU would read the experts longer than it multiplies up to some 100 (docs/lab.md, 2)
 
 
 def dispatch(
