@@ -309,8 +309,9 @@ def one_device(home, tmp_path_factory):
     [
         ("sparse", "data=2,expert=4", 2),
         ("dense", "fsdp=4,tensor=2", 2),
-        *(pytest.param("sparse", m, 10, marks=pytest.mark.slow) for m in
-          ("data=2,expert=4", "fsdp=4,tensor=2", "fsdp=8", "context=2,expert=4", "data=2,context=2,tensor=2")),
+        *(pytest.param("sparse", m, 10, marks=pytest.mark.slow) for m in (
+            "data=2,expert=4", "fsdp=4,tensor=2", "fsdp=8", "context=2,expert=4", "data=2,context=2,tensor=2"
+        )),
     ],
 )  # fmt: skip
 def test_a_mesh_learns_as_one_device_does(home, one_device, tmp_path, model, mesh, steps):
