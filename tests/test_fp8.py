@@ -102,7 +102,9 @@ def test_experts_multiply_rounded_rows():
     np.testing.assert_allclose(got, expected, atol=0.05 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("mesh", [None, {"expert": 2, "tensor": 2, "fsdp": 2}])
+@pytest.mark.parametrize(
+    "mesh", [None, pytest.param({"expert": 2, "tensor": 2, "fsdp": 2}, marks=pytest.mark.slow)]
+)
 def test_a_step_in_fp8_has_nearly_the_loss_of_one_without(mesh):
     cfg = ModelConfig.from_preset("tiny-v3").replace(num_hidden_layers=2, vocab_size=256)
     model = DeepSeek.init(cfg, mesh)

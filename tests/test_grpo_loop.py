@@ -195,6 +195,7 @@ def killed_until_done(run, kills):
     assert killed == kills
 
 
+@pytest.mark.slow  # a pipeline's kill is in the default run
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(home, whole, tmp_path):
     killed_until_done(config(home, tmp_path / "run", "dense", **MUCH), kills=1)
     assert_same_run(tmp_path / "run", whole)
@@ -245,6 +246,7 @@ def test_sampler_and_trainer_agree_in_float32_for_every_shipped_architecture(
     assert all(r["gap_max"] < 1e-4 and r["grad_norm"] > 0 for r in found)
 
 
+@pytest.mark.slow
 def test_a_bfloat16_rollout_routes_some_tokens_elsewhere_and_replay_brings_the_trainer_along(home, tmp_path):
     """The same answers, as the weights are the same: the trainer is nearer to them with their experts."""
     common = {"steps": 1, "rollout": {"dtype": "bfloat16", "record_experts": True, "prompts": 8}}
@@ -308,7 +310,7 @@ def one_device(home, tmp_path_factory):
     ("model", "mesh", "steps"),
     [
         ("sparse", "data=2,expert=4", 2),
-        ("dense", "fsdp=4,tensor=2", 2),
+        pytest.param("dense", "fsdp=4,tensor=2", 4, marks=pytest.mark.slow),
         *(pytest.param("sparse", m, 10, marks=pytest.mark.slow) for m in (
             "data=2,expert=4", "fsdp=4,tensor=2", "fsdp=8", "context=2,expert=4", "data=2,context=2,tensor=2"
         )),

@@ -66,7 +66,7 @@ def test_tensorstore_reads_what_was_written_in_parts_whatever_the_order(dtype, r
         assert same(Array.of(tmp_path, array.path).read(tmp_path, whole, array.dtype), values)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_any_part_of_any_array_is_that_part(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("store")
