@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jaxseek.cli_convert import add_conversion_verbs, table
+from jaxseek.cli_convert import add_conversion_verbs
+from jaxseek.cli_shared import WrongUse, table
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 1
-    except _WrongUse as e:
+    except WrongUse as e:
         print(f"jaxseek {args.verb}: error: {e}; see jaxseek {args.verb} --help", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output has left: no error of ours
@@ -35,10 +36,6 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"jaxseek {args.verb}: error: {e}", file=sys.stderr)
         return 1
-
-
-class _WrongUse(Exception):
-    """A command line that asks for nothing that can be done."""
 
 
 def _set_up_jax() -> None:
@@ -284,7 +281,7 @@ def _prompts(args: argparse.Namespace) -> list[Any]:
                     f'{args.file}, line {number}: expected JSON with "prompt" or "messages"'
                 ) from None
     if not prompts:
-        raise _WrongUse('no prompt: give -p "text", -p - for standard input, or -f FILE')
+        raise WrongUse('no prompt: give -p "text", -p - for standard input, or -f FILE')
     if args.chat:
         system = [{"role": "system", "content": args.system}] if args.system else []
         prompts = [[*system, {"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
@@ -459,7 +456,7 @@ def _info(args: argparse.Namespace) -> int | None:
         from jaxseek.train.scaling import propose
 
         if args.model:
-            raise _WrongUse("--compute proposes a model: leave MODEL out")
+            raise WrongUse("--compute proposes a model: leave MODEL out")
         proposal = propose(args.compute, args.context)
         if args.json:
             print(json.dumps(proposal))
@@ -467,7 +464,7 @@ def _info(args: argparse.Namespace) -> int | None:
             table(f"{args.compute:.3g} FLOPs", budget_rows(proposal))
         return None
     if not args.model:
-        raise _WrongUse("no model: give MODEL, --list or --compute")
+        raise WrongUse("no model: give MODEL, --list or --compute")
     from jaxseek.info import describe, read_config, read_quantization
 
     cfg, specs = read_config(args.model), read_quantization(args.model)
@@ -502,13 +499,13 @@ def _bench(args: argparse.Namespace) -> None:
     common["as_json"] = args.json
     if args.grpo:
         if args.against not in (None, "trl"):
-            raise _WrongUse(f"--grpo compares with trl, not {args.against}")
+            raise WrongUse(f"--grpo compares with trl, not {args.against}")
         from jaxseek.bench_grpo import bench_grpo
 
         bench_grpo(args.model, 8, 8, 64, args.repeats, args.against, args.json)
         return
     if args.against == "trl":
-        raise _WrongUse("trl is what --grpo compares with")
+        raise WrongUse("trl is what --grpo compares with")
     if args.train:
         from jaxseek.bench_train import bench_train
 

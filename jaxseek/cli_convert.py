@@ -6,6 +6,10 @@ import argparse
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxseek.cli_shared import WrongUse, table
 
 
 def add_conversion_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
@@ -77,25 +81,28 @@ def add_conversion_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     if args.mesh and not args.dry_run:
-        raise ValueError("--mesh is for --dry-run: a checkpoint fits every mesh")
+        raise WrongUse("--mesh is for --dry-run: a checkpoint fits every mesh")
     if args.dry_run:
         _rehearse(args)
         return
+    summary = _write(args, to=args.to, dtype=args.dtype)
+    if args.json:
+        print(json.dumps(summary))
+
+
+def _write(args: argparse.Namespace, **choices: Any) -> dict[str, Any]:
     from jaxseek_convert import convert
 
-    summary = convert(
+    return convert(
         args.src,
         args.dst,
-        to=args.to,
-        dtype=args.dtype,
         mtp=not args.no_mtp,
         overwrite=args.overwrite,
         memory=args.memory,
         verify=args.verify,
         checksums=not args.no_checksum,
+        **choices,
     )
-    if args.json:
-        print(json.dumps(summary))
 
 
 def _rehearse(args: argparse.Namespace) -> None:
@@ -104,9 +111,12 @@ def _rehearse(args: argparse.Namespace) -> None:
     plan = rehearse(args.src, args.dst, args.to, args.dtype, not args.no_mtp, args.mesh)
     for names, to, count, size in summary(plan):
         print(f"{count:>7,} x {names}  ->  {to}  {size / 1e9:,.3f} GB")
-    low, high = (f"{s / 60:.0f} min" if s >= 120 else f"{s} s" for s in plan["seconds"])
+    time = "not estimated: nothing can be written there"
+    if plan["seconds"]:
+        low, high = (f"{s / 60:.0f} min" if s >= 120 else f"{s} s" for s in plan["seconds"])
+        rates = {way: f"{rate / 1e9:.2f} GB/s" for way, rate in plan["bytes_per_second"].items()}
+        time = f"{low} to {high}, as this machine reads {rates['read']} and writes {rates['write']}"
     chips = " x ".join(f"{a}={n}" for a, n in plan["mesh"].items()) or "one chip"
-    rates = (plan[f"{way}_bytes_per_second"] / 1e9 for way in ("read", "write"))
     table(
         f"{plan['tensors']:,} tensors, none missing, none left over",
         {
@@ -114,7 +124,7 @@ def _rehearse(args: argparse.Namespace) -> None:
             "to write": f"{plan['bytes_written'] / 1e9:,.1f} GB into {plan['files']:,} files, "
             f"{plan['disk_free'] / 1e9:,.1f} GB are free",
             "weights per chip": f"{plan['bytes_per_chip'] / 2**30:.2f} GiB on {chips}",
-            "time": f"{low} to {high}, by this machine's {next(rates):.2f} GB/s in and {next(rates):.2f} out",
+            "time": time,
         },
     )
     if args.json:
@@ -122,18 +132,9 @@ def _rehearse(args: argparse.Namespace) -> None:
 
 
 def _quantize(args: argparse.Namespace) -> None:
-    from jaxseek_convert import convert
-
-    summary = convert(
-        args.src,
-        args.dst,
-        dtype=args.weights,
-        mtp=not args.no_mtp,
-        overwrite=args.overwrite,
-        memory=args.memory,
-        verify=args.verify,
-        checksums=not args.no_checksum,
-    )
+    if args.text:
+        Path(args.text).read_text(encoding="utf-8")  # an error now, not after the conversion
+    summary = _write(args, dtype=args.weights)
     if not args.no_report:
         from jaxseek.quantize import rounding_error
 
@@ -191,13 +192,3 @@ def _size(text: str) -> int:
     if not match:
         raise argparse.ArgumentTypeError(f"is {text!r}, expected a size such as 1.5GiB or 800M")
     return int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))
-
-
-def table(title: str, rows: dict[str, str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, title=title)
-    for row in rows.items():
-        table.add_row(*row)
-    Console().print(table)

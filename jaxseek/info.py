@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -14,7 +13,7 @@ from jaxseek import checkpoint
 from jaxseek.config import ConfigError, ModelConfig, presets
 from jaxseek.layers.quant import Spec, quantized
 from jaxseek.model import DeepSeek
-from jaxseek.sharding import Strategy, parameters
+from jaxseek.sharding import Strategy, device_bytes
 
 
 def read_config(model: str) -> ModelConfig:
@@ -45,15 +44,6 @@ def describe(
     """Counts and bytes of a model in `dtype`, where not quantised, and what one chip of a mesh holds."""
     strategy = Strategy.parse(mesh)
     model = quantized(DeepSeek.abstract(cfg, strategy, jnp.dtype(dtype)), quantization)
-    size = dict(strategy.sizes)
-    weights = 0
-    for param in parameters(model).values():
-        value = param.get_value()
-        split = [
-            a for axes in value.sharding.spec if axes for a in ((axes,) if isinstance(axes, str) else axes)
-        ]
-        bits = 4 if value.dtype == jnp.int4 else 8 * value.dtype.itemsize
-        weights += value.size * bits // 8 // math.prod(size[a] for a in split)
     rules = strategy.decode
     rows = -(-batch // strategy.parts(rules, "batch"))
     slots = -(-context // strategy.parts(rules, "cache_length"))
@@ -76,7 +66,7 @@ def describe(
         "quantized": sorted({spec.dtype for spec in quantization.values()}),
         "mesh": {a: n for a, n in strategy.sizes if n > 1},
         "chips": strategy.num_devices,
-        "weight_bytes_per_chip": weights,
+        "weight_bytes_per_chip": device_bytes(model),
         "cache_bytes_per_chip": rows * slots * cfg.cache_bytes_per_token(dtype) // heads,
         "cache_for": {"batch": batch, "context": context},
     }

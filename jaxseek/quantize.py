@@ -10,30 +10,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxseek import checkpoint
 from jaxseek.config import ModelConfig
 from jaxseek.loading import load
 from jaxseek.model import DeepSeek
 from jaxseek.tokenizer import Tokenizer
-from jaxseek_convert.verify import free_memory
+from jaxseek_convert.conversion import folder_of, opened
+from jaxseek_convert.verify import float32_model, free_memory
 
 _WINDOW, _WINDOWS, _BATCH = 256, 16, 4  # tokens, of which so many windows are read, so many at a time
 
 
 def rounding_error(src: str | Path, dst: str | Path, text: str | Path | None = None) -> dict[str, Any]:
-    """How the model `dst` differs from `src`, which it was quantised from, on the tokens of a text.
+    """How the model `dst` differs from `src`, all that `convert` takes, on the tokens of a text.
 
     Perplexity of both, KL(src || dst) in nats per token as mean and 99th percentile, and the share of
     tokens on which the likeliest is the same. Without `text` it is Python's manual; a model with no
-    tokenizer reads random tokens, of which the perplexity says nothing. Where both do not fit into memory
-    the result is `why`. Raises CheckpointError as `load` does, and OSError for the text.
+    tokenizer reads random tokens, of which the perplexity says nothing. Where both do not fit into memory,
+    or the text is too short, the result is `why`. Raises CheckpointError as `load` does, or OSError.
     """
     cfg = ModelConfig.from_hf(dst)
     if (need := 8 * cfg.num_params()) > (free := free_memory()):
         return {"why": f"both models in float32 take {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free"}
-    model, tokenizer = load(src)
-    other, _ = load(dst)
-    tokens = _tokens(tokenizer, model.cfg.vocab_size, text, min(_WINDOW, model.cfg.max_position_embeddings))
+    other, tokenizer = load(dst)
+    window = min(_WINDOW, cfg.max_position_embeddings)
+    tokens = _tokens(tokenizer, cfg.vocab_size, text, window)
+    if not len(tokens):
+        return {"why": f"{text} has fewer than {window} tokens; give a longer text"}
+    with folder_of(src, Path(dst)) as (folder, remote):
+        model = float32_model(opened(folder, False, remote), cfg.replace(num_nextn_predict_layers=0))
     parts = [_compare(model, other, batch) for batch in np.split(tokens, range(_BATCH, len(tokens), _BATCH))]
     nll, other_nll, kl, same = (np.concatenate([p[i].ravel() for p in parts]) for i in range(4))
     result = {
@@ -59,15 +63,11 @@ def _tokens(tokenizer: Tokenizer | None, vocabulary: int, text: str | Path | Non
         words = Path(text).read_text(encoding="utf-8")
     ids = tokenizer.encode(words[: 64 * window * _WINDOWS])
     count = min(_WINDOWS, len(ids) // window)
-    if not count:
-        raise checkpoint.CheckpointError(
-            f"{text}: has {len(ids)} tokens, expected at least {window} to measure on; give a longer text"
-        )
     return np.array(ids[: count * window]).reshape(count, window)
 
 
 def _compare(a: DeepSeek, b: DeepSeek, tokens_BT: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Negative log-likelihoods of either, KL, and whether the likeliest token is; each [B, T - 1]."""
+    """Negative log-likelihoods of both; KL; whether the likeliest token is the same. Each [B, T - 1]."""
     return tuple(map(np.asarray, _terms(a(tokens_BT), b(tokens_BT), jnp.asarray(tokens_BT))))
 
 

@@ -324,6 +324,15 @@ def random_values(seed: int, std: float) -> Callable[[str, nnx.Variable, NamedSh
     return make
 
 
+def device_bytes(tree: Any) -> int:
+    """Bytes of a tree's arrays, abstract or not, on one device; int4 is two to a byte, no tile is padded."""
+    total = 0
+    for a in jax.tree.leaves(tree):
+        bits = 4 if a.dtype.name in ("int4", "uint4") else 8 * a.dtype.itemsize
+        total += math.prod(a.sharding.shard_shape(a.shape)) * bits // 8
+    return total
+
+
 def platform() -> str:
     """Of the devices of the mesh in use ("cpu", "tpu", ...), also when compiling for devices elsewhere.
 

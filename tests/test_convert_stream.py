@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -602,7 +603,7 @@ def test_on_a_full_disk_what_was_written_stays_and_the_same_command_goes_on(
 def test_a_disk_that_is_too_small_is_said_before_anything_is_written(hf, tmp_path, monkeypatch):
     usage = type("usage", (), {"free": 1000})
     with monkeypatch.context() as m:
-        m.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
+        m.setattr(shutil, "disk_usage", lambda _: usage)
         with pytest.raises(CheckpointError, match=r"needs [\d,]+ bytes, but .* has 1,000 bytes free"):
             run(hf, tmp_path / "new")
     assert not (tmp_path / "new").exists()
@@ -822,7 +823,7 @@ def test_a_remote_conversion_goes_on_unless_the_source_was_changed(remote, tmp_p
             file = "/models/r1/model-00002-of-00003.safetensors"
             fs.pipe(file, fs.cat(file)[:-1] + b"\0")
         assert bool(run(url, tmp_path / "ours")["tensors_resumed"]) is not changed
-        checkpoint.shutil.rmtree(tmp_path / "ours")
+        shutil.rmtree(tmp_path / "ours")
 
 
 def test_what_goes_wrong_far_away_is_said(remote, fp8, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ TIERS = [
     {"mtp"},
     {"model"},
     {"store"},
+    {"directory"},
     {"checkpoint", "chat"},
     {"tokenizer"},
     {"data"},
@@ -27,6 +28,7 @@ TIERS = [
     {"rl"},
     {"eval", "serve", "info", "quantize", "bench_worker"},
     {"bench", "bench_train", "bench_grpo", "lab"},
+    {"cli_shared"},
     {"cli_convert"},
     {"cli"},
 ]

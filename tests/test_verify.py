@@ -3,6 +3,7 @@
 import json
 import re
 
+import fsspec
 import ml_dtypes
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from jaxseek.config import ModelConfig
 from jaxseek.layers.quant import MATRICES
 from jaxseek.loading import load
 from jaxseek.sharding import parameters
-from jaxseek_convert import convert, hf_tensors
+from jaxseek_convert import convert
 from jaxseek_convert.conversion import DIGESTS, bars
 from jaxseek_convert.plan import rehearse, summary
 from jaxseek_convert.table import Table
@@ -182,9 +183,13 @@ def test_a_text_that_is_too_short_is_said(tmp_path, capsys):
     tokenizer.save(path)
     (tmp_path / "short.txt").write_text("one two")
     argv = ("quantize", path, tmp_path / "small", "--weights", "int8", "--text", tmp_path / "short.txt")
-    code, _, err = run(capsys, *argv)
+    code, out, _ = run(capsys, *argv)
+    assert code == 0
+    assert "give a longer text" in re.sub(r"\s+", " ", out)
+    code, _, err = run(capsys, *argv[:2], tmp_path / "none", *argv[3:-1], tmp_path / "nowhere.txt")
     assert code == 1
-    assert "give a longer text" in err
+    assert "nowhere.txt" in err
+    assert not (tmp_path / "none").exists()  # it is read before the conversion
     (tmp_path / "long.txt").write_text("one two three four " * 200)
     code, out, _ = run(capsys, *argv[:-1], tmp_path / "long.txt", "--overwrite", "--json")
     assert code == 0
@@ -258,9 +263,7 @@ def test_a_rehearsal_is_what_then_happens(to, dtype, mtp, tmp_path):
     done = convert(path, tmp_path / "new", to, dtype, mtp, progress=False)
     assert plan["bytes_written"] == done["bytes"]
     layer = f"model.layers.{V3['num_hidden_layers']}."
-    assert {d["source"] for d in plan["destinations"]} >= {n for n in tensors if mtp or layer not in n} - (
-        {n for n in tensors if "_scale_inv" in n} if to == "hf" else set()
-    )
+    assert {d["source"] for d in plan["destinations"]} == {n for n in tensors if mtp or layer not in n}
     assert plan["disk_free"] > 0
     assert plan["seconds"][0] + 1 > 0
 
@@ -270,11 +273,39 @@ def test_a_checkpoint_of_ours_is_rehearsed_too(hf, tmp_path):
     plan = rehearse(tmp_path / "small", tmp_path / "back", "hf", "bfloat16")
     done = convert(tmp_path / "small", tmp_path / "back", "hf", "bfloat16", progress=False)
     assert plan["bytes_written"] == done["bytes"]
-    assert {d["target"] for d in plan["destinations"]} == {"model.safetensors"}
+    places = {"model.safetensors", "multiplied into its numbers"}  # the scales
+    assert {d["target"] for d in plan["destinations"]} == places
+
+
+def test_where_nothing_can_be_written_the_time_is_not_estimated(hf, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("jaxseek_convert.files.allocate", full)
+    code, out, _ = run(capsys, "convert", hf, tmp_path / "new", "--dry-run")
+    assert code == 0
+    assert "not estimated" in out
+
+
+@pytest.mark.parametrize("verb", ["quantize", "verify"])
+def test_a_source_is_all_that_convert_takes(verb, hf, tmp_path, capsys):
+    fs = fsspec.filesystem("memory")
+    for file in hf.iterdir():
+        fs.pipe(f"/verify/{file.name}", file.read_bytes())
+    if verb == "verify":
+        convert("memory://verify", tmp_path / "new", progress=False)
+        code, out, _ = run(capsys, "verify", tmp_path / "new", "--source", "memory://verify", "--json")
+        assert json.loads(out)["logits"]["max_difference"] == 0
+    else:
+        code, out, _ = run(
+            capsys, "quantize", "memory://verify", tmp_path / "new", "--weights", "int8", "--json"
+        )
+        assert 0 < json.loads(out.splitlines()[-1])["error"]["kl"] < 0.1
+    assert code == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "new"]
 
 
 def test_a_mesh_is_refused_where_it_would_do_nothing(hf, tmp_path, capsys):
     code, _, err = run(capsys, "convert", hf, tmp_path / "new", "--mesh", "tensor=2")
-    assert code == 1
+    assert code == 2
     assert "--dry-run" in err
-    assert hf_tensors(ModelConfig.from_hf(V3))

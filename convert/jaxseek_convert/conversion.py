@@ -24,8 +24,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from jaxseek import checkpoint
-from jaxseek.checkpoint import CheckpointError
+from jaxseek import checkpoint, directory
+from jaxseek.directory import CheckpointError
 from jaxseek.layers.quant import MATRICES
 from jaxseek.store import LAYOUT, write_metadata
 from jaxseek.tokenizer import Tokenizer
@@ -76,7 +76,7 @@ def convert(
         )
     console = Console(stderr=True)
     with (
-        checkpoint.resumable_directory(place, stream.JOURNAL, overwrite) as partial,
+        directory.resumable_directory(place, stream.JOURNAL, overwrite) as partial,
         folder_of(src, place) as (folder, remote),
         bars(progress, console) as stage,
     ):
@@ -151,7 +151,7 @@ def convert(
 def _check_room(place: Path, partial: Path, sink: stream.Sink) -> None:
     """Raise CheckpointError unless there is room for what is not allocated yet."""
     held = sum(f.stat().st_blocks * 512 for f in partial.rglob("*") if f.is_file())
-    checkpoint.check_room(place, sum(sink.files.values()) - held)
+    directory.check_room(place, sum(sink.files.values()) - held)
 
 
 def _resume(partial: Path, sink: stream.Sink, journal: stream.Journal, threads: int, stage: Stage) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxseek.checkpoint import CheckpointError
+from jaxseek.directory import CheckpointError
 
 _HUB = "hf://"
 _CHANGED = ("etag", "md5hash", "checksum", "lastmodified", "mtime", "updated", "created")  # where URLs differ

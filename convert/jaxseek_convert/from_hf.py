@@ -19,8 +19,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from jaxseek.checkpoint import CheckpointError, param_dtype, raise_mismatch, same_bits
+from jaxseek.checkpoint import param_dtype, raise_mismatch, same_bits
 from jaxseek.config import ModelConfig
+from jaxseek.directory import CheckpointError
 from jaxseek.model import DeepSeek
 from jaxseek.sharding import fill
 from jaxseek_convert.files import RemoteFile

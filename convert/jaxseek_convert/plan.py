@@ -14,14 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxseek import checkpoint
 from jaxseek.config import ModelConfig
+from jaxseek.directory import existing_parent
 from jaxseek.layers.quant import MATRICES, Spec, quantized
 from jaxseek.model import DeepSeek
-from jaxseek.sharding import Strategy, parameters
+from jaxseek.sharding import Strategy, device_bytes, parameters
 from jaxseek_convert.conversion import folder_of, sink_for, target_forms
 from jaxseek_convert.files import File, Writer
 from jaxseek_convert.from_hf import block_of, quantization_of
@@ -32,6 +34,7 @@ from jaxseek_convert.table import Table
 from jaxseek_convert.to_hf import HFSink
 
 _PROBE = 128 << 20  # bytes written to learn how fast the destination is
+_MULTIPLIED = "multiplied into its numbers"  # scales of what is written as floats
 
 
 class Announced:
@@ -120,8 +123,8 @@ def rehearse(
 
     `destinations` has every tensor of the source, scales too. `bytes_per_chip` are the weights' on a mesh.
     The time is estimated from the speed of this machine: `seconds` if reading and writing overlap whole,
-    and if not at all. Raises CheckpointError or ConfigError where config.json and index do not fit each
-    other.
+    and if not at all; None where `dst` cannot be written. Raises CheckpointError or ConfigError where
+    config.json and index do not fit each other.
     """
     with folder_of(src, Path(dst), weights=False) as (folder, _):
         ours = checkpoint.kind_of(folder) == "jaxseek"
@@ -129,9 +132,12 @@ def rehearse(
         forms = target_forms(source, to, dtype)
         sink, _ = sink_for(source, forms, source.origin(forms), to)
         destinations = list(_destinations(source, sink))
-        rates = _rates(folder, Path(dst))
+        try:
+            rates = _rates(folder, Path(dst))
+        except OSError:
+            rates = None
     read, written = sum(map(source.nbytes, source.tensors)), sum(sink.files.values())
-    seconds = read / rates["read"], written / rates["write"]
+    seconds = (read / rates["read"], written / rates["write"]) if rates else ()
     strategy = Strategy.parse(mesh)
     specs = {p: Spec(f.kind, f.group) for p, f in forms.items() if f.quantized}
     model = quantized(DeepSeek.abstract(source.cfg, strategy, jnp.bfloat16), specs)
@@ -145,12 +151,11 @@ def rehearse(
         "bytes_read": read,
         "bytes_written": written,
         "files": len(sink.files),
-        "disk_free": shutil.disk_usage(checkpoint.existing_parent(Path(dst).absolute())).free,
+        "disk_free": shutil.disk_usage(existing_parent(Path(dst).absolute())).free,
         "mesh": {a: n for a, n in strategy.sizes if n > 1},
         "bytes_per_chip": _bytes_per_chip(model, forms),
-        "read_bytes_per_second": round(rates["read"]),
-        "write_bytes_per_second": round(rates["write"]),
-        "seconds": [round(max(seconds)), round(sum(seconds))],
+        "bytes_per_second": rates and {way: round(rate) for way, rate in rates.items()},
+        "seconds": [round(max(seconds)), round(sum(seconds))] if seconds else None,
         "destinations": [vars(d) for d in destinations],
     }
 
@@ -166,6 +171,8 @@ def _destinations(source: Announced | StoreCheckpoint, sink: Any) -> Iterator[De
                 if key in sink.shards.place:
                     n = bytes_of({key: sink.shards.specs[key]})
                     yield Destination(key, sink.shards.place[key][0], (), n)
+                else:
+                    yield Destination(key, _MULTIPLIED, (), 0)
         elif row.kind != "own":
             yield Destination(name, f"not stored: a copy of {row.paths[0]}", (), 0)
         else:
@@ -174,12 +181,12 @@ def _destinations(source: Announced | StoreCheckpoint, sink: Any) -> Iterator[De
                 if plane is not None:
                     yield Destination(key, " + ".join(a.path for a in plane.arrays), at, plane.nbytes)
                 else:
-                    yield Destination(key, f"multiplied into {row.paths[0]}", at, 0)
+                    yield Destination(key, _MULTIPLIED, at, 0)
 
 
 def _rates(folder: Path, dst: Path) -> dict[str, float]:
     """Bytes a second that this machine writes beside `dst`, and reads of the source (if it is here)."""
-    parent = checkpoint.existing_parent(dst.absolute())
+    parent = existing_parent(dst.absolute())
     data = np.random.default_rng(0).integers(0, 256, 8 << 20, np.uint8)
     with tempfile.TemporaryDirectory(prefix=".jaxseek-probe-", dir=parent) as scratch:
         writer = Writer(Path(scratch), {"probe": _PROBE})
@@ -199,14 +206,11 @@ def _rates(folder: Path, dst: Path) -> dict[str, float]:
 
 def _bytes_per_chip(model: DeepSeek, forms: Mapping[str, Form]) -> int:
     """Of the weights on the fullest chip; those that are not split are on every one."""
-    total = 0
-    for path, param in parameters(model).items():
-        value = param.get_value()
-        bits = 4 if value.dtype == jnp.int4 else 8 * value.dtype.itemsize
-        if path in forms:
-            bits = 8 * forms[path].dtype.itemsize
-        total += math.prod(value.sharding.shard_shape(value.shape)) * bits // 8
-    return total
+    values = {path: param.get_value() for path, param in parameters(model).items()}
+    kinds = {path: forms[path].dtype if path in forms else v.dtype for path, v in values.items()}
+    return device_bytes(
+        [jax.ShapeDtypeStruct(v.shape, kinds[p], sharding=v.sharding) for p, v in values.items()]
+    )
 
 
 def summary(plan: Mapping[str, Any]) -> list[tuple[str, str, int, int]]:

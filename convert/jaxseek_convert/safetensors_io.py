@@ -18,7 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxseek.checkpoint import CheckpointError
+from jaxseek.directory import CheckpointError
 from jaxseek_convert.files import File, RemoteFile
 
 INDEX = "model.safetensors.index.json"

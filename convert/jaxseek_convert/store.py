@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from jaxseek import checkpoint
-from jaxseek.checkpoint import CheckpointError
 from jaxseek.config import ModelConfig
+from jaxseek.directory import CheckpointError
 from jaxseek.layers.quant import group_size, scale_shape
 from jaxseek.store import LAYOUT, Array
 from jaxseek_convert.files import File

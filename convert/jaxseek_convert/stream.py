@@ -20,8 +20,8 @@ from typing import Any, Protocol
 import numpy as np
 import xxhash
 
-from jaxseek.checkpoint import CheckpointError
 from jaxseek.config import ModelConfig
+from jaxseek.directory import CheckpointError
 from jaxseek_convert.files import File, Writer
 from jaxseek_convert.numbers import Form, Memory, Rows, change
 from jaxseek_convert.table import Table

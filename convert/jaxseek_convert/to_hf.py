@@ -11,14 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxseek.checkpoint import (
-    CheckpointError,
     Savable,
     main_dtype,
-    new_directory,
     param_dtype,
     same_bits,
     write_json,
 )
+from jaxseek.directory import CheckpointError, new_directory
 from jaxseek.model import DeepSeek
 from jaxseek.sharding import parameters
 from jaxseek_convert.numbers import Form, Rows, to_blocks

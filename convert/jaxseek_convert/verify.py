@@ -13,13 +13,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from jaxseek.checkpoint import CheckpointError
 from jaxseek.config import ModelConfig
+from jaxseek.directory import CheckpointError
 from jaxseek.model import DeepSeek
 from jaxseek.sharding import fill
 from jaxseek_convert import stream
 from jaxseek_convert.checksums import check_sums, known_sums
-from jaxseek_convert.conversion import DIGESTS, Source, Stage, differing, opened
+from jaxseek_convert.conversion import DIGESTS, Source, Stage, differing, folder_of, opened
 from jaxseek_convert.from_hf import HFCheckpoint
 from jaxseek_convert.numbers import F32, Form, decode
 from jaxseek_convert.store import StoreCheckpoint, StoreSink
@@ -40,11 +40,11 @@ def verify(
     """Check a checkpoint; returns what was found, ready for JSON, with `ok`.
 
     Names and shapes have to be those of its config. Every byte is read and compared with the digests that the
-    conversion left, or with the hub's checksums where a download has them. With `source`, the checkpoint
-    that it was converted from, every tensor is converted again in memory and has to give those digests, and
-    both compute the logits of the same random tokens (`logits`), with as many of the first layers as fit
-    into half of the machine's free memory. Raises CheckpointError where there is nothing that can be
-    opened.
+    conversion left, or with the hub's checksums where a download has them. With `source`, what it was
+    converted from (all that `convert` takes), every tensor is converted again in memory and has to come out
+    the same, and both compute the logits of the same random tokens (`logits`), with as many of the first
+    layers as fit into half of the machine's free memory. Raises CheckpointError where there is nothing that
+    can be opened.
     """
     folder = Path(path)
     found = opened(folder)
@@ -65,10 +65,11 @@ def verify(
     if result["ok"] and isinstance(found, HFCheckpoint):
         found.check_copies()
     if source is not None:
-        origin = opened(Path(source), mtp=bool(found.cfg.num_nextn_predict_layers))
-        result["unlike_source"] = _unlike(origin, found, threads, stage)
-        result["logits"] = compare_logits(origin, found, seed)
-        exact = all(_holds(found.form(n), origin.form(n)) for n in _own(found))
+        with folder_of(source, folder) as (place, remote):
+            origin = opened(place, bool(found.cfg.num_nextn_predict_layers), remote)
+            result["unlike_source"] = _unlike(origin, found, threads, stage)
+            result["logits"] = compare_logits(origin, found, seed)
+            exact = all(_holds(found.form(n), origin.form(n)) for n in _own(found))
         same = not exact or result["logits"].get("max_difference", 0) == 0
         result["ok"] = result["ok"] and not result["unlike_source"] and same
     return result
@@ -124,7 +125,7 @@ def compare_logits(a: Source, b: Source, seed: int) -> dict[str, Any]:
     if cfg is None:
         return {"layers": 0, "why": "not even one layer in float32 fits into half of the free memory"}
     tokens = np.random.default_rng(seed).integers(0, cfg.vocab_size, _TOKENS)
-    first, second = (np.asarray(_model(source, cfg)(tokens), np.float64) for source in (a, b))
+    first, second = (np.asarray(float32_model(source, cfg)(tokens), np.float64) for source in (a, b))
     p, q = (jax.nn.log_softmax(jnp.asarray(x), axis=-1) for x in (first, second))
     return {
         "layers": cfg.num_hidden_layers,
@@ -152,8 +153,8 @@ def free_memory() -> int:
     return 4 << 30
 
 
-def _model(source: Source, cfg: ModelConfig) -> DeepSeek:
-    """The first layers of a checkpoint, float32, on one device."""
+def float32_model(source: Source, cfg: ModelConfig) -> DeepSeek:
+    """A checkpoint's numbers as a float32 model of `cfg`, its own or one of fewer layers, on one device."""
     table = Table(cfg)
 
     def fetch(name: str, index: Any) -> np.ndarray:

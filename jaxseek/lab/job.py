@@ -7,7 +7,6 @@ modelled here, and nothing is allocated.
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +23,7 @@ from jaxseek.lab.chips import Topology
 from jaxseek.layers.quant import quantize_abstract
 from jaxseek.model import DeepSeek
 from jaxseek.run_config import RunConfig
-from jaxseek.sharding import Rules, Strategy, fill
+from jaxseek.sharding import Rules, Strategy, device_bytes, fill
 from jaxseek.train.batch import make_batch
 from jaxseek.train.objectives import Objective
 from jaxseek.train.optimizer import decays, make_optimizer
@@ -103,20 +102,10 @@ def job_weights(model: DeepSeek, weights: str) -> DeepSeek:
     return quantize_abstract(model, {"fp8": "float8"}.get(weights, weights))
 
 
-def device_bytes(tree: Any, sizes: dict[str, int]) -> float:
-    """What arrays, abstract or not, take on one device; int4 is two to a byte, tiles are not padded."""
-    total = 0.0
-    for a in jax.tree.leaves(tree):
-        split = [x for axes in a.sharding.spec if axes for x in ((axes,) if isinstance(axes, str) else axes)]
-        bits = 4 if a.dtype.name in ("int4", "uint4") else 8 * a.dtype.itemsize
-        total += a.size * bits / 8 / math.prod(sizes[x] for x in split)
-    return total
-
-
 # -------------------------------------------------------------------- on the slice's mesh
 
 
-def lower(job: Job, mesh: Mesh) -> tuple[Any, dict[str, float]]:
+def lower(job: Job, mesh: Mesh) -> tuple[Any, dict[str, int]]:
     """The lowered step, and the bytes per device of what it is given, by kind. The mesh must be set."""
 
     def array(shape: Any, dtype: Any, spec: P) -> jax.ShapeDtypeStruct:
@@ -128,16 +117,16 @@ def lower(job: Job, mesh: Mesh) -> tuple[Any, dict[str, float]]:
     def value(path: str, param: Any, sharding: NamedSharding) -> Any:
         return array(param.get_value().shape, param.get_value().dtype, sharding.spec)
 
-    model, sizes = fill(abstract_model(job), mesh, value), dict(job.strategy.sizes)
-    given = {"weights": device_bytes(model, sizes)}
+    model = fill(abstract_model(job), mesh, value)
+    given = {"weights": device_bytes(model)}
     if job.workload == "train":
         step, args = _train(job, model, array, placed)
-        given["optimizer"] = device_bytes(args[0].moments, sizes)
+        given["optimizer"] = device_bytes(args[0].moments)
     elif job.workload == "prefill":
         step, args = _prefill(job, model)
     else:
         step, args = _decode(job, model, array, placed)
-        given["cache"] = device_bytes(args[1].caches, sizes)
+        given["cache"] = device_bytes(args[1].caches)
     return step.lower(*args), given
 
 

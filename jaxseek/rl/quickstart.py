@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxseek.checkpoint import kind_of
 from jaxseek.config import configs_dir
+from jaxseek.directory import kind_of
 from jaxseek.rl.pipeline import Pipeline, run_pipeline
 from jaxseek.train.metrics import read_metrics
 

@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
-from jaxseek.checkpoint import CheckpointError
+from jaxseek.directory import CheckpointError
 from jaxseek.run_config import CheckpointConfig
 from jaxseek.train.batch import most
 from jaxseek.train.step import State, changed, with_values
