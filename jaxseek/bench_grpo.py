@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxseek.bench_worker import Worker, cpus, export, listen, peak_memory, take_turns
+from jaxseek.bench_worker import Worker, cpus, export, listen, take_turns
 from jaxseek.config import ConfigError
+from jaxseek.host_memory import peak_memory
 
 MODULE = "jaxseek.bench_grpo"
 RATE = 1e-6
@@ -137,6 +138,7 @@ def _jaxseek(task: dict[str, Any], turns: _Turns) -> None:
 
     from jaxseek.generate.groups import sample_groups
     from jaxseek.generate.sampling import Sampling
+    from jaxseek.host_memory import keep_freed_memory
     from jaxseek.rl import grpo
     from jaxseek.rl.experience import Shapes, make_policy_batch
     from jaxseek.rl.objective import PolicyObjective
@@ -144,7 +146,6 @@ def _jaxseek(task: dict[str, Any], turns: _Turns) -> None:
     from jaxseek.rl.rollout import Episode, as_engine, seed_of
     from jaxseek.run_config import RunConfig
     from jaxseek.train import start
-    from jaxseek.train.host_memory import keep_freed_memory
     from jaxseek.train.optimizer import decays, make_optimizer
     from jaxseek.train.step import init_state, make_step
 

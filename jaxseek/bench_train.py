@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxseek.bench_worker import Worker, cpus, export, listen, peak_memory, take_turns
+from jaxseek.bench_worker import Worker, cpus, export, listen, take_turns
 from jaxseek.config import ConfigError, ModelConfig
+from jaxseek.host_memory import peak_memory
 
 MODULE = "jaxseek.bench_train"
 
@@ -191,10 +192,10 @@ def _jaxseek(task: dict[str, Any]) -> tuple[Step, dict[str, Any]]:
     """A step of `jaxseek train`, and what there is to say of it."""
     import jax
 
+    from jaxseek.host_memory import keep_freed_memory
     from jaxseek.run_config import RunConfig, at_fraction
     from jaxseek.train import start
     from jaxseek.train.batch import make_batch, to_devices
-    from jaxseek.train.host_memory import keep_freed_memory
     from jaxseek.train.metrics import peak_flops
     from jaxseek.train.objectives import Objective
     from jaxseek.train.optimizer import decays, make_optimizer

@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from jaxseek.config import ConfigError
@@ -96,18 +95,3 @@ def export(source: str, folder: str) -> None:
     model, _ = load(source, dtype="float32")
     model.cfg, model.mtp = model.cfg.replace(num_nextn_predict_layers=0), nnx.List([])
     save_hf(model, folder)
-
-
-def peak_memory() -> int:
-    """The most memory that this process has held, in bytes, loading and compiling included.
-
-    Not by getrusage where Linux has better: that figure starts at what the parent held.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(l for l in status.read_text().splitlines() if l.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

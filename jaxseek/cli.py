@@ -237,8 +237,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _quickstart(args: argparse.Namespace) -> None:
+    from jaxseek.host_memory import keep_freed_memory
     from jaxseek.rl.quickstart import quickstart
-    from jaxseek.train.host_memory import keep_freed_memory
 
     keep_freed_memory()
     result = quickstart(args.out, args.seed, args.minutes)
@@ -289,9 +289,9 @@ def _prompts(args: argparse.Namespace) -> list[Any]:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from jaxseek.host_memory import keep_freed_memory
     from jaxseek.run_config import RunConfig, read_toml
     from jaxseek.sharding import initialize_distributed
-    from jaxseek.train.host_memory import keep_freed_memory
 
     stages = "stages" in read_toml(args.run_file, args.set)
     settings = None if stages else RunConfig.from_toml(args.run_file, args.set)

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxseek.config import ModelConfig
+from jaxseek.host_memory import free_memory
 from jaxseek.loading import load
 from jaxseek.model import DeepSeek
 from jaxseek.tokenizer import Tokenizer
 from jaxseek_convert.conversion import folder_of, opened
-from jaxseek_convert.verify import float32_model, free_memory
+from jaxseek_convert.verify import float32_model
 
 _WINDOW, _WINDOWS, _BATCH = 256, 16, 4  # tokens, of which so many windows are read, so many at a time
 

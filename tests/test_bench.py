@@ -1,9 +1,10 @@
-"""`jaxseek bench --train`: a program in its own process is timed, and says in one line what it cannot do."""
+"""Training steps and conversions, timed in processes of their own; what cannot be done is said in one line."""
 
 import json
 
 import pytest
 
+from jaxseek import bench_convert
 from jaxseek.cli import main
 from jaxseek.config import ModelConfig
 from jaxseek.model import DeepSeek
@@ -59,3 +60,19 @@ def test_what_the_process_cannot_do_it_says_in_one_line(capsys, tiny, tmp_path):
         [line] = capsys.readouterr().err.strip().splitlines()[-1:]
         assert line.startswith("jaxseek bench: error: "), line
         assert message in line
+
+
+def test_conversion_is_timed_beside_cat_of_the_same_files(capsys, tmp_path, monkeypatch):
+    small = dict.fromkeys(("hidden_size", "intermediate_size"), 32) | {"vocab_size": 128}
+    small |= dict.fromkeys(("moe_intermediate_size", "q_lora_rank", "kv_lora_rank"), 16)
+    small |= dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 2)
+    monkeypatch.setattr(bench_convert, "_V3", bench_convert._V3 | small)
+    bench_convert.main(
+        ["--gigabytes", "0.0009", "--shards", "1", "--repeats", "1", "--dir", str(tmp_path), "--json"]
+    )
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 0.0009e9 <= found["bytes"] < 0.002e9
+    assert set(found["seconds"]) == {"cat", "jaxseek convert"}
+    assert found["seconds"]["jaxseek convert"] > 0.1
+    assert 2**26 < found["peak_memory_bytes"]["jaxseek convert"] < 2**30
+    assert not list(tmp_path.iterdir())  # nothing is left behind

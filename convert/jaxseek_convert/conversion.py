@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import resource
 import shutil
 import time
 from collections import Counter
@@ -26,6 +25,7 @@ from rich.progress import (
 
 from jaxseek import checkpoint, directory
 from jaxseek.directory import CheckpointError
+from jaxseek.host_memory import peak_memory
 from jaxseek.layers.quant import MATRICES
 from jaxseek.store import LAYOUT, write_metadata
 from jaxseek.tokenizer import Tokenizer
@@ -144,7 +144,7 @@ def convert(
         "tensors": len(sink.tensors),
         "tensors_resumed": resumed,
         "threads": threads,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": peak_memory(),
     }
 
 

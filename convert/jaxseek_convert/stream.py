@@ -22,6 +22,7 @@ import xxhash
 
 from jaxseek.config import ModelConfig
 from jaxseek.directory import CheckpointError
+from jaxseek.host_memory import resident
 from jaxseek_convert.files import File, Writer
 from jaxseek_convert.numbers import Form, Memory, Rows, change
 from jaxseek_convert.table import Table
@@ -90,14 +91,6 @@ def threads_for(memory: int | None, piece: int = 2 * _PIECE, shared: int = 0) ->
             f"expected at least {(base + each) / 2**30:.2f}"
         )
     return int(min(n, 2 * len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4, 32))
-
-
-def resident() -> int:
-    """Bytes of memory that this process has now."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 400 << 20  # not Linux
 
 
 def _rows(layout: Any, old: Form, new: Form) -> tuple[int, int]:

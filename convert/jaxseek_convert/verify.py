@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from jax.sharding import NamedSharding
 
 from jaxseek.config import ModelConfig
 from jaxseek.directory import CheckpointError
+from jaxseek.host_memory import free_memory
 from jaxseek.model import DeepSeek
 from jaxseek.sharding import fill
 from jaxseek_convert import stream
@@ -143,14 +143,6 @@ def _shortened(cfg: ModelConfig) -> ModelConfig | None:
         if 4 * short.num_params() <= room:
             return short
     return None
-
-
-def free_memory() -> int:
-    """Bytes that this machine can still give."""
-    for line in Path("/proc/meminfo").read_text().splitlines() if os.path.exists("/proc/meminfo") else ():
-        if line.startswith("MemAvailable"):
-            return int(line.split()[1]) << 10
-    return 4 << 30
 
 
 def float32_model(source: Source, cfg: ModelConfig) -> DeepSeek:
