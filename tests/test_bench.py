@@ -1,4 +1,4 @@
-"""Training steps and conversions, timed in processes of their own; what cannot be done is said in one line."""
+"""Training steps and conversions timed in processes of their own; what cannot be done is said in one line."""
 
 import json
 
