@@ -59,11 +59,11 @@ def init_cache(
 
     if cfg.is_mla:
         A = cfg.kv_lora_rank + cfg.qk_rope_head_dim
-        axes = (None, "batch", "cache_length", None)
+        axes = (None, "cache_batch", "cache_length", None)
         index = zeros((L, batch, capacity, cfg.index_head_dim), *axes) if cfg.index_topk else None
         return LatentCache(zeros((L, batch, capacity, A), *axes), index)
     shape = (L, batch, cfg.num_key_value_heads, capacity, cfg.head_dim)
-    axes = (None, "batch", "kv_heads", "cache_length", None)
+    axes = (None, "cache_batch", "kv_heads", "cache_length", None)
     return KVCache(zeros(shape, *axes), zeros(shape, *axes))
 
 
@@ -75,9 +75,9 @@ def write_slots(
     `cache_LBSH` may have further axes between B and S (kv heads), which `new` has after T.
     """
     inner = ("kv_heads",) if cache_LBSH.ndim == 5 else ()
-    cache_spec = rules.spec(None, "batch", *inner, "cache_length", None)
-    new_BTH = rules.shard(new_BTH, "batch", None, *inner, None)
-    slots_BT = rules.shard(slots_BT, "batch", None)
+    cache_spec = rules.spec(None, "cache_batch", *inner, "cache_length", None)
+    new_BTH = rules.shard(new_BTH, "cache_batch", None, *inner, None)
+    slots_BT = rules.shard(slots_BT, "cache_batch", None)
     length_axes = rules.axes("cache_length")
 
     def local(cache, layer, slots_BT, new):
@@ -94,7 +94,12 @@ def write_slots(
 
     return jax.shard_map(
         local,
-        in_specs=(cache_spec, P(), rules.spec("batch", None), rules.spec("batch", None, *inner, None)),
+        in_specs=(
+            cache_spec,
+            P(),
+            rules.spec("cache_batch", None),
+            rules.spec("cache_batch", None, *inner, None),
+        ),
         out_specs=cache_spec,
     )(cache_LBSH, jnp.asarray(layer), slots_BT, new_BTH)
 

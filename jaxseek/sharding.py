@@ -24,7 +24,7 @@ import os
 import tomllib
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,12 @@ PHASES = ("train", "prefill", "decode")
 LOGICAL_AXES = (
     "batch",
     "length",
+    "cache_batch",
     "cache_length",
     "embed",
     "vocab",
     "heads",
+    "cache_heads",
     "kv_heads",
     "q_groups",
     "q_lora",
@@ -56,6 +58,11 @@ LOGICAL_AXES = (
     "expert",
     "expert_mlp",
 )
+
+
+# Where attention against a cache puts rows and heads, unless a table says so: where the rest of the layer
+# has them.
+_SAME = {"cache_batch": "batch", "cache_heads": "heads"}
 
 
 @dataclass(frozen=True)
@@ -68,11 +75,17 @@ class Rules:
 
     def axes(self, name: str | None) -> tuple[str, ...]:
         """Mesh axes (of size above one) that this logical axis is split over."""
-        return dict(self.table).get(name, ()) if name else ()
+        table = dict(self.table)
+        return table.get(name, table.get(_SAME.get(name, ""), ())) if name else ()
 
     def spec(self, *names: str | None) -> P:
         """The PartitionSpec of an array whose dimensions have these logical names."""
         return P(*(axes if len(axes) > 1 else axes[0] if axes else None for axes in map(self.axes, names)))
+
+    def for_cache(self) -> Rules:
+        """These rules where queries meet a cache: rows and heads are where it has them."""
+        moved = {name: self.axes(where) for where, name in _SAME.items()}
+        return replace(self, table=tuple((dict(self.table) | moved).items()))
 
     def shard(self, x: jax.Array, *names: str | None) -> jax.Array:
         """Move `x` to the layout of these logical names (no operation where it already is)."""

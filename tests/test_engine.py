@@ -22,6 +22,7 @@ from oracles import (
 
 from jaxseek.generate.engine import Engine
 from jaxseek.generate.sampling import Sampling, SamplingArrays, batch_mode, sample
+from jaxseek.model import DeepSeek
 
 PROMPTS = [random_tokens(n, seed=n).tolist() for n in (3, 11, 1, 16)]
 GREEDY = Sampling(max_new_tokens=10, temperature=0)
@@ -293,3 +294,15 @@ def test_sampling_values_out_of_range_are_named(field, value):
 def test_an_empty_stop_string_is_refused():
     with pytest.raises(ValueError, match="a stop string is empty"):
         Sampling(stop=("",))
+
+
+@pytest.mark.parametrize("mesh", [None, "data=2,tensor=2"])
+def test_weights_laid_out_by_the_compiler_give_the_same(mesh):
+    model, sampling = DeepSeek.init(tiny_config("llama"), mesh), Sampling(temperature=0.0, max_new_tokens=6)
+    prompts = PROMPTS[:2]
+    want = Engine(model, unroll=False).generate(prompts, sampling)
+    engine = Engine(model, unroll=False, lay_out=True)
+    for batch in (prompts, prompts, prompts * 2):  # laid out, as it lies, another shape for the same weights
+        for found, expected in zip(engine.generate(batch, sampling), want * 2):
+            assert found.tokens == expected.tokens
+            np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,10 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Format, Layout
+from jax.sharding import PartitionSpec as P
 
 from jaxseek.cache import split_layers
 from jaxseek.generate.sampling import Drawn, Mode, Sampling, SamplingArrays, batch_mode, sample
 from jaxseek.model import Caches, DeepSeek
+from jaxseek.sharding import parameters
 
 CAPACITY_STEP = 256  # cache slots are allotted in steps, so that few programs serve all lengths
 
@@ -59,14 +63,22 @@ class Engine:
     """Generates for batches of prompts with one model on its mesh.
 
     `unroll` decodes with one module per layer, at the cost of a second copy of the weights; by default on
-    CPU, where a scan over layers copies every layer's weights at every token.
+    CPU, where a scan over layers copies every layer's weights at every token. `lay_out` has the compiler
+    choose how the model's weights lie in memory, by its first program for decoding; by default on TPU.
     """
 
-    def __init__(self, model: DeepSeek, cache_dtype: Any = None, unroll: bool | None = None):
+    def __init__(
+        self,
+        model: DeepSeek,
+        cache_dtype: Any = None,
+        unroll: bool | None = None,
+        lay_out: bool | None = None,
+    ):
         self.model = model
         self.cache_dtype = cache_dtype or model.embed_VD[...].dtype
-        on_cpu = model.mesh.devices.flat[0].platform == "cpu"
-        self.decoder = model.unrolled() if (on_cpu if unroll is None else unroll) else model
+        platform = model.mesh.devices.flat[0].platform
+        self.decoder = model.unrolled() if (platform == "cpu" if unroll is None else unroll) else model
+        self.lay_out, self.laid_out = platform == "tpu" if lay_out is None else lay_out, False
         self.timing = Timing()
 
     def generate(
@@ -121,10 +133,9 @@ class Engine:
             done_B = np.ones(state.done_B.shape[0], bool)
             done_B[:rows] = [c.finish_reason is not None for c in completions]
             steps = min(tokens_per_dispatch, max(left))
-            with self.decoder.on_mesh():
-                state, trace, taken = decode_steps(
-                    self.decoder, state, done_B, params, stops, steps, len(done_B), tokens_per_dispatch, mode
-                )
+            state, trace, taken = self.decode(
+                state, done_B, params, stops, steps, len(done_B), tokens_per_dispatch, mode
+            )
             tokens_BN, logprobs_BN = fetch(trace.tokens_BN), fetch(trace.logprobs_BN)
             for i, completion in enumerate(completions):
                 if completion.finish_reason is None:
@@ -134,13 +145,51 @@ class Engine:
             self.timing.decode_tokens = sum(len(c.tokens) - 1 for c in completions)
             yield completions
 
+    def decode(
+        self, state: State, done_B, params, stops_BK, steps, enough, width: int, mode: Mode,
+        record: tuple[str, ...] = (),
+    ):  # fmt: skip
+        """`decode_steps` with the decoder; what `lay_out` says is done here."""
+        args, static = (done_B, params, stops_BK, np.int32(steps), np.int32(enough)), (width, mode, record)
+        with self.decoder.on_mesh():
+            if not self.lay_out:
+                return decode_steps(self.decoder, state, *args, *static)
+            program = self._program(state, args, static)
+            _, cached, *_ = program.input_formats[0]
+            return program(self.decoder, jax.device_put(state, cached), *args)
+
+    def _program(self, state: State, args: tuple, static: tuple) -> jax.stages.Compiled:
+        """`decode_steps` compiled for weights as they lie; the first one says how that is."""
+
+        def abstract() -> tuple[Any, ...]:
+            kept = ((self.decoder, self.laid_out), (state, False), (args, False))
+            return tuple(jax.tree.map(functools.partial(_abstract, laid_out=l), tree) for tree, l in kept)
+
+        def key() -> str:
+            return str((jax.tree.structure(abstract()), jax.tree.leaves(abstract()), static))
+
+        if key() not in _PROGRAMS:
+            width, mode, record = static
+            weights, cached, _ = abstract()
+            lowered = lower_decode(weights, cached, *args, width=width, mode=mode, record=record)
+            _PROGRAMS[key()] = lowered.compile()
+        program = _PROGRAMS[key()]
+        if not self.laid_out:
+            formats, *_ = program.input_formats[0]
+            for param, found in zip(parameters(self.decoder).values(), jax.tree.leaves(formats)):
+                param.set_value(jax.device_put(param[...], found, donate=True))  # never two copies of all
+            self.laid_out = True
+            _PROGRAMS[key()] = program
+        return program
+
     def _prefill(self, prompts, requests, budgets, completions):
         model, rules = self.model, self.model.strategy.prefill
         longest, rows, columns = (
             max(map(len, prompts)),
             *(model.strategy.parts(rules, a) for a in ("batch", "length")),
         )
-        B = len(prompts) + -len(prompts) % np.lcm(rows, model.strategy.parts(model.strategy.decode, "batch"))
+        decode = (model.strategy.parts(model.strategy.decode, a) for a in ("batch", "cache_batch"))
+        B = len(prompts) + -len(prompts) % np.lcm.reduce([rows, *decode])
         T = max(16, 1 << (longest - 1).bit_length())
         T += -T % columns
         need = max(len(p) + b for p, b in zip(prompts, budgets))
@@ -199,9 +248,9 @@ def _prefill(model: DeepSeek, tokens_BT, lengths_B, params, capacity: int, cache
     decode = model.strategy.decode
     caches, logits_BV, _ = read_prompts(model, tokens_BT, lengths_B, capacity, cache_dtype)
     drawn = draw(logits_BV, lengths_B, params, mode, decode)
-    token_B, logprob_B = (decode.shard(a, "batch") for a in (drawn.token_B, drawn.logprob_B))
     position_B = decode.shard(lengths_B, "batch")
-    return State(caches, token_B, position_B, jnp.zeros_like(position_B, dtype=bool)), logprob_B
+    done_B = jnp.zeros_like(position_B, dtype=bool)
+    return State(caches, drawn.token_B, position_B, done_B), drawn.logprob_B
 
 
 def read_prompts(model: DeepSeek, tokens_BT, lengths_B, capacity: int, cache_dtype: str):
@@ -224,7 +273,7 @@ def read_prompts(model: DeepSeek, tokens_BT, lengths_B, capacity: int, cache_dty
 
 def _as_in_decode(cache: jax.Array, rules) -> jax.Array:
     inner = ("kv_heads",) if cache.ndim == 5 else ()
-    return rules.shard(cache, None, "batch", *inner, "cache_length", None)
+    return rules.shard(cache, None, "cache_batch", *inner, "cache_length", None)
 
 
 @jax.jit
@@ -233,10 +282,17 @@ def split(caches: Caches) -> Caches:
 
 
 def draw(logits_BV, position_B, params, mode: Mode, rules) -> Drawn:
-    """Sampling with the rows where their caches are and the vocabulary whole."""
-    logits_BV, position_B = rules.shard(logits_BV, "batch", None), rules.shard(position_B, "batch")
-    params = jax.tree.map(lambda a: rules.shard(a, "batch", *(None,) * (a.ndim - 1)), params)
-    return sample(logits_BV, position_B, params, mode)
+    """Sampling with the vocabulary whole, but rows over as many of its chips as divide them."""
+    mesh, rows = jax.sharding.get_abstract_mesh(), rules.axes("batch")
+    for axis in rules.axes("vocab"):
+        if logits_BV.shape[0] % math.prod(mesh.shape[a] for a in (*rows, axis)) == 0:
+            rows = (*rows, axis)
+
+    def spread(a: jax.Array) -> jax.Array:
+        return jax.sharding.reshard(a, P(rows or None, *(None,) * (a.ndim - 1)))
+
+    drawn = sample(spread(logits_BV), spread(position_B), jax.tree.map(spread, params), mode)
+    return jax.tree.map(lambda a: rules.shard(a, "batch"), drawn)
 
 
 @jax.tree_util.register_dataclass
@@ -255,8 +311,7 @@ class Trace:
     experts_LBNK: jax.Array | None = None
 
 
-@functools.partial(jax.jit, static_argnames=("width", "mode", "record"), donate_argnames="state")
-def decode_steps(
+def _decode_steps(
     model: DeepSeek, state: State, done_B, params, stops_BK, steps, enough, width: int, mode: Mode,
     record: tuple[str, ...] = (),
 ):  # fmt: skip
@@ -310,3 +365,33 @@ def decode_steps(
     trace = Trace(per_token(jnp.int32), per_token(jnp.float32), *extra, experts)
     start = State(state.caches, state.token_B, state.position_B, rules.shard(done_B, "batch"))
     return jax.lax.while_loop(going, step, (start, trace, jnp.zeros((), jnp.int32)))
+
+
+decode_steps = jax.jit(_decode_steps, static_argnames=("width", "mode", "record"), donate_argnames="state")
+
+
+_PROGRAMS: dict[str, jax.stages.Compiled] = {}
+
+
+def _abstract(a: Any, laid_out: bool) -> jax.ShapeDtypeStruct:
+    where = getattr(a, "format" if laid_out else "sharding", None)  # of arrays, not of numpy's
+    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
+
+
+def lower_decode(model: DeepSeek, state: State, *args: Any, **static: Any) -> jax.stages.Lowered:
+    """`decode_steps` of abstract arguments, for weights and a state in layouts of the compiler's choice where
+    they have none.
+
+    In the default layout of their shapes it would copy caches, and now and then weights, at every dispatch.
+    """
+
+    def chosen(a: jax.ShapeDtypeStruct) -> Format:
+        return Format(Layout.AUTO, a.sharding) if a.format.layout is None else a.format
+
+    step = jax.jit(
+        functools.partial(_decode_steps, **static),
+        donate_argnums=1,
+        in_shardings=(*jax.tree.map(chosen, (model, state)), *(None,) * len(args)),
+        out_shardings=Format(Layout.AUTO),
+    )
+    return step.lower(model, state, *args)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxseek.generate.engine import Engine, State, decode_steps, draw, fetch, read_prompts, split
+from jaxseek.generate.engine import Engine, State, draw, fetch, read_prompts, split
 from jaxseek.generate.sampling import Mode, Sampling, SamplingArrays, batch_mode
 from jaxseek.model import DeepSeek
 
@@ -92,12 +92,13 @@ class _Groups:
             [min(r.max_new_tokens, context - len(p)) for r in g] for p, g in zip(prompts, requests)
         ]
         strategy = self.model.strategy
-        self.parts = strategy.parts(strategy.decode, "batch")
+        self.parts = strategy.parts(strategy.decode, "cache_batch")
         rows, columns = (strategy.parts(strategy.prefill, axis) for axis in ("batch", "length"))
-        step = int(np.lcm(self.parts, rows))
+        whole = int(np.lcm(self.parts, strategy.parts(strategy.decode, "batch")))
+        step = int(np.lcm(whole, rows))
         self.P = len(prompts) + -len(prompts) % step
         total = self.P * self.G
-        self.B = total if not slots else min(total, slots + -slots % self.parts)
+        self.B = total if not slots else min(total, slots + -slots % whole)
         longest = max(map(len, prompts))
         self.T = max(LENGTH_STEP, 1 << (longest - 1).bit_length())
         self.T += -self.T % columns
@@ -137,11 +138,10 @@ class _Groups:
             if live.any():
                 # With some in line, come back when an eighth of the slots is free; else when all have ended.
                 enough = min(self.B, int((~live).sum()) + max(1, self.B // 8)) if any(lines) else self.B
-                with self.model.on_mesh():
-                    state, trace, taken = decode_steps(
-                        self.engine.decoder, state, ~live, params, stops, min(WIDTH, max(left)), enough,
-                        WIDTH, self.mode, self.record,
-                    )  # fmt: skip
+                steps = min(WIDTH, max(left))
+                state, trace, taken = self.engine.decode(
+                    state, ~live, params, stops, steps, enough, WIDTH, self.mode, self.record
+                )
                 taken = int(taken)
                 made = [
                     fetch(a) for a in (trace.tokens_BN, trace.tempered_BN, trace.drawn_BN) if a is not None
@@ -265,7 +265,7 @@ def _empty(model: DeepSeek, batch: int, capacity: int, cache_dtype: str) -> Stat
 def _fill(model: DeepSeek, state: State, caches, logits_PV, lengths_P, prompt_B, params, mode: Mode):
     """Rows with a prompt (an index among those of their part of the mesh) start on it: (state, Drawn)."""
     rules = model.strategy.decode
-    prompt_B = rules.shard(prompt_B, "batch")
+    prompt_B = rules.shard(prompt_B, "cache_batch")
 
     def rows(of_prompts: jax.Array, of_slots: jax.Array | None, axis: int) -> jax.Array:
         """Each filled slot gets its prompt's part; others keep what they have."""
@@ -283,21 +283,21 @@ def _fill(model: DeepSeek, state: State, caches, logits_PV, lengths_P, prompt_B,
         def spec(a: jax.Array) -> jax.P:
             inner = ("kv_heads",) if a.ndim == 5 else ()
             length = (*inner, "cache_length", None) if a.ndim > 3 else (None,) * (a.ndim - 1)
-            return rules.spec(*lead, "batch", *length)
+            return rules.spec(*lead, "cache_batch", *length)
 
         arrays = (of_prompts,) if of_slots is None else (of_prompts, of_slots)
         return jax.shard_map(
             local,
-            in_specs=(rules.spec("batch"), *map(spec, arrays)),
+            in_specs=(rules.spec("cache_batch"), *map(spec, arrays)),
             out_specs=spec(arrays[-1]),
         )(prompt_B, *arrays)
 
-    lengths_P = rules.shard(jnp.asarray(lengths_P), "batch")
-    logits_PV = rules.shard(logits_PV, "batch", None)
+    lengths_P = rules.shard(jnp.asarray(lengths_P), "cache_batch")
+    logits_PV = rules.shard(logits_PV, "cache_batch", None)
     length_B, logits_BV = rows(lengths_P, None, 0), rows(logits_PV, None, 0)
+    length_B, filled_B = (rules.shard(a, "batch") for a in (length_B, prompt_B >= 0))
     drawn = draw(logits_BV, length_B, params, mode, rules)
-    filled_B = prompt_B >= 0
-    token_B = jnp.where(filled_B, rules.shard(drawn.token_B, "batch"), state.token_B)
+    token_B = jnp.where(filled_B, drawn.token_B, state.token_B)
     position_B = jnp.where(filled_B, length_B, state.position_B)
     kept = jax.tree.map(lambda new, old: rows(new, old, 1), caches, state.caches)
     return State(kept, token_B, position_B, state.done_B & ~filled_B), drawn

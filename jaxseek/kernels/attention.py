@@ -26,6 +26,11 @@ class Mask:
     kv_seg_BS: jax.Array | None
     chosen_BTS: jax.Array | None = None
 
+    def laid_out(self, rules: Rules) -> Mask:
+        """With the queries' rows as these rules have them."""
+        q_pos_BT, q_seg_BT = (rules.shard(a, "batch", "length") for a in (self.q_pos_BT, self.q_seg_BT))
+        return replace(self, q_pos_BT=q_pos_BT, q_seg_BT=q_seg_BT)
+
     def dense(self) -> jax.Array:
         """The mask as booleans, [B, T, S]."""
         mask_BTS = self.kv_pos_BS[:, None, :] <= self.q_pos_BT[:, :, None]

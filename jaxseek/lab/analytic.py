@@ -92,7 +92,8 @@ def first_pass(job: Job) -> Estimate:
             gathered += moved * (3 if train else 1)  # forward, backward, and the gradient back
             gathers += 3 if train else 1
     rows, slots = (
-        -(-n // strategy.parts(rules, a)) for n, a in ((job.batch, "batch"), (job.context, "cache_length"))
+        -(-n // strategy.parts(rules, a))
+        for n, a in ((job.batch, "cache_batch"), (job.context, "cache_length"))
     )
     heads = 1 if cfg.is_mla else strategy.parts(rules, "kv_heads")
     cache = 0.0 if train else rows * slots * cfg.cache_bytes_per_token("bfloat16") / heads

@@ -66,10 +66,15 @@ class Job:
                 f"{self.topology.num_devices}; make the product of the axes equal to it"
             )
         self.strategy.check_fits(self.cfg)
-        for name, size in (("batch", self.batch), ("length", self.context), ("cache_length", self.context)):
+        for name, size in (
+            ("batch", self.batch),
+            ("cache_batch", self.batch),
+            ("length", self.context),
+            ("cache_length", self.context),
+        ):
             parts = self.strategy.parts(self.rules, name)
             if size % parts:
-                what = "batch" if name == "batch" else "context"
+                what = "batch" if "batch" in name else "context"
                 raise ConfigError(
                     f"{what} {size} is not divisible by the {parts} parts of {name} [{self.phase}]"
                 )
@@ -121,27 +126,27 @@ def lower(job: Job, mesh: Mesh) -> tuple[Any, dict[str, int]]:
     given = {"weights": device_bytes(model)}
     if job.workload == "train":
         step, args = _train(job, model, array, placed)
-        given["optimizer"] = device_bytes(args[0].moments)
-    elif job.workload == "prefill":
+        return step.lower(*args), given | {"optimizer": device_bytes(args[0].moments)}
+    if job.workload == "prefill":
         step, args = _prefill(job, model)
-    else:
-        step, args = _decode(job, model, array, placed)
-        given["cache"] = device_bytes(args[1].caches)
-    return step.lower(*args), given
+        return step.lower(*args), given
+    state = _state(job, model, array, placed)
+    return _decode(job, model, state), given | {"cache": device_bytes(state.caches)}
 
 
-def _decode(job: Job, model: DeepSeek, array: Any, placed: Any) -> tuple[Any, tuple]:
-    B, rules = job.batch, job.rules
-    caches = placed(jax.eval_shape(lambda: model.init_caches(B, job.context, "bfloat16", rules)))
+def _state(job: Job, model: DeepSeek, array: Any, placed: Any) -> engine.State:
+    caches = placed(jax.eval_shape(lambda: model.init_caches(job.batch, job.context, "bfloat16", job.rules)))
     kinds = (jnp.int32, jnp.int32, jnp.bool)
-    state = engine.State(caches, *(array((B,), kind, rules.spec("batch")) for kind in kinds))
+    return engine.State(caches, *(array((job.batch,), kind, job.rules.spec("batch")) for kind in kinds))
+
+
+def _decode(job: Job, model: DeepSeek, state: engine.State) -> jax.stages.Lowered:
+    B, width = job.batch, TOKENS_PER_DISPATCH
     temperature, record = (1.0, ("logprobs",)) if job.workload == "rollout" else (0.0, ())
     sampling = Sampling(temperature=temperature, top_p=1.0)
-    params, width = SamplingArrays.of([sampling] * B), TOKENS_PER_DISPATCH
-    done_B, stops_BK = np.zeros(B, bool), np.full((B, 1), -1, np.int32)
-    return engine.decode_steps, (
-        model, state, done_B, params, stops_BK, width, B, width, sampling.mode, record,
-    )  # fmt: skip
+    params, done_B, stops_BK = SamplingArrays.of([sampling] * B), np.zeros(B, bool), np.full((B, 1), -1)
+    static = {"width": width, "mode": sampling.mode, "record": record}
+    return engine.lower_decode(model, state, done_B, params, stops_BK.astype(np.int32), width, B, **static)
 
 
 def _prefill(job: Job, model: DeepSeek) -> tuple[Any, tuple]:

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxseek.cache import Cache
 from jaxseek.config import ModelConfig
 from jaxseek.kernels.attention import Mask
+from jaxseek.layers import decode
 from jaxseek.layers.gqa import GQA
 from jaxseek.layers.mla import MLA
 from jaxseek.layers.mlp import MLP
@@ -87,14 +88,25 @@ class Layer(nnx.Module):
         layer: jax.Array | int,
         ctx: Context,
         replay_BTK: jax.Array | None = None,
+        stack: Layer | None = None,
     ) -> tuple[jax.Array, Cache | None, Routing | None]:
-        """x after the block, the cache with this block's tokens in `layer`, and what the router did."""
+        """x after the block, the cache with this block's tokens in `layer`, and what the router did.
+
+        `stack` is the one that this is a layer of, where kernels may read parameters in it.
+        """
         with jax.named_scope("attention"):
-            y_BTD, cache = self.attn(self.attn_norm(x_BTD), cache, layer, ctx)
-            x_BTD += y_BTD
+            if stack is not None and decode.serves_attention(stack.attn, x_BTD, ctx):
+                y_BTD, cache = decode.attention(stack.attn_norm, stack.attn, layer, x_BTD, cache, ctx)
+            else:
+                y_BTD, cache = self.attn(self.attn_norm(x_BTD), cache, layer, ctx)
         with jax.named_scope("mlp"):
+            if stack is not None and replay_BTK is None and decode.serves_experts(stack.mlp, x_BTD, ctx):
+                x_BTD, y_BTD, routing = decode.experts(stack.mlp_norm, stack.mlp, layer, x_BTD, y_BTD, ctx)
+                return x_BTD + y_BTD, cache, routing
+            x_BTD += y_BTD
             if isinstance(self.mlp, MoE):
-                y_BTD, routing = self.mlp(self.mlp_norm(x_BTD), ctx, replay_BTK)
+                whole = None if stack is None else (stack.mlp, layer)
+                y_BTD, routing = self.mlp(self.mlp_norm(x_BTD), ctx, replay_BTK, whole)
             else:
                 y_BTD, routing = self.mlp(self.mlp_norm(x_BTD), ctx), None
         return x_BTD + y_BTD, cache, routing
@@ -113,11 +125,14 @@ def run_stack(
     are experts to use, see MoE.
     """
     L = stack.depth
+    # A scan slices, and copies, the parameters of a layer; kernels of a decode step read them in the stack.
+    whole = platform() == "tpu" and not ctx.fresh
 
     @REMAT[ctx.remat]
     def body(carry, xs):
         (x_BTD, cache), (layer, l, replay_BTK) = carry, xs
-        x_BTD, cache, routing = layer(x_BTD, cache, l, ctx, replay_BTK)
+        layer = jax.tree.map(lambda a: a[l], stack) if whole else layer
+        x_BTD, cache, routing = layer(x_BTD, cache, l, ctx, replay_BTK, stack if whole else None)
         return (x_BTD, cache), routing
 
     if L == 1:
@@ -128,6 +143,6 @@ def run_stack(
 
     # XLA:CPU copies what a scan slices and stacks; many layers would take long to compile
     unroll = L if platform() == "cpu" and L <= UNROLL_UP_TO else 1
-    layers = (stack, jax.numpy.arange(L), replay_LBTK)
+    layers = (None if whole else stack, jax.numpy.arange(L), replay_LBTK)
     (x_BTD, cache), routing = jax.lax.scan(body, (x_BTD, cache), layers, unroll=unroll)
     return x_BTD, cache, routing

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxseek.kernels.chosen_experts import ROWS, chosen_experts_mlp
 from jaxseek.kernels.grouped_mlp import every_expert_mlp, grouped_mlp, sort_by_expert
 from jaxseek.kernels.ragged_all_to_all import ragged_all_to_all
 from jaxseek.kernels.scaled import Scaled
@@ -32,13 +33,15 @@ def dispatch(
     experts: Sequence[jax.Array | Scaled],
     rules: Rules,
     fp8: bool = False,
+    layer: jax.Array | int | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sum of gate times expert output over each token's experts: ([B, T, D], load [E], dropped []).
 
     `experts` are gate [E, D, F], up [E, D, F] and down [E, F, D], quantised or not; rows with `valid` false
-    reach none. `fp8` is `grouped_mlp`'s.
+    reach none. `fp8` is `grouped_mlp`'s. With a `layer` the experts have a leading axis of layers, and are
+    read in it: see `reads_in_place`.
     """
-    E = experts[0].shape[0]
+    E = experts[0].shape[-3]
     expert_axes, width_axes = rules.axes("expert"), rules.axes("expert_mlp")
     exchange = rules.dispatch == "all_to_all" and expert_axes
     batch_axes = rules.axes("batch")
@@ -48,7 +51,7 @@ def dispatch(
     token_spec = jax.sharding.PartitionSpec(batch_axes or None, length_axes or None, None)
     token_axes = batch_axes + length_axes
 
-    def local(x_BTD, ids_BTK, gates_BTK, valid_BT1, *experts):
+    def local(layer, x_BTD, ids_BTK, gates_BTK, valid_BT1, *experts):
         D, K = x_BTD.shape[-1], ids_BTK.shape[-1]
         x_ND, gates_NK = x_BTD.reshape(-1, D), gates_BTK.reshape(-1, K)
         ids_NK = jnp.where(valid_BT1.reshape(-1, 1), ids_BTK.reshape(-1, K), E)
@@ -60,7 +63,7 @@ def dispatch(
         if exchange:
             y_ND = _all_to_all(x_ND, ids_NK, gates_NK, experts, expert_axes, capacity, fp8)
         else:
-            y_ND = _local(x_ND, ids_NK, gates_NK, experts, expert_axes, fp8)
+            y_ND = _local(x_ND, ids_NK, gates_NK, experts, expert_axes, fp8, layer)
         sum_axes = width_axes + (() if exchange else expert_axes)
         y_ND = jax.lax.psum(y_ND, sum_axes) if sum_axes else y_ND
         if token_axes:
@@ -74,15 +77,29 @@ def dispatch(
     def spec(w: Any, *names: str | None) -> Any:
         return jax.tree.map(lambda a: rules.spec(*(x if n > 1 else None for x, n in zip(names, a.shape))), w)
 
-    wide = ("expert", None, "expert_mlp")
-    layouts = (wide, wide, ("expert", "expert_mlp", None))
+    lead = () if layer is None else (None,)
+    wide = (*lead, "expert", None, "expert_mlp")
+    layouts = (wide, wide, (*lead, "expert", "expert_mlp", None))
     y_BTD, load_E, dropped = jax.shard_map(
         local,
-        in_specs=(*(token_spec,) * 4, *(spec(w, *names) for w, names in zip(experts, layouts))),
+        in_specs=(
+            jax.sharding.PartitionSpec(),
+            *(token_spec,) * 4,
+            *(spec(w, *names) for w, names in zip(experts, layouts)),
+        ),
         out_specs=(token_spec, jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec()),
         check_vma=False,  # the TPU grouped matmul does not declare over which axes its result varies
-    )(*token_args, *experts)
+    )(layer, *token_args, *experts)
     return rules.shard(y_BTD, "batch", "length", None), load_E, dropped
+
+
+def reads_in_place(x_BTD: jax.Array, rules: Rules) -> bool:
+    """Whether `chosen_experts_mlp` is to have a stack's experts whole: on TPU, for so few tokens."""
+    expert_axes, mesh = rules.axes("expert"), jax.sharding.get_abstract_mesh()
+    split = math.prod(mesh.shape[a] for a in rules.axes("batch") if a not in expert_axes)
+    rows = x_BTD.shape[0] * x_BTD.shape[1] // split
+    exchange = rules.dispatch == "all_to_all" and expert_axes
+    return platform() == "tpu" and not exchange and rows <= ROWS
 
 
 def _limit(ids_NK, gates_NK, E, capacity):
@@ -104,15 +121,20 @@ def _combine(y_MD, order_M, gates_NK):
     return jnp.einsum("NKD,NK->ND", y_NKD.astype(jnp.float32), gates_NK).astype(y_MD.dtype)
 
 
-def _local(x_ND, ids_NK, gates_NK, experts, expert_axes, fp8):
+def _local(x_ND, ids_NK, gates_NK, experts, expert_axes, fp8, layer):
     """The part of the experts that this shard holds, for all the tokens it sees."""
     gate_EDF, up_EDF, down_EFD = experts
-    E = gate_EDF.shape[0]
+    E = gate_EDF.shape[-3]
     first = E * jax.lax.axis_index(expert_axes) if expert_axes else 0
-    if platform() == "tpu" and len(x_ND) <= _FEW and not fp8:
+    few = platform() == "tpu" and len(x_ND) <= _FEW and not fp8
+    if few or layer is not None:
         mine_NKE = (ids_NK - first)[:, :, None] == jnp.arange(E)[None, None]
         gates_NE = jnp.where(mine_NKE, gates_NK[:, :, None], 0).sum(1)
-        return every_expert_mlp(x_ND, gates_NE, *experts)
+        if layer is None:
+            return every_expert_mlp(x_ND, gates_NE, *experts)
+        total = E * (jax.lax.axis_size(expert_axes) if expert_axes else 1)
+        touched = E * (1 - (1 - ids_NK.shape[1] / total) ** len(x_ND))  # if tokens chose at random
+        return chosen_experts_mlp(x_ND, gates_NE, gate_EDF, up_EDF, down_EFD, layer, touched)
     ids_M = ids_NK.reshape(-1) - first
     ids_M = jnp.where((ids_M >= 0) & (ids_M < E), ids_M, E)
     order_M, sizes_E = sort_by_expert(ids_M, E)

@@ -17,6 +17,7 @@ from flax import nnx
 from jaxseek.cache import LatentCache, write_slots
 from jaxseek.config import ModelConfig
 from jaxseek.kernels.attention import Mask, attend
+from jaxseek.kernels.latent_attention import attend_latent, serves
 from jaxseek.layers.linear import expand, linear
 from jaxseek.layers.norm import RMSNorm
 from jaxseek.layers.quant import Quantized, matrix
@@ -82,8 +83,7 @@ class MLA(nnx.Module):
             out_BTNH = self._expanded(qn_BTNP, qr_BTNR, latent_BSA, mask, ctx)
         else:
             assert cache is not None, "queries without fresh keys need a cache"
-            latent_BSA = cache.latent_LBSA[layer].astype(dtype)
-            out_BTNH = self._absorbed(qn_BTNP, qr_BTNR, latent_BSA, mask, rules)
+            out_BTNH = self._absorbed(qn_BTNP, qr_BTNR, cache.latent_LBSA, layer, mask, rules)
         y_BTD = linear(out_BTNH, self.o_NHD, ctx, "batch", "length", None, contract=2)
         return (
             y_BTD if self.o_bias_D is None else y_BTD + rules.use(self.o_bias_D, dtype)[None, None]
@@ -123,23 +123,20 @@ class MLA(nnx.Module):
         )
         return out[..., 0, :]
 
-    def _absorbed(self, qn_BTNP, qr_BTNR, latent_BSA, mask, rules):
-        C, dtype, spec = self.cfg.kv_lora_rank, latent_BSA.dtype, rules.spec("batch", "length", "heads", None)
+    def _absorbed(self, qn_BTNP, qr_BTNR, latent_LBSA, layer, mask, rules):
+        C, dtype, heads = self.cfg.kv_lora_rank, qn_BTNP.dtype, ("batch", "length", "heads", None)
         k_b_NPC, v_b_NHC = (matrix(w, rules, dtype) for w in (self.k_b_NPC, self.v_b_NHC))
-        qc_BTNC = jnp.einsum("BTNP,NPC->BTNC", qn_BTNP, k_b_NPC, out_sharding=spec)
-        q_BTNA = jnp.concatenate([qc_BTNC, qr_BTNR], axis=-1)
-        k_BSA = latent_BSA[:, None]
-        z_BTNA = attend(
-            q_BTNA[:, :, None],
-            k_BSA,
-            k_BSA,
-            mask,
-            self.cfg.softmax_scale,
-            rules,
-            (None, "heads"),
-            "cache_length",
-        )[:, :, 0]
-        return jnp.einsum("BTNC,NHC->BTNH", z_BTNA[..., :C], v_b_NHC, out_sharding=spec)
+        qc_BTNC = jnp.einsum("BTNP,NPC->BTNC", qn_BTNP, k_b_NPC, out_sharding=rules.spec(*heads))
+        near = rules.for_cache()
+        q_BTNA, mask = near.shard(jnp.concatenate([qc_BTNC, qr_BTNR], axis=-1), *heads), mask.laid_out(near)
+        if serves(q_BTNA, mask):
+            z_BTNC = attend_latent(q_BTNA, latent_LBSA, layer, mask, self.cfg.softmax_scale, C, near)
+        else:
+            q_BT1NA, k_B1SA = q_BTNA[:, :, None], latent_LBSA[layer].astype(dtype)[:, None]
+            how = (mask, self.cfg.softmax_scale, near, (None, "heads"), "cache_length")
+            z_BTNC = attend(q_BT1NA, k_B1SA, k_B1SA, *how)[:, :, 0, :, :C]
+        z_BTNC = rules.shard(z_BTNC, *heads)
+        return jnp.einsum("BTNC,NHC->BTNH", z_BTNC, v_b_NHC, out_sharding=rules.spec(*heads))
 
 
 class Indexer(nnx.Module):
@@ -171,7 +168,7 @@ class Indexer(nnx.Module):
         gain = q_BTNH.shape[2] ** -0.5 * q_BTNH.shape[3] ** -0.5
         w_DN = rules.use(self.weights_DN, jnp.float32)
         w_BTN = gain * jnp.einsum("BTD,DN->BTN", x_BTD.astype(jnp.float32), w_DN, out_sharding=narrow)
-        key_axis = None
+        key_axis, mask = None, ctx.mask
         if cache is not None:
             index_LBSH = write_slots(cache.index_LBSH, layer, ctx.slots_BT, k_BTH, rules)
             cache = dataclasses.replace(cache, index_LBSH=index_LBSH)
@@ -180,7 +177,9 @@ class Indexer(nnx.Module):
         else:
             assert cache is not None, "queries without fresh keys need a cache"
             assert cache.index_LBSH is not None
-            k_BSH, key_axis = cache.index_LBSH[layer].astype(dtype), "cache_length"
+            k_BSH, key_axis, rules = cache.index_LBSH[layer].astype(dtype), "cache_length", rules.for_cache()
+            q_BTNH, w_BTN = (rules.shard(a, "batch", *(None,) * (a.ndim - 1)) for a in (q_BTNH, w_BTN))
+            mask = mask.laid_out(rules)
         scores_BTNS = jax.nn.relu(
             jnp.einsum(
                 "BTNH,BSH->BTNS",
@@ -193,8 +192,8 @@ class Indexer(nnx.Module):
         scores_BTS = jnp.einsum(
             "BTN,BTNS->BTS", w_BTN, scores_BTNS, out_sharding=rules.spec("batch", "length", key_axis)
         )
-        chosen_BTS = self._choose(scores_BTS, ctx.mask, key_axis, rules)
-        return dataclasses.replace(ctx.mask, chosen_BTS=chosen_BTS), cache
+        chosen_BTS = self._choose(scores_BTS, mask, key_axis, rules)
+        return dataclasses.replace(mask, chosen_BTS=chosen_BTS), cache
 
     def _layer_norm(self, x):
         x32 = x.astype(jnp.float32)

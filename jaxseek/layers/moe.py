@@ -11,13 +11,16 @@ from flax import nnx
 
 from jaxseek.config import ModelConfig
 from jaxseek.kernels.fp8 import round_blocks
-from jaxseek.layers.dispatch import dispatch
+from jaxseek.layers.dispatch import dispatch, reads_in_place
 from jaxseek.layers.mlp import MLP
-from jaxseek.layers.quant import Quantized
+from jaxseek.layers.quant import Quantized, read
 from jaxseek.sharding import Init, Rules
 
 if TYPE_CHECKING:
     from jaxseek.layers.block import Context
+
+
+EXPERTS = ("gate_EDF", "up_EDF", "down_EFD")
 
 
 class RouterBias(nnx.Variable):
@@ -53,28 +56,40 @@ class MoE(nnx.Module):
         self.shared = MLP(D, F * cfg.n_shared_experts, cfg.mlp_bias, init) if cfg.n_shared_experts else None
 
     def __call__(
-        self, x_BTD: jax.Array, ctx: Context, replay_BTK: jax.Array | None = None
+        self,
+        x_BTD: jax.Array,
+        ctx: Context,
+        replay_BTK: jax.Array | None = None,
+        stack: tuple[Any, jax.Array | int] | None = None,
     ) -> tuple[jax.Array, Routing]:
         """Returns ([B, T, D], Routing). Padding (not valid) reaches no expert.
 
         `replay_BTK` are experts to use in place of the router's choice, with its gates for them; -1 leaves
-        the choice to it.
+        the choice to it. `stack` is the one that this is a layer of, and which: few tokens on TPU read the
+        experts in it.
         """
         rules, valid_BT, dtype = ctx.rules, ctx.valid_BT, x_BTD.dtype
         with jax.named_scope("router"):
             ids_BTK, gates_BTK, logits_BTE, own_BTK = self.route(x_BTD, rules, replay_BTK)
             affinity_BE = mean_affinity(self.cfg, logits_BTE, valid_BT, rules)
         with jax.named_scope("experts"):
-            experts: list[Any] = [
-                w.laid_out(rules) if isinstance(w, Quantized) else rules.use(w, dtype)
-                for w in (self.gate_EDF, self.up_EDF, self.down_EFD)
-            ]
+            experts, layer = None, None
+            if stack is not None and not ctx.fp8 and reads_in_place(x_BTD, rules):
+                experts, layer = read(stack[0], EXPERTS, rules), stack[1]
+            if experts is None:
+                experts, layer = self._experts(rules, dtype), None
             experts = [round_blocks(w, lead=1) for w in experts] if ctx.fp8 else experts
-            y_BTD, load_E, dropped = dispatch(x_BTD, ids_BTK, gates_BTK, valid_BT, experts, rules, ctx.fp8)
+            y_BTD, load_E, dropped = dispatch(
+                x_BTD, ids_BTK, gates_BTK, valid_BT, experts, rules, ctx.fp8, layer
+            )
         if self.shared is not None:
             with jax.named_scope("shared_experts"):
                 y_BTD += self.shared(x_BTD, ctx)
         return y_BTD, Routing(ids_BTK, affinity_BE, load_E, dropped, own_BTK)
+
+    def _experts(self, rules: Rules, dtype: Any) -> list[Any]:
+        params = (getattr(self, name) for name in EXPERTS)
+        return [w.laid_out(rules) if isinstance(w, Quantized) else rules.use(w, dtype) for w in params]
 
     def route(
         self, x_BTD: jax.Array, rules: Rules, replay_BTK: jax.Array | None = None

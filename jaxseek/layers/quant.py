@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -126,6 +126,23 @@ def _repeat(a: jax.Array, times: int, axis: int, size: int) -> jax.Array:
     many = jnp.broadcast_to(jnp.expand_dims(a, axis + 1), wide, out_sharding=spec)
     many = many.reshape(*a.shape[:axis], -1, *a.shape[axis + 1 :])
     return jax.lax.slice_in_dim(many, 0, size, axis=axis)
+
+
+def read(module: Any, names: Sequence[str], rules: Rules) -> list[Any] | None:
+    """A stack's parameters [L, ...] as they rest, for kernels to read: all plain, or all quantised.
+
+    None where a phase has one laid out otherwise, or one has other scales than one for each output.
+    """
+    found: list[jax.Array | Scaled] = []
+    for param in (getattr(module, name) for name in names):
+        values = param.value if isinstance(param, Quantized) else param
+        axes = (None, *values.get_metadata("axes"))
+        if jax.typeof(values[...]).sharding.spec != rules.spec(*axes):
+            return None
+        if isinstance(param, Quantized) and param.spec.group is not None:
+            return None
+        found.append(param.laid_out(rules, *axes) if isinstance(param, Quantized) else param[...])
+    return found if len({isinstance(w, Scaled) for w in found}) == 1 else None
 
 
 def matrix(param: Any, rules: Rules, dtype: Any) -> jax.Array:
