@@ -1,4 +1,4 @@
-"""The kernels of a decode step, interpreted, against float64 numpy; then together, on a mesh, against plain JAX."""
+"""A decode step's kernels, interpreted, against float64 numpy; then together on a mesh, against plain JAX."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from jaxseek.generate.engine import Engine
 from jaxseek.generate.sampling import Sampling
 from jaxseek.kernels import decode
 from jaxseek.kernels.chosen_experts import chosen_experts_mlp
-from jaxseek.kernels.latent_attention import combined, decode_attention
+from jaxseek.kernels.decode_attention import combined, decode_attention
 from jaxseek.kernels.scaled import Scaled
 from jaxseek.layers import block, dispatch
 from jaxseek.layers import decode as step
@@ -90,24 +90,27 @@ def test_what_stands_around_attention(quantised, interleaved):
     close(y, np.einsum("nbc,nvc,nvd->bd", z.astype(float), v_b, o))
 
 
+@pytest.mark.parametrize("own_values", [False, True])
 @pytest.mark.parametrize("parts", [1, 2])
-def test_attention_sees_each_row_up_to_its_position(parts):
-    draw, (B, N, A, C, S) = Draw(1, False), (4, 5, 24, 16, 512)
-    q, latent, position = draw.rows(B, N, A), draw.rows(2, B, S, A), np.array([0, 127, 300, 511])
+def test_attention_sees_each_row_up_to_its_position(parts, own_values):
+    draw, (B, K, G, H, C, S) = Draw(1, False), (4, 2, 5, 24, 16, 512)
+    q, keys, position = draw.rows(B, K, G, H), draw.rows(2, B, K, S, H), np.array([0, 127, 300, 511])
+    values = draw.rows(2, B, K, S, C) if own_values else None
 
-    def part(latent, start):  # of the slots, on a chip of its own
-        found = decode_attention(q, latent, LAYER, position, 0.3, C, start, interpret=True)
+    def part(keys, values, start):  # of the slots, on a chip of its own
+        found = decode_attention(q, keys, values, LAYER, position, 0.3, C, start, interpret=True)
         return combined(*found, ("slots",) if parts > 1 else (), jnp.float32)
 
     if parts == 1:
-        got = part(latent, 0)
+        got = part(keys, values, 0)
     else:
-        split = jnp.stack(jnp.split(jnp.asarray(latent), parts, axis=2))
-        got = jax.vmap(part, axis_name="slots")(split, jnp.arange(parts) * S // parts)[0]
+        cut = jax.tree.map(lambda a: jnp.stack(jnp.split(a, parts, axis=3)), (keys, values))
+        got = jax.vmap(part, axis_name="slots")(*cut, jnp.arange(parts) * S // parts)[0]
+    values = keys[..., :C] if values is None else values
     for b, last in enumerate(position):
-        keys = latent[LAYER, b, : last + 1].astype(float)
-        score = np.exp(0.3 * q[b].astype(float) @ keys.T)
-        close(got[b], score / score.sum(1, keepdims=True) @ keys[:, :C])
+        seen, value = (a[LAYER, b, :, : last + 1].astype(float) for a in (keys, values))
+        score = np.exp(0.3 * np.einsum("kgh,ksh->kgs", q[b].astype(float), seen))
+        close(got[b], np.einsum("kgs,ksc->kgc", score / score.sum(-1, keepdims=True), value))
 
 
 @pytest.mark.parametrize("preset", ["deepseek-v3", "deepseek-v2", "deepseek-v2-lite"])

@@ -10,7 +10,7 @@ and do all that stands between two collectives at a time:
     outputs   values' expansion, output projection
     router    norm, scores, the choice of experts, which of them have a token
 
-Between `queries` and `outputs` stands latent_attention.py, after `router` chosen_experts.py. Matrices are
+Between `queries` and `outputs` stands decode_attention.py, after `router` chosen_experts.py. Matrices are
 plain or Scaled with a scale for each output. All are for one device or inside shard_map; rows are [B, ...].
 """
 

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxseek.cache import LatentCache
 from jaxseek.kernels import decode as kernels
 from jaxseek.kernels.chosen_experts import ROWS, chosen_experts_mlp
-from jaxseek.kernels.latent_attention import combined, decode_attention
+from jaxseek.kernels.decode_attention import combined, decode_attention
 from jaxseek.kernels.scaled import Scaled
 from jaxseek.layers.mla import INNER_EPS, MLA
 from jaxseek.layers.moe import EXPERTS, MoE, Routing, mean_affinity
@@ -108,9 +108,10 @@ def attention(
         new_BA = new_BA.astype(latent_LBSA.dtype)
         latent_LBSA = latent_LBSA.at[layer, jnp.arange(B), at_B].set(new_BA, mode="drop")
         found = decode_attention(
-            q_NBA.swapaxes(0, 1), latent_LBSA, layer, position_B, cfg.softmax_scale, C, start
-        )
-        z_NBC = combined(*found, slots, x_BTD.dtype).swapaxes(0, 1)
+            q_NBA.swapaxes(0, 1)[:, None], latent_LBSA[:, :, None], None, layer, position_B,
+            cfg.softmax_scale, C, start,
+        )  # fmt: skip
+        z_NBC = combined(*found, slots, x_BTD.dtype)[:, 0].swapaxes(0, 1)
         if rows:
             z_NBC = jax.lax.all_to_all(z_NBC, rows, split_axis=0, concat_axis=1, tiled=True)
         y_BD = kernels.outputs(z_NBC, v_b, o, layer)

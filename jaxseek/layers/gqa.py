@@ -12,6 +12,7 @@ from flax import nnx
 from jaxseek.cache import KVCache, write_slots
 from jaxseek.config import ModelConfig
 from jaxseek.kernels.attention import attend
+from jaxseek.kernels.decode_attention import attend_cached, serves
 from jaxseek.layers.linear import Joined, linear
 from jaxseek.layers.rope import rotate
 from jaxseek.sharding import Init
@@ -71,11 +72,20 @@ class GQA(nnx.Module):
             out_BTKGH = attend(q_BTKGH, k_BKSH, v_BKSH, ctx.mask, cfg.softmax_scale, rules, heads)
         else:
             assert cache is not None, "queries without fresh keys need a cache"
-            k_BKSH, v_BKSH = (a[layer].astype(dtype) for a in (cache.k_LBKSH, cache.v_LBKSH))
-            out_BTKGH = attend(
-                q_BTKGH, k_BKSH, v_BKSH, ctx.mask, cfg.softmax_scale, rules, heads, "cache_length"
-            )
+            out_BTKGH = self._cached(q_BTKGH, cache, layer, ctx.mask, rules)
         y_BTD = linear(out_BTKGH, self.o_KGHD, ctx, "batch", "length", None, contract=3)
         return (
             y_BTD if self.o_bias_D is None else y_BTD + rules.use(self.o_bias_D, dtype)[None, None]
         ), cache
+
+    def _cached(self, q_BTKGH, cache, layer, mask, rules):
+        near, heads, scale = rules.for_cache(), ("kv_heads", "q_groups"), self.cfg.softmax_scale
+        axes = ("batch", "length", *heads, None)
+        q_BTKGH, mask = near.shard(q_BTKGH, *axes), mask.laid_out(near)
+        if serves(q_BTKGH, mask):
+            k, v, width = cache.k_LBKSH, cache.v_LBKSH, cache.v_LBKSH.shape[-1]
+            out_BTKGH = attend_cached(q_BTKGH, k, v, layer, mask, scale, width, near, heads)
+        else:
+            k_BKSH, v_BKSH = (a[layer].astype(q_BTKGH.dtype) for a in (cache.k_LBKSH, cache.v_LBKSH))
+            out_BTKGH = attend(q_BTKGH, k_BKSH, v_BKSH, mask, scale, near, heads, "cache_length")
+        return rules.shard(out_BTKGH, *axes)

@@ -17,7 +17,7 @@ from flax import nnx
 from jaxseek.cache import LatentCache, write_slots
 from jaxseek.config import ModelConfig
 from jaxseek.kernels.attention import Mask, attend
-from jaxseek.kernels.latent_attention import attend_latent, serves
+from jaxseek.kernels.decode_attention import attend_cached, serves
 from jaxseek.layers.linear import expand, linear
 from jaxseek.layers.norm import RMSNorm
 from jaxseek.layers.quant import Quantized, matrix
@@ -129,13 +129,14 @@ class MLA(nnx.Module):
         qc_BTNC = jnp.einsum("BTNP,NPC->BTNC", qn_BTNP, k_b_NPC, out_sharding=rules.spec(*heads))
         near = rules.for_cache()
         q_BTNA, mask = near.shard(jnp.concatenate([qc_BTNC, qr_BTNR], axis=-1), *heads), mask.laid_out(near)
-        if serves(q_BTNA, mask):
-            z_BTNC = attend_latent(q_BTNA, latent_LBSA, layer, mask, self.cfg.softmax_scale, C, near)
+        q_BT1NA, scale, axes = q_BTNA[:, :, None], self.cfg.softmax_scale, (None, "heads")
+        if serves(q_BT1NA, mask):
+            k_LB1SA = latent_LBSA[:, :, None]
+            z_BT1NC = attend_cached(q_BT1NA, k_LB1SA, None, layer, mask, scale, C, near, axes)
         else:
-            q_BT1NA, k_B1SA = q_BTNA[:, :, None], latent_LBSA[layer].astype(dtype)[:, None]
-            how = (mask, self.cfg.softmax_scale, near, (None, "heads"), "cache_length")
-            z_BTNC = attend(q_BT1NA, k_B1SA, k_B1SA, *how)[:, :, 0, :, :C]
-        z_BTNC = rules.shard(z_BTNC, *heads)
+            k_B1SA = latent_LBSA[layer].astype(dtype)[:, None]
+            z_BT1NC = attend(q_BT1NA, k_B1SA, k_B1SA, mask, scale, near, axes, "cache_length")[..., :C]
+        z_BTNC = rules.shard(z_BT1NC[:, :, 0], *heads)
         return jnp.einsum("BTNC,NHC->BTNH", z_BTNC, v_b_NHC, out_sharding=rules.spec(*heads))
 
 
