@@ -105,8 +105,9 @@ def job_weights(model: DeepSeek, weights: str) -> DeepSeek:
 # -------------------------------------------------------------------- on the slice's mesh
 
 
-def lower(job: Job, mesh: Mesh) -> tuple[Any, dict[str, int]]:
-    """The lowered step, and the bytes per device of what it is given, by kind. The mesh must be set."""
+def abstract_step(job: Job, mesh: Mesh) -> tuple[Any, tuple, dict[str, int]]:
+    """The jitted step, the abstract arguments it is called with, and their bytes per device by kind. The
+    mesh must be set."""
 
     def array(shape: Any, dtype: Any, spec: P) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
@@ -127,7 +128,7 @@ def lower(job: Job, mesh: Mesh) -> tuple[Any, dict[str, int]]:
     else:
         step, args = _decode(job, model, array, placed)
         given["cache"] = device_bytes(args[1].caches)
-    return step.lower(*args), given
+    return step, args, given
 
 
 def _decode(job: Job, model: DeepSeek, array: Any, placed: Any) -> tuple[Any, tuple]:
