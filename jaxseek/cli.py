@@ -218,6 +218,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--batch", type=int, default=8, help="sequences (default 8)")
     p.add_argument("--hlo", metavar="FILE", help="write the compiled program's text")
+    p.add_argument(
+        "--run",
+        dest="repeats",
+        nargs="?",
+        type=int,
+        const=10,
+        default=0,
+        metavar="N",
+        help="on that slice: run the step N times too (default 10), and print the median beside the estimate",
+    )
+    p.add_argument("--trace", metavar="DIR", help="with --run: write a profile of a step there, for xprof")
 
     p = verb(
         "sweep",
@@ -520,8 +531,11 @@ def _bench(args: argparse.Namespace) -> None:
 def _plan(args: argparse.Namespace) -> int:
     from jaxseek.lab.plan import plan
 
+    if args.trace and not args.repeats:
+        raise WrongUse("--trace is of a run: give --run too")
     layout = args.model, args.topology, args.mesh, args.workload, args.batch, args.context, args.weights
-    return plan(*layout, as_json=args.json, hlo=args.hlo, plot=args.plot)
+    run = {"repeats": args.repeats, "trace": args.trace}
+    return plan(*layout, as_json=args.json, hlo=args.hlo, plot=args.plot, **run)
 
 
 def _sweep(args: argparse.Namespace) -> int:

@@ -26,8 +26,8 @@ class Chip:
 
     `usable` is the HBM that the compiler gives to a program, `vmem` the bytes of VMEM of a core and
     `scoped_vmem` those that a kernel gets unless it asks for more. `operation_cycles` is the compiler's
-    estimate for the smallest operation. `torus` is the number of ICI axes; an axis
-    wraps around where its size is a multiple of `wraps_at`.
+    estimate for the smallest operation; `kinds` are the names that JAX gives its devices. `torus` is the
+    number of ICI axes; an axis wraps around where its size is a multiple of `wraps_at`.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Chip:
     vmem: int
     scoped_vmem: int
     operation_cycles: int
+    kinds: tuple[str, ...]
     devices: int = 1
     config: str = ""  # libtpu's chip configuration, where its default is not how JAX runs the chip
 
@@ -72,6 +73,7 @@ CHIPS = {
             vmem=16 * _MIB,  # [compiler]
             scoped_vmem=16 * _MIB,  # [compiler]
             operation_cycles=618,  # [compiler]
+            kinds=("TPU v4",),
             config="megacore",  # both cores are one device
         ),
         Chip(
@@ -87,6 +89,7 @@ CHIPS = {
             vmem=128 * _MIB,  # [compiler]
             scoped_vmem=16 * _MIB,  # [compiler]
             operation_cycles=1832,  # [compiler]
+            kinds=("TPU v5 lite", "TPU v5e"),
         ),
         Chip(
             "v5p",
@@ -101,6 +104,7 @@ CHIPS = {
             vmem=64 * _MIB,  # [compiler]
             scoped_vmem=16 * _MIB,  # [compiler]
             operation_cycles=2128,  # [compiler]
+            kinds=("TPU v5", "TPU v5p"),
         ),
         Chip(
             "v6e",
@@ -115,6 +119,7 @@ CHIPS = {
             vmem=128 * _MIB,  # [compiler]
             scoped_vmem=32 * _MIB,  # [compiler]
             operation_cycles=2124,  # [compiler]
+            kinds=("TPU v6 lite", "TPU v6e"),
         ),
         Chip(
             "tpu7x",  # Ironwood
@@ -129,6 +134,7 @@ CHIPS = {
             vmem=64 * _MIB,  # [compiler]
             scoped_vmem=32 * _MIB,  # [compiler]
             operation_cycles=2300,  # [compiler]
+            kinds=("TPU7x",),
             devices=2,  # [docs]: two chiplets, a JAX device each
         ),
     )
