@@ -203,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     def lab_arguments(p: argparse.ArgumentParser) -> None:
         p.add_argument("model", help="preset, checkpoint or Hugging Face directory, or config.json")
         p.add_argument("--topology", required=True, metavar="CHIP:AxB", help="such as v5e:8x8 or v5p:4x4x4")
-        workloads = ("decode", "prefill", "train", "rollout")
+        workloads = ("decode", "prefill", "train", "rollout", "grpo")
         p.add_argument("--workload", choices=workloads, default="decode")
         p.add_argument("--context", type=int, default=2048, help="tokens of a sequence (default 2048)")
         p.add_argument("--weights", choices=("bf16", "int8", "int4", "fp8"), default="bf16")
@@ -217,6 +217,7 @@ def _parser() -> argparse.ArgumentParser:
         "layout for this model, slice and workload, or else sizes chosen by a first estimate)",
     )
     p.add_argument("--batch", type=int, default=8, help="sequences (default 8)")
+    p.add_argument("--lora", type=int, default=0, metavar="RANK", help="train and grpo: only adapters learn")
     p.add_argument("--hlo", metavar="FILE", help="write the compiled program's text")
     p.add_argument(
         "--run",
@@ -559,7 +560,7 @@ def _plan(args: argparse.Namespace) -> int:
         raise WrongUse("--trace is of a run: give --run too")
     layout = args.model, args.topology, args.mesh, args.workload, args.batch, args.context, args.weights
     run = {"repeats": args.repeats, "trace": args.trace}
-    return plan(*layout, as_json=args.json, hlo=args.hlo, plot=args.plot, **run)
+    return plan(*layout, lora=args.lora, as_json=args.json, hlo=args.hlo, plot=args.plot, **run)
 
 
 def _sweep(args: argparse.Namespace) -> int:

@@ -197,6 +197,8 @@ def test_chips_are_told_by_their_figures(chip):
         ({"context": 511, "mesh": "context=8"}, "context 511 is not divisible by the 8 parts"),
         ({"mesh": "expert=1,tensor=8"}, "heads 4 is not divisible by tensor=8"),
         ({"workload": "train", "weights": "int8"}, "training updates its weights"),
+        ({"workload": "grpo", "weights": "int4"}, "training updates its weights"),
+        ({"lora": 4}, "lora 4: expected a rank above 0, and workload train or grpo"),
         ({"weights": "int3"}, "weights 'int3': expected one of bf16"),
         ({"workload": "dream"}, "workload 'dream': expected one of decode"),
     ],

@@ -10,7 +10,7 @@ from oracles import quick_compilation, tiny_config  # noqa: F401
 
 from jaxseek import cli
 from jaxseek.config import ConfigError
-from jaxseek.lab import plan, run
+from jaxseek.lab import analytic, plan, run
 from jaxseek.lab.chips import Topology
 from jaxseek.lab.job import Job, abstract_step
 from jaxseek.lab.report import Report
@@ -31,17 +31,18 @@ def real(j):
 
 
 @pytest.mark.parametrize(
-    ("workload", "mesh", "weights"),
+    ("workload", "mesh", "more"),
     [
-        ("decode", "expert=4,tensor=2", "int8"),
-        ("rollout", "expert=4,context=2", "bf16"),
-        ("prefill", "fsdp=2,expert=4", "int4"),
-        ("train", "fsdp=2,expert=4", "bf16"),
+        ("decode", "expert=4,tensor=2", {"weights": "int8"}),
+        ("rollout", "expert=4,context=2", {}),
+        ("prefill", "fsdp=2,expert=4", {"weights": "int4"}),
+        ("train", "fsdp=2,expert=4", {}),
+        ("grpo", "fsdp=2,expert=4", {"lora": 2}),
     ],
 )
-def test_every_workload_runs_and_is_timed(workload, mesh, weights, tmp_path):
+def test_every_workload_runs_and_is_timed(workload, mesh, more, tmp_path):
     trace = tmp_path / "trace"
-    j = job(workload, mesh, weights=weights)
+    j = job(workload, mesh, **more)
     found = run.measure(j, j.strategy.make_mesh(), 2, str(trace) if workload == "prefill" else None)
     assert len(found.seconds) == 2
     assert all(0 < s < 60 for s in found.seconds)
@@ -56,6 +57,25 @@ def test_arguments_have_the_shapes_dtypes_and_layouts_that_were_compiled():
             if isinstance(a, jax.ShapeDtypeStruct):
                 assert (a.shape, a.dtype) == (b.shape, b.dtype)
                 assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+
+
+def test_with_adapters_nothing_else_has_moments_and_the_first_estimate_counts_them():
+    def given(**more):
+        j = job("grpo", "fsdp=2,expert=4", **more)
+        mesh = j.strategy.make_mesh()
+        with jax.set_mesh(mesh):
+            bytes_of = abstract_step(j, mesh)[2]
+        return analytic.first_pass(j), bytes_of
+
+    (_, whole), (estimate, few) = given(), given(lora=2)
+    bias = 4 * SMALL.n_routed_experts  # the router's stays float32
+    frozen = (whole["weights"] - bias) / 2 + bias
+    adapters = few["weights"] - frozen
+    assert 0 < adapters < 0.5 * frozen
+    assert few["optimizer"] == pytest.approx(2 * adapters, abs=8)  # two moments in float32, and a count
+    assert whole["optimizer"] == pytest.approx(whole["weights"], rel=0.01)
+    assert estimate.weights == pytest.approx(few["weights"], rel=1e-6)
+    assert estimate.optimizer == pytest.approx(2 * adapters, rel=1e-6)
 
 
 def test_random_numbers_are_of_the_wanted_spread_on_any_mesh_and_norms_are_one():
@@ -142,9 +162,7 @@ def test_the_command_refuses_a_cpu_before_it_compiles(monkeypatch, capsys):
 def test_measured_stands_beside_the_estimate():
     j = dataclasses.replace(job("decode"), context=2048)
     seconds = {"xla": 3e-3, "pallas": 0.0, "collective": 1e-3, "copy": 0.0}
-    from jaxseek.lab.analytic import first_pass
-
-    r = Report(j, first_pass(j), {"peak": 1.0}, 1, seconds, {}, [], dispatch=32e-3, left_out={})
+    r = Report(j, analytic.first_pass(j), {"peak": 1.0}, 1, seconds, {}, [], dispatch=32e-3, left_out={})
     text = plan.beside(r, run.Measured((6e-3, 5e-3, 4e-3), "TPU v5 lite"))
     assert "measured 5.000 ms a step, median of 3 (4.000 to 6.000) on TPU v5 lite" in text
     assert "the estimate is 0.80 to 1.00 of it" in text  # 3 to 4 ms, and 1 of the dispatch

@@ -28,6 +28,7 @@ def plan(
     batch: int,
     context: int,
     weights: str,
+    lora: int = 0,
     as_json: bool = False,
     hlo: str | None = None,
     plot: str | None = None,
@@ -36,7 +37,7 @@ def plan(
 ) -> int:
     """Compile the step and print what it costs; with `repeats`, run it here too, that often, and with `trace`
     write a profile of it. Returns 1 for a program that does not fit."""
-    job, layout = make_job(read_config(model), topology, mesh, workload, batch, context, weights)
+    job, layout = make_job(read_config(model), topology, mesh, workload, batch, context, weights, lora)
     devices = devices_here(job.topology) if repeats else []
     console = Console(stderr=True)
     console.print(f"layout: {layout}", highlight=False)
@@ -86,28 +87,36 @@ def beside(r: Report, measured: Measured) -> str:
 
 def title(model: str, job: Job) -> str:
     sizes = " x ".join(f"{a}={n}" for a, n in job.strategy.sizes if n > 1) or "one device"
+    adapters = f" with adapters of rank {job.lora}" if job.lora else ""
     return (
-        f"{model}, {job.workload} of {job.batch} x {job.context:,} tokens, {job.weights} weights, on "
-        f"{job.topology.name} as {sizes}"
+        f"{model}, {job.workload}{adapters} of {job.batch} x {job.context:,} tokens, {job.weights} weights, "
+        f"on {job.topology.name} as {sizes}"
     )
 
 
 def make_job(
-    cfg: ModelConfig, topology: str, mesh: str | None, workload: str, batch: int, context: int, weights: str
+    cfg: ModelConfig,
+    topology: str,
+    mesh: str | None,
+    workload: str,
+    batch: int,
+    context: int,
+    weights: str,
+    lora: int = 0,
 ) -> tuple[Job, str]:
     """The job, and in words where its layout comes from. Raises ConfigError."""
     slice_ = Topology.parse(topology)
     if mesh is not None:
-        return Job(cfg, Strategy.parse(mesh), slice_, workload, batch, context, weights), mesh
+        return Job(cfg, Strategy.parse(mesh), slice_, workload, batch, context, weights, lora), mesh
     problem = ""
     for path in shipped(cfg, slice_, workload):
         try:
-            job = Job(cfg, Strategy.from_toml(path), slice_, workload, batch, context, weights)
+            job = Job(cfg, Strategy.from_toml(path), slice_, workload, batch, context, weights, lora)
         except ConfigError as e:
             problem = f"; {path.name} is not for this: {e}"
             continue
         return job, f"{path.name}, which is shipped"
-    job = sensible(cfg, slice_, workload, batch, context, weights)
+    job = sensible(cfg, slice_, workload, batch, context, weights, lora)
     sizes = ",".join(f"{a}={n}" for a, n in job.strategy.sizes if n > 1) or "one device"
     return job, f"the default strategy with {sizes}, by a first estimate of all its sizes{problem}"
 
@@ -117,7 +126,7 @@ def shipped(cfg: ModelConfig, topology: Topology, workload: str) -> list[Path]:
     found = []
     for path in sorted((configs_dir() / "meshes").glob("*.*.*.toml")):
         preset, slice_, of, *_ = path.name.removesuffix(".toml").split(".")
-        wanted = "decode" if workload == "rollout" else workload
+        wanted = {"rollout": "decode", "grpo": "train"}.get(workload, workload)
         if slice_ != topology.name.replace(":", "-") or of != wanted or preset not in presets():
             continue
         if _shape(ModelConfig.from_preset(preset)) == _shape(cfg):
