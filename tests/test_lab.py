@@ -183,6 +183,7 @@ def test_chips_are_told_by_their_figures(chip):
     assert {"bf16", "int8", "fp8"} == set(chip.peak)
     multiply_adds = chip.peak["bf16"] / chip.clock / 2 / 128**2
     assert multiply_adds == pytest.approx(round(multiply_adds), rel=0.01)  # whole matrix units
+    assert chip.scoped_vmem <= chip.vmem
     assert chip.device.hbm_bandwidth * chip.devices == chip.hbm_bandwidth
 
 
@@ -196,6 +197,8 @@ def test_chips_are_told_by_their_figures(chip):
         ({"context": 511, "mesh": "context=8"}, "context 511 is not divisible by the 8 parts"),
         ({"mesh": "expert=1,tensor=8"}, "heads 4 is not divisible by tensor=8"),
         ({"workload": "train", "weights": "int8"}, "training updates its weights"),
+        ({"workload": "grpo", "weights": "int4"}, "training updates its weights"),
+        ({"lora": 4}, "lora 4: expected a rank above 0, and workload train or grpo"),
         ({"weights": "int3"}, "weights 'int3': expected one of bf16"),
         ({"workload": "dream"}, "workload 'dream': expected one of decode"),
     ],
@@ -268,12 +271,25 @@ def test_a_report_adds_up():
     r = summary()
     assert r.cycles == 5 * 1826
     assert r.seconds["xla"] == pytest.approx(5 * 1826 / 1.5e9)
-    assert r.seconds["pallas"] == pytest.approx(5 * (212992 + 2 * (128 * 64 + 8 * 256)) / 8.19e11)
+    assert r.kernel_calls == 2 * 5
+    assert r.seconds["pallas"] == pytest.approx(2 * 5 * 1832 / 1.5e9)  # both move less than a call costs
     assert r.lower <= r.upper <= sum(r.seconds.values()) + r.estimate.limit
     assert r.dispatch == pytest.approx(40000 / 1.5e9 + 5 * 8 * 512 * 192 * 2 / 8.19e11)
     assert sum(sum(s.values()) for s in r.scopes.values()) == pytest.approx(sum(r.seconds.values()))
     assert r.fits
     assert not summary(peak=16 * 2.0**30).fits
+
+
+def test_a_kernel_costs_its_bytes_or_flops_and_a_call_at_the_least():
+    def seconds(**figures):
+        kernel = hlo.Op("a", "custom-call", "pallas", "", "", 3, **figures)
+        program = hlo.Program([kernel])
+        return report.summarise(job(workload="prefill"), program, dict.fromkeys(("peak",), 0.0), ()).seconds
+
+    assert seconds(bytes=1e3)["pallas"] == pytest.approx(3 * 1832 / 1.5e9)
+    assert seconds(bytes=8.19e8)["pallas"] == pytest.approx(3 * 1e-3)
+    assert seconds(bytes=1e3, flops=1.97e11)["pallas"] == pytest.approx(3 * 1e-3)
+    assert seconds(bytes=0.0)["xla"] == 0
 
 
 def test_a_report_is_json_text_and_a_picture(tmp_path):
@@ -283,7 +299,16 @@ def test_a_report_is_json_text_and_a_picture(tmp_path):
     assert found["left_out"]["loops_counted_once"] == []  # the steps themselves are expected
     assert len(found["dearest"]) <= 10
     text = report.lines("tiny", r)
-    for part in ("M cycles", "all-reduce", "over expert+tensor", "fits", "mlp/experts", "gather.2"):
+    assert found["kernel_calls"] == 10
+    for part in (
+        "M cycles",
+        "(10 calls)",
+        "all-reduce",
+        "over expert+tensor",
+        "fits",
+        "mlp/experts",
+        "gather.2",
+    ):
         assert part in text
     report.draw("tiny", r, str(tmp_path / "plan.png"))
     assert (tmp_path / "plan.png").stat().st_size > 10_000

@@ -171,8 +171,8 @@ class Engine:
         if key() not in _PROGRAMS:
             width, mode, record = static
             weights, cached, _ = abstract()
-            lowered = lower_decode(weights, cached, *args, width=width, mode=mode, record=record)
-            _PROGRAMS[key()] = lowered.compile()
+            step = laid_out_steps(weights, cached, width=width, mode=mode, record=record)
+            _PROGRAMS[key()] = step.lower(weights, cached, *args).compile()
         program = _PROGRAMS[key()]
         if not self.laid_out:
             formats, *_ = program.input_formats[0]
@@ -378,9 +378,8 @@ def _abstract(a: Any, laid_out: bool) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
 
 
-def lower_decode(model: DeepSeek, state: State, *args: Any, **static: Any) -> jax.stages.Lowered:
-    """`decode_steps` of abstract arguments, for weights and a state in layouts of the compiler's choice where
-    they have none.
+def laid_out_steps(model: DeepSeek, state: State, **static: Any) -> Any:
+    """`decode_steps` jitted for abstract weights and a state, in layouts that the compiler chooses.
 
     In the default layout of their shapes it would copy caches, and now and then weights, at every dispatch.
     """
@@ -388,10 +387,9 @@ def lower_decode(model: DeepSeek, state: State, *args: Any, **static: Any) -> ja
     def chosen(a: jax.ShapeDtypeStruct) -> Format:
         return Format(Layout.AUTO, a.sharding) if a.format.layout is None else a.format
 
-    step = jax.jit(
+    return jax.jit(
         functools.partial(_decode_steps, **static),
         donate_argnums=1,
-        in_shardings=(*jax.tree.map(chosen, (model, state)), *(None,) * len(args)),
+        in_shardings=(*jax.tree.map(chosen, (model, state)), *(None,) * 5),
         out_shardings=Format(Layout.AUTO),
     )
-    return step.lower(model, state, *args)

@@ -18,7 +18,9 @@ from jaxseek.config import ConfigError, ModelConfig
 from jaxseek.lab.chips import HOP_SECONDS, Topology
 from jaxseek.lab.job import Job, job_weights
 from jaxseek.model import DeepSeek
+from jaxseek.run_config import LoraConfig
 from jaxseek.sharding import Rules, Strategy, parameters
+from jaxseek.train.lora import LoraParam, adapt
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class _Param:
     shape: tuple[int, ...]
     bits: int
     axes: tuple[str | None, ...]
+    trained: bool
 
     @property
     def bytes(self) -> float:
@@ -62,29 +65,33 @@ class _Param:
 
 
 @functools.lru_cache(maxsize=16)
-def _parameters(cfg: ModelConfig, train: bool, weights: str) -> tuple[_Param, ...]:
-    model = job_weights(DeepSeek.abstract(cfg, None, jnp.float32 if train else jnp.bfloat16), weights)
+def _parameters(cfg: ModelConfig, train: bool, weights: str, lora: int) -> tuple[_Param, ...]:
+    whole = jnp.float32 if train and not lora else jnp.bfloat16
+    model = job_weights(DeepSeek.abstract(cfg, None, whole), weights)
+    model = adapt(model, LoraConfig(lora), 0) if lora else model
     found = []
     for path, param in parameters(model).items():
         value, axes = param.get_value(), param.get_metadata("axes")
         bits = 4 if value.dtype.name in ("int4", "uint4") else 8 * value.dtype.itemsize
-        names = [part for part in path.split(".") if part not in ("value", "scale")]
+        names = [part for part in path.split(".") if part not in ("value", "scale", "base")]
         axes = (*(None,) * (len(value.shape) - len(axes)), *axes)
-        found.append(_Param(names[-1], value.shape, bits, axes))
+        found.append(_Param(names[-1], value.shape, bits, axes, not lora or isinstance(param, LoraParam)))
     return tuple(found)
 
 
 def first_pass(job: Job) -> Estimate:
     """The estimate of a job."""
     cfg, strategy, rules, chip = job.cfg, job.strategy, job.rules, job.topology.chip.device
-    train, decode = job.workload == "train", job.phase == "decode"
-    params = _parameters(cfg, train, job.weights)
+    train, decode = job.trains, job.phase == "decode"
+    params = _parameters(cfg, train, job.weights, job.lora)
     touched = _touched_experts(job)
-    weights = read = gathered = 0.0
+    weights = read = gathered = optimizer = 0.0
     gathers = 0
     for p in params:
         at_rest, used = (p.bytes / _parts(p, r, strategy) for r in (strategy.weights, rules))
         weights += at_rest
+        if train and p.trained:  # two moments, in bfloat16 where all is trained
+            optimizer += at_rest * (2 if job.lora else 1)
         looked_up = p.name == "embed_VD" and not cfg.tie_word_embeddings
         read += 0 if looked_up else used * (touched if "expert" in p.axes else 1.0)
         if used > at_rest:
@@ -97,7 +104,6 @@ def first_pass(job: Job) -> Estimate:
     )
     heads = 1 if cfg.is_mla else strategy.parts(rules, "kv_heads")
     cache = 0.0 if train else rows * slots * cfg.cache_bytes_per_token("bfloat16") / heads
-    optimizer = weights if train else 0.0  # two moments in bfloat16
     moved, turns = _layer_traffic(job)
     moved, turns = moved + gathered, turns + gathers
     traffic = 2 * weights + 2 * optimizer if train else read + cache * (decode or 0.5)
@@ -141,7 +147,8 @@ def _flops(job: Job) -> float:
         width = cfg.head_dim + cfg.v_head_dim
     seen = n if job.phase == "decode" else n / 2
     per_token = 2 * cfg.num_active_params() + 2 * cfg.num_hidden_layers * heads * width * seen
-    return job.tokens * per_token * (3 if job.workload == "train" else 1)
+    passes = 1 if not job.trains else 2 if job.lora else 3  # gradients of frozen weights are not wanted
+    return job.tokens * per_token * passes
 
 
 def _layer_traffic(job: Job) -> tuple[float, int]:
@@ -150,7 +157,7 @@ def _layer_traffic(job: Job) -> tuple[float, int]:
     rows = job.batch / strategy.parts(rules, "batch")
     length = 1 if job.phase == "decode" else job.context / strategy.parts(rules, "length")
     x = rows * length * cfg.hidden_size * 2
-    backward = 2 if job.workload == "train" else 1
+    backward = 2 if job.trains else 1
     sparse = sum(map(cfg.is_moe_layer, range(cfg.num_hidden_layers)))
     dense = cfg.num_hidden_layers - sparse
     heads = strategy.parts(rules, "heads" if cfg.is_mla else "kv_heads")
@@ -180,7 +187,7 @@ def _layer_traffic(job: Job) -> tuple[float, int]:
 
 
 def candidates(
-    cfg: ModelConfig, topology: Topology, workload: str, batch: int, context: int, weights: str
+    cfg: ModelConfig, topology: Topology, workload: str, batch: int, context: int, weights: str, lora: int = 0
 ) -> Iterator[Job]:
     """Jobs with the default rule tables and every split of the slice into mesh axes that fits them."""
     devices = topology.num_devices
@@ -190,16 +197,16 @@ def candidates(
             continue
         sizes = {"fsdp": fsdp, "expert": expert, "tensor": tensor, "context": context_axis}
         try:
-            yield Job(cfg, Strategy.default(**sizes), topology, workload, batch, context, weights)
+            yield Job(cfg, Strategy.default(**sizes), topology, workload, batch, context, weights, lora)
         except ConfigError:
             continue
 
 
 def sensible(
-    cfg: ModelConfig, topology: Topology, workload: str, batch: int, context: int, weights: str
+    cfg: ModelConfig, topology: Topology, workload: str, batch: int, context: int, weights: str, lora: int = 0
 ) -> Job:
     """The default rule tables with the sizes of the least estimated step that fits. Raises ConfigError."""
-    jobs = list(candidates(cfg, topology, workload, batch, context, weights))
+    jobs = list(candidates(cfg, topology, workload, batch, context, weights, lora))
     if not jobs:
         raise ConfigError(
             f"no sizes of the default strategy's axes fit the model, batch {batch} and context {context} on "

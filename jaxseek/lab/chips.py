@@ -5,7 +5,9 @@ All figures are per *chip*. Where a chip is two JAX devices (`devices`), `device
 Sources. [docs] docs.cloud.google.com/tpu/docs, the pages v4, v5e, v5p, v6e, tpu7x (read in November 2026).
 [book] jax-ml.github.io/scaling-book/tpus: bandwidth of one link in one direction as it is reached, a hop's
 time, which axes wrap around. Clock: peak / (multiply-adds per cycle of the matrix units * 2), which for v5e
-is 197e12 / (4 * 128 * 128 * 2) = 1.50 GHz; docs/lab.md has what a large matmul compiles to.
+is 197e12 / (4 * 128 * 128 * 2) = 1.50 GHz; docs/lab.md has what a large matmul compiles to. [compiler]
+libtpu 0.0.52, asked with small programs: VMEM, of which a Pallas kernel gets `scoped_vmem`, as the compiler's
+out-of-memory errors name them; `operation_cycles`, its estimate for adding 1 to an array of 8 x 128.
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ HOP_SECONDS = 1e-6  # [book], "Key takeaways": about 1 us per hop
 class Chip:
     """One chip: HBM bytes and bytes/s, peak operations/s by dtype, ICI bytes/s of a link in one direction.
 
-    `usable` is the HBM that the compiler gives to a program. `torus` is the number of ICI axes; an axis
-    wraps around where its size is a multiple of `wraps_at`.
+    `usable` is the HBM that the compiler gives to a program, `vmem` the bytes of VMEM of a core and
+    `scoped_vmem` those that a kernel gets unless it asks for more. `operation_cycles` is the compiler's
+    estimate for the smallest operation; `kinds` are the names that JAX gives its devices. `torus` is the
+    number of ICI axes; an axis wraps around where its size is a multiple of `wraps_at`.
     """
 
     name: str
@@ -35,6 +39,10 @@ class Chip:
     torus: int
     wraps_at: int
     clock: float
+    vmem: int
+    scoped_vmem: int
+    operation_cycles: int
+    kinds: tuple[str, ...]
     devices: int = 1
     config: str = ""  # libtpu's chip configuration, where its default is not how JAX runs the chip
 
@@ -47,7 +55,7 @@ class Chip:
         return replace(self, **parts, peak=peak, devices=1)
 
 
-_GIB = 2**30
+_GIB, _MIB = 2**30, 2**20
 
 CHIPS = {
     chip.name: chip
@@ -62,6 +70,10 @@ CHIPS = {
             torus=3,  # [docs]
             wraps_at=4,  # [book]: optical switches close every axis of whole 4x4x4 cubes
             clock=1.05e9,  # 275e12 / (2 cores * 4 * 128 * 128 * 2)
+            vmem=16 * _MIB,  # [compiler]
+            scoped_vmem=16 * _MIB,  # [compiler]
+            operation_cycles=618,  # [compiler]
+            kinds=("TPU v4",),
             config="megacore",  # both cores are one device
         ),
         Chip(
@@ -74,6 +86,10 @@ CHIPS = {
             torus=2,  # [docs]
             wraps_at=16,  # [book]: 2D slices wrap around only along an axis of 16
             clock=1.5e9,
+            vmem=128 * _MIB,  # [compiler]
+            scoped_vmem=16 * _MIB,  # [compiler]
+            operation_cycles=1832,  # [compiler]
+            kinds=("TPU v5 lite", "TPU v5e"),
         ),
         Chip(
             "v5p",
@@ -85,6 +101,10 @@ CHIPS = {
             torus=3,  # [docs]
             wraps_at=4,  # [book]
             clock=1.75e9,  # 459e12 / (2 cores * 4 * 128 * 128 * 2)
+            vmem=64 * _MIB,  # [compiler]
+            scoped_vmem=16 * _MIB,  # [compiler]
+            operation_cycles=2128,  # [compiler]
+            kinds=("TPU v5", "TPU v5p"),
         ),
         Chip(
             "v6e",
@@ -96,6 +116,10 @@ CHIPS = {
             torus=2,  # [docs]
             wraps_at=16,  # [book]
             clock=1.75e9,  # 918e12 / (4 * 256 * 256 * 2)
+            vmem=128 * _MIB,  # [compiler]
+            scoped_vmem=32 * _MIB,  # [compiler]
+            operation_cycles=2124,  # [compiler]
+            kinds=("TPU v6 lite", "TPU v6e"),
         ),
         Chip(
             "tpu7x",  # Ironwood
@@ -107,6 +131,10 @@ CHIPS = {
             torus=3,  # [docs]
             wraps_at=4,  # as v5p
             clock=2.2e9,  # 2307e12 / (2 chiplets * 4 * 256 * 256 * 2)
+            vmem=64 * _MIB,  # [compiler]
+            scoped_vmem=32 * _MIB,  # [compiler]
+            operation_cycles=2300,  # [compiler]
+            kinds=("TPU7x",),
             devices=2,  # [docs]: two chiplets, a JAX device each
         ),
     )

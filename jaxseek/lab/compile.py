@@ -144,6 +144,8 @@ def explain(log: str) -> dict[str, Any]:
         used, has = float(found[1]) * units[found[2]], float(found[3]) * units[found[4]]
         text = f"does not fit: needs {used / 2**30:.2f} GiB of HBM per device of {has / 2**30:.2f}"
         return {"text": text, "needed": used}
+    if found := re.search(r"VmemError: (.*)", log):
+        return {"text": found[1], "needed": None}
     lines = [line for line in log.splitlines() if re.match(r"^[\w.]*(Error|Exception|Unimplemented)\b", line)]
     text = lines[-1] if lines else "\n".join(log.splitlines()[-5:])
     return {"text": f"the TPU compiler failed: {text[:1000]}", "needed": None}

@@ -22,14 +22,17 @@ from jaxseek.generate.sampling import Sampling, SamplingArrays
 from jaxseek.lab.chips import Topology
 from jaxseek.layers.quant import quantize_abstract
 from jaxseek.model import DeepSeek
+from jaxseek.rl.experience import MOST_IN_A_ROW, PolicyBatch
+from jaxseek.rl.objective import PolicyObjective
 from jaxseek.run_config import RunConfig
 from jaxseek.sharding import Rules, Strategy, device_bytes, fill
 from jaxseek.train.batch import make_batch
+from jaxseek.train.lora import adapt
 from jaxseek.train.objectives import Objective
 from jaxseek.train.optimizer import decays, make_optimizer
 from jaxseek.train.step import State, make_step, trained
 
-WORKLOADS = ("decode", "prefill", "train", "rollout")
+WORKLOADS = ("decode", "prefill", "train", "rollout", "grpo")
 WEIGHTS = ("bf16", "int8", "int4", "fp8")
 TOKENS_PER_DISPATCH = 32  # the engine's default
 
@@ -39,7 +42,9 @@ class Job:
     """One thing to compile: `batch` sequences of `context` tokens, in the cache (decode, rollout) or read.
 
     Training rests in float32 (its moments in bfloat16) and computes in bfloat16, as the trainer does with
-    DeepSeek-V3's run file; the other workloads leave the multi-token module out, as `convert --no-mtp` does.
+    DeepSeek-V3's run file; `grpo` is the update on sampled answers, a row of `context` tokens each. With
+    `lora` only adapters of that rank are trained, on bfloat16 weights. All workloads but `train` leave the
+    multi-token module out, as `convert --no-mtp` does.
     """
 
     cfg: ModelConfig
@@ -49,14 +54,17 @@ class Job:
     batch: int
     context: int
     weights: str = "bf16"
+    lora: int = 0
 
     def __post_init__(self) -> None:
         if self.workload not in WORKLOADS:
             raise ConfigError(f"workload {self.workload!r}: expected one of {', '.join(WORKLOADS)}")
         if self.weights not in WEIGHTS:
             raise ConfigError(f"weights {self.weights!r}: expected one of {', '.join(WEIGHTS)}")
-        if self.workload == "train" and self.weights != "bf16":
+        if self.trains and self.weights != "bf16":
             raise ConfigError(f"training updates its weights: --weights {self.weights} is for the others")
+        if self.lora < 0 or (self.lora and not self.trains):
+            raise ConfigError(f"lora {self.lora}: expected a rank above 0, and workload train or grpo")
         if self.workload != "train" and self.cfg.num_nextn_predict_layers:
             object.__setattr__(self, "cfg", dataclasses.replace(self.cfg, num_nextn_predict_layers=0))
         if self.strategy.num_devices != self.topology.num_devices:
@@ -82,7 +90,12 @@ class Job:
     @property
     def phase(self) -> str:
         """The table of the strategy that lays this workload out."""
-        return "decode" if self.workload == "rollout" else self.workload
+        return {"rollout": "decode", "grpo": "train"}.get(self.workload, self.workload)
+
+    @property
+    def trains(self) -> bool:
+        """Whether a step changes weights."""
+        return self.phase == "train"
 
     @property
     def rules(self) -> Rules:
@@ -96,7 +109,7 @@ class Job:
 
 def abstract_model(job: Job) -> DeepSeek:
     """The model's shapes and shardings, in the dtype that its weights rest in."""
-    dtype = jnp.float32 if job.workload == "train" else jnp.bfloat16
+    dtype = jnp.float32 if job.trains and not job.lora else jnp.bfloat16
     return job_weights(DeepSeek.abstract(job.cfg, job.strategy, dtype), job.weights)
 
 
@@ -110,8 +123,9 @@ def job_weights(model: DeepSeek, weights: str) -> DeepSeek:
 # -------------------------------------------------------------------- on the slice's mesh
 
 
-def lower(job: Job, mesh: Mesh) -> tuple[Any, dict[str, int]]:
-    """The lowered step, and the bytes per device of what it is given, by kind. The mesh must be set."""
+def abstract_step(job: Job, mesh: Mesh) -> tuple[Any, tuple, dict[str, int]]:
+    """The jitted step, the abstract arguments it is called with, and their bytes per device by kind. The
+    mesh must be set."""
 
     def array(shape: Any, dtype: Any, spec: P) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
@@ -123,30 +137,29 @@ def lower(job: Job, mesh: Mesh) -> tuple[Any, dict[str, int]]:
         return array(param.get_value().shape, param.get_value().dtype, sharding.spec)
 
     model = fill(abstract_model(job), mesh, value)
+    model = adapt(model, train_run(job).lora, 0) if job.lora else model
     given = {"weights": device_bytes(model)}
-    if job.workload == "train":
+    if job.trains:
         step, args = _train(job, model, array, placed)
-        return step.lower(*args), given | {"optimizer": device_bytes(args[0].moments)}
-    if job.workload == "prefill":
+        given["optimizer"] = device_bytes(args[0].moments)
+    elif job.workload == "prefill":
         step, args = _prefill(job, model)
-        return step.lower(*args), given
-    state = _state(job, model, array, placed)
-    return _decode(job, model, state), given | {"cache": device_bytes(state.caches)}
+    else:
+        step, args = _decode(job, model, array, placed)
+        given["cache"] = device_bytes(args[1].caches)
+    return step, args, given
 
 
-def _state(job: Job, model: DeepSeek, array: Any, placed: Any) -> engine.State:
-    caches = placed(jax.eval_shape(lambda: model.init_caches(job.batch, job.context, "bfloat16", job.rules)))
+def _decode(job: Job, model: DeepSeek, array: Any, placed: Any) -> tuple[Any, tuple]:
+    B, rules, width = job.batch, job.rules, TOKENS_PER_DISPATCH
+    caches = placed(jax.eval_shape(lambda: model.init_caches(B, job.context, "bfloat16", rules)))
     kinds = (jnp.int32, jnp.int32, jnp.bool)
-    return engine.State(caches, *(array((job.batch,), kind, job.rules.spec("batch")) for kind in kinds))
-
-
-def _decode(job: Job, model: DeepSeek, state: engine.State) -> jax.stages.Lowered:
-    B, width = job.batch, TOKENS_PER_DISPATCH
+    state = engine.State(caches, *(array((B,), kind, rules.spec("batch")) for kind in kinds))
     temperature, record = (1.0, ("logprobs",)) if job.workload == "rollout" else (0.0, ())
     sampling = Sampling(temperature=temperature, top_p=1.0)
     params, done_B, stops_BK = SamplingArrays.of([sampling] * B), np.zeros(B, bool), np.full((B, 1), -1)
-    static = {"width": width, "mode": sampling.mode, "record": record}
-    return engine.lower_decode(model, state, done_B, params, stops_BK.astype(np.int32), width, B, **static)
+    step = engine.laid_out_steps(model, state, width=width, mode=sampling.mode, record=record)
+    return step, (model, state, done_B, params, stops_BK.astype(np.int32), np.int32(width), np.int32(B))
 
 
 def _prefill(job: Job, model: DeepSeek) -> tuple[Any, tuple]:
@@ -157,15 +170,17 @@ def _prefill(job: Job, model: DeepSeek) -> tuple[Any, tuple]:
 
 
 def train_run(job: Job) -> RunConfig:
-    """The run that a training job is a step of: DeepSeek-V3's pretraining as run_config.py has it."""
-    return RunConfig.from_dict(
-        {
-            "objective": "pretrain", "model": job.cfg.model_type, "out": "-", "steps": 1,
-            "compute_dtype": "bfloat16", "batch": {"size": job.batch},
-            "data": {"train": ["-"], "length": job.context},
-            "optimizer": {"moments": "bfloat16"}, "loss": {"sequence_balance": 1e-4},
-        }
-    )  # fmt: skip
+    """The run that a training job is a step of: DeepSeek-V3's pretraining as run_config.py has it, or GRPO as
+    R1-Zero's."""
+    raw: dict[str, Any] = {
+        "objective": "pretrain", "model": job.cfg.model_type, "out": "-", "steps": 1,
+        "compute_dtype": "bfloat16", "batch": {"size": job.batch},
+        "data": {"train": ["-"], "length": job.context}, "loss": {"sequence_balance": 1e-4},
+    }  # fmt: skip
+    if job.workload == "grpo":
+        raw |= {"objective": "grpo", "loss": {}, "rewards": [{"kind": "exact"}]}
+    raw |= {"lora": {"rank": job.lora}} if job.lora else {"optimizer": {"moments": "bfloat16"}}
+    return RunConfig.from_dict(raw)
 
 
 def _train(job: Job, model: DeepSeek, array: Any, placed: Any) -> tuple[Any, tuple]:
@@ -175,11 +190,16 @@ def _train(job: Job, model: DeepSeek, array: Any, placed: Any) -> tuple[Any, tup
     state = State(model, moments, array((), jnp.int32, P()))
     rows = np.zeros((job.batch, 2), np.int8)  # of any length: only the fields are wanted
     fields = make_batch(rows, rows, rows, job.cfg.num_nextn_predict_layers)
+    objective = Objective(run, jnp.dtype(run.compute_dtype))
+    if job.workload == "grpo":  # with the log-probabilities that a rollout records, and a reference
+        known = ("mask_BT", "advantage_BT", "sampled_BT", "reference_BT")
+        fields = PolicyBatch(**vars(fields), **dict.fromkeys(known, rows[None].astype(np.float32)))
+        objective = PolicyObjective(run, objective.dtype, MOST_IN_A_ROW)
 
     def batch(a: np.ndarray) -> jax.ShapeDtypeStruct:
         names = ("batch", *(None,) * (a.ndim - 3), "length")[: a.ndim - 1]
         return array((*a.shape[:-1], job.context), a.dtype, P(None, *rules.spec(*names)))
 
     weight = np.float32(0.3 if job.cfg.num_nextn_predict_layers else 0)
-    step = make_step(Objective(run, jnp.dtype(run.compute_dtype)), optimizer)
+    step = make_step(objective, optimizer)
     return step, (state, None, jax.tree.map(batch, fields), weight, np.float32(0.001))

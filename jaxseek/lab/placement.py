@@ -89,6 +89,14 @@ def _place(load_E, slots, groups, nodes, devices) -> np.ndarray:
     return np.concatenate(out)
 
 
+def contiguous(layers: int, experts: int, devices: int) -> Placement:
+    """Every expert once, in order: what a mesh does. Raises ValueError for numbers that do not divide."""
+    if experts % devices:
+        raise ValueError(f"{experts} experts are not divisible by {devices} devices")
+    expert_LS = np.tile(np.arange(experts), (layers, 1))
+    return Placement(expert_LS, expert_LS[..., None], np.ones_like(expert_LS))
+
+
 def device_load(load_LE: np.ndarray, placement: Placement, devices: int) -> np.ndarray:
     """Tokens that each device serves, [L, devices], if an expert's copies share its tokens equally."""
     each_LE = load_LE / placement.copies_LE
@@ -98,20 +106,25 @@ def device_load(load_LE: np.ndarray, placement: Placement, devices: int) -> np.n
 
 def imbalance(device_LD: np.ndarray) -> float:
     """The slowest device's load against the mean's, over layers: 1 is perfect balance."""
-    return float(device_LD.max(axis=1).sum() / device_LD.mean(axis=1).sum())
+    return float(device_LD.max(axis=-1).sum() / device_LD.mean(axis=-1).sum())
 
 
-def touched(ids_TBK: np.ndarray, placement: Placement, devices: int, layer: int = 0) -> np.ndarray:
-    """Experts whose weights a device reads in each step of a recorded trace, [steps, devices].
+def serve(load_TLE: np.ndarray, placement: Placement, devices: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of every step of a trace, layer and device: tokens served, and experts whose weights are read, each
+    [T, L, devices].
 
-    `ids` are the experts that every row of the batch chose, [steps, B, K]; the rows of an expert with several
-    copies take them in turn. Reading weights is what decoding small batches costs, so the slowest device of a
-    step is the one with the most.
+    `load` counts the tokens that chose an expert in a step; they take its copies in turn, first the first.
+    Reading weights is what decoding small batches costs, and a layer ends when its slowest device has.
     """
-    T, B, K = ids_TBK.shape
-    slots = placement.expert_LS.shape[1]
-    copies_TBK = placement.copies_LE[layer][ids_TBK]
-    slot_TBK = placement.slots_LEK[layer][ids_TBK, np.arange(B)[None, :, None] % copies_TBK]
-    used_TS = np.zeros((T, slots), bool)
-    used_TS[np.arange(T)[:, None], slot_TBK.reshape(T, B * K)] = True
-    return used_TS.reshape(T, devices, -1).sum(axis=-1)
+    T, L, _ = load_TLE.shape
+    S = placement.expert_LS.shape[1]
+    rank_LS = np.zeros((L, S), int)  # of a slot among its expert's
+    for l, slots_EK in enumerate(placement.slots_LEK):
+        expert_N, k_N = np.nonzero(slots_EK >= 0)
+        rank_LS[l, slots_EK[expert_N, k_N]] = k_N
+    index_LS = placement.expert_LS
+    copies_LS = np.take_along_axis(placement.copies_LE, index_LS, axis=1)
+    load_TLS = np.take_along_axis(load_TLE, np.broadcast_to(index_LS, (T, L, S)), axis=2)
+    tokens_TLS = (load_TLS + copies_LS - 1 - rank_LS) // copies_LS
+    by_device = (T, L, devices, -1)
+    return tokens_TLS.reshape(by_device).sum(axis=-1), (tokens_TLS > 0).reshape(by_device).sum(axis=-1)

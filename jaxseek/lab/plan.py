@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import jax
 from rich.console import Console
 
 from jaxseek.config import ConfigError, ModelConfig, configs_dir, presets
@@ -12,9 +14,10 @@ from jaxseek.info import read_config
 from jaxseek.lab.analytic import first_pass, sensible
 from jaxseek.lab.chips import Topology
 from jaxseek.lab.compile import CompileError, compile_job
-from jaxseek.lab.job import Job
-from jaxseek.lab.report import draw, lines, report
-from jaxseek.sharding import Strategy
+from jaxseek.lab.job import TOKENS_PER_DISPATCH, Job
+from jaxseek.lab.report import Report, draw, lines, report
+from jaxseek.lab.run import Measured, devices_of, measure
+from jaxseek.sharding import Strategy, initialize_distributed
 
 
 def plan(
@@ -25,12 +28,17 @@ def plan(
     batch: int,
     context: int,
     weights: str,
+    lora: int = 0,
     as_json: bool = False,
     hlo: str | None = None,
     plot: str | None = None,
+    repeats: int = 0,
+    trace: str | None = None,
 ) -> int:
-    """Compile the step and print what it costs. Returns 1 for a program that does not fit."""
-    job, layout = make_job(read_config(model), topology, mesh, workload, batch, context, weights)
+    """Compile the step and print what it costs; with `repeats`, run it here too, that often, and with `trace`
+    write a profile of it. Returns 1 for a program that does not fit."""
+    job, layout = make_job(read_config(model), topology, mesh, workload, batch, context, weights, lora)
+    devices = devices_here(job.topology) if repeats else []
     console = Console(stderr=True)
     console.print(f"layout: {layout}", highlight=False)
     held = first_pass(job).held / 2**30
@@ -49,35 +57,66 @@ def plan(
         Path(hlo).write_text(compiled.text, encoding="utf-8")
     if plot:
         draw(title(model, job), r, plot)
-    found = {"model": model, "layout": layout} | r.to_dict()
-    print(json.dumps(found) if as_json else lines(title(model, job), r))
+    found, text = {"model": model, "layout": layout} | r.to_dict(), lines(title(model, job), r)
+    if devices and r.fits:
+        with console.status(f"running on {len(devices)} devices"):
+            measured = measure(job, job.strategy.make_mesh(devices), repeats, trace)
+        found |= {"measured": measured.to_dict()}
+        text += "\n" + beside(r, measured)
+    print(json.dumps(found) if as_json else text)
     return 0 if r.fits else 1
+
+
+def devices_here(topology: Topology) -> list[Any]:
+    """The devices of a slice that this process, with those on the other hosts, has. Raises ConfigError."""
+    initialize_distributed()
+    return devices_of(topology, jax.devices())
+
+
+def beside(r: Report, measured: Measured) -> str:
+    """What was measured, and what of it the estimate had said."""
+    ms, share = measured.median * 1e3, r.dispatch / TOKENS_PER_DISPATCH if r.job.phase == "decode" else 0.0
+    low, high = ((t + share) / measured.median for t in (r.lower, r.upper))
+    return (
+        f"  measured {ms:.3f} ms a step, median of {len(measured.seconds)} "
+        f"({min(measured.seconds) * 1e3:.3f} to {max(measured.seconds) * 1e3:.3f}) on {measured.device}; "
+        f"the estimate is {low:.2f} to {high:.2f} of it, {r.estimate.limit / measured.median:.0%} of the "
+        "roofline is reached"
+    )
 
 
 def title(model: str, job: Job) -> str:
     sizes = " x ".join(f"{a}={n}" for a, n in job.strategy.sizes if n > 1) or "one device"
+    adapters = f" with adapters of rank {job.lora}" if job.lora else ""
     return (
-        f"{model}, {job.workload} of {job.batch} x {job.context:,} tokens, {job.weights} weights, on "
-        f"{job.topology.name} as {sizes}"
+        f"{model}, {job.workload}{adapters} of {job.batch} x {job.context:,} tokens, {job.weights} weights, "
+        f"on {job.topology.name} as {sizes}"
     )
 
 
 def make_job(
-    cfg: ModelConfig, topology: str, mesh: str | None, workload: str, batch: int, context: int, weights: str
+    cfg: ModelConfig,
+    topology: str,
+    mesh: str | None,
+    workload: str,
+    batch: int,
+    context: int,
+    weights: str,
+    lora: int = 0,
 ) -> tuple[Job, str]:
     """The job, and in words where its layout comes from. Raises ConfigError."""
     slice_ = Topology.parse(topology)
     if mesh is not None:
-        return Job(cfg, Strategy.parse(mesh), slice_, workload, batch, context, weights), mesh
+        return Job(cfg, Strategy.parse(mesh), slice_, workload, batch, context, weights, lora), mesh
     problem = ""
     for path in shipped(cfg, slice_, workload):
         try:
-            job = Job(cfg, Strategy.from_toml(path), slice_, workload, batch, context, weights)
+            job = Job(cfg, Strategy.from_toml(path), slice_, workload, batch, context, weights, lora)
         except ConfigError as e:
             problem = f"; {path.name} is not for this: {e}"
             continue
         return job, f"{path.name}, which is shipped"
-    job = sensible(cfg, slice_, workload, batch, context, weights)
+    job = sensible(cfg, slice_, workload, batch, context, weights, lora)
     sizes = ",".join(f"{a}={n}" for a, n in job.strategy.sizes if n > 1) or "one device"
     return job, f"the default strategy with {sizes}, by a first estimate of all its sizes{problem}"
 
@@ -87,7 +126,7 @@ def shipped(cfg: ModelConfig, topology: Topology, workload: str) -> list[Path]:
     found = []
     for path in sorted((configs_dir() / "meshes").glob("*.*.*.toml")):
         preset, slice_, of, *_ = path.name.removesuffix(".toml").split(".")
-        wanted = "decode" if workload == "rollout" else workload
+        wanted = {"rollout": "decode", "grpo": "train"}.get(workload, workload)
         if slice_ != topology.name.replace(":", "-") or of != wanted or preset not in presets():
             continue
         if _shape(ModelConfig.from_preset(preset)) == _shape(cfg):

@@ -59,6 +59,11 @@ class Report:
         return self.memory["peak"] <= self.job.topology.chip.device.usable
 
     @property
+    def kernel_calls(self) -> int:
+        """Pallas calls of a step."""
+        return sum(t.op.times for t in self.operations if t.op.kind == "pallas")
+
+    @property
     def core_cycles(self) -> float:
         """XLA's cycles, and the kernels' by their cost estimates in cycles."""
         return self.cycles + self.seconds["pallas"] * self.job.topology.chip.clock
@@ -77,6 +82,7 @@ class Report:
             "bytes_per_device": self.memory | {"hbm": job.topology.chip.device.usable},
             "fits": self.fits,
             "cycles": {"xla": self.cycles, "core": self.core_cycles},
+            "kernel_calls": self.kernel_calls,
             "seconds": self.seconds
             | {"lower": self.lower, "upper": self.upper, "per_dispatch": self.dispatch},
             "roofline": {
@@ -160,7 +166,10 @@ def _time(op: Op, topology: Topology, coords: Coords, job: Job) -> Timed:
         return Timed(op, cost(op, topology, coords).seconds * op.times, axes)
     if op.kind == "xla":
         return Timed(op, op.cycles / chip.clock * op.times)
-    return Timed(op, max(op.flops / chip.peak["bf16"], op.bytes / chip.hbm_bandwidth) * op.times)
+    seconds = max(op.flops / chip.peak["bf16"], op.bytes / chip.hbm_bandwidth)
+    if op.kind == "pallas":  # a call takes no less than any operation
+        seconds = max(seconds, chip.operation_cycles / chip.clock)
+    return Timed(op, seconds * op.times)
 
 
 # -------------------------------------------------------------------- to read
@@ -179,7 +188,8 @@ def lines(title: str, r: Report) -> str:
         f"  memory   peak {m['peak'] / gib:.2f} of {usable:.2f} GiB per device ({parts}): "
         + ("fits" if r.fits else "DOES NOT FIT"),
         f"  step     {r.lower * 1e3:.3f} to {r.upper * 1e3:.3f} ms (all overlapped, nothing overlapped)",
-        f"           XLA {s['xla']:.3f} ms ({r.cycles / 1e6:.2f} M cycles), kernels {s['pallas']:.3f}, "
+        f"           XLA {s['xla']:.3f} ms ({r.cycles / 1e6:.2f} M cycles), kernels {s['pallas']:.3f} "
+        f"({r.kernel_calls:,} calls), "
         f"collectives {s['collective']:.3f}, prefetch {s['copy']:.3f}",
         f"  limit    {e.limit * 1e3:.3f} ms ({floors}), {reached[0]:.0%} to {reached[1]:.0%} reached",
         f"  tokens/s {_range([x / chips for x in rates])} per chip, "

@@ -15,7 +15,8 @@ from pathlib import Path
 import jax
 from jax.experimental import topologies
 
-from jaxseek.lab.job import Job, lower
+from jaxseek.lab import vmem
+from jaxseek.lab.job import Job, abstract_step
 
 
 def main(job_file: str, out: str) -> None:
@@ -25,7 +26,10 @@ def main(job_file: str, out: str) -> None:
     slice_ = topologies.get_topology_desc(platform="tpu", topology_name=job.topology.name, **config)
     mesh = job.strategy.make_mesh(list(slice_.devices))
     with jax.set_mesh(mesh):
-        lowered, given = lower(job, mesh)
+        step, args, given = abstract_step(job, mesh)
+        traced = step.trace(*args)
+        vmem.check(traced.jaxpr, job.topology.chip)
+        lowered = traced.lower()
         seconds = {"lower": time.monotonic() - start}
         (folder / "lowered").touch()
         start = time.monotonic()

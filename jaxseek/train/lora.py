@@ -97,8 +97,8 @@ def _adapter(base: nnx.Variable, lead: int, left: int, cfg: LoraConfig, rng: np.
     shape, spec = value.shape, (*value.sharding.spec, *(None,) * (value.ndim - len(value.sharding.spec)))
 
     def factor(shape: tuple[int, ...], spec: tuple[Any, ...], axes: tuple[Any, ...], std: float) -> LoraParam:
-        draw = (std * rng.standard_normal(shape, np.float32)) if std else np.zeros(shape, np.float32)
         if isinstance(value, jax.Array):
+            draw = (std * rng.standard_normal(shape, np.float32)) if std else np.zeros(shape, np.float32)
             sharding = NamedSharding(mesh, P(*spec))
             made = jax.make_array_from_callback(shape, sharding, lambda index: draw[index])
         else:

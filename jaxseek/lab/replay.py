@@ -1,0 +1,196 @@
+"""`jaxseek placement`: a recorded trace of routed experts, served under several placements of the experts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from jaxseek.config import ConfigError
+from jaxseek.generate.engine import Engine
+from jaxseek.generate.groups import sample_groups
+from jaxseek.generate.sampling import Sampling
+from jaxseek.lab.placement import Placement, contiguous, imbalance, place, serve
+from jaxseek.model import DeepSeek
+
+
+@dataclass(frozen=True)
+class Load:
+    """How many tokens chose each expert: `load_TLE` [steps, sparse layers, experts]; the groups that experts
+    are in."""
+
+    load_TLE: np.ndarray
+    groups: int = 1
+
+
+def counts(ids: np.ndarray, experts: int) -> np.ndarray:
+    """Tokens of every expert [T, L, E] from routed ids [T, L, tokens, K]; -1 stands for no token. Raises
+    ConfigError for others."""
+    if ids.ndim != 4 or ids.max(initial=-1) >= experts or ids.min(initial=0) < -1:
+        raise ConfigError(
+            f"routed ids have shape {list(ids.shape)} and go from {ids.min(initial=0)} to "
+            f"{ids.max(initial=-1)}, expected [steps, layers, tokens, K] below the {experts} experts"
+        )
+    T, L, *_ = ids.shape
+    each_TLN = ids.reshape(T, L, -1)
+    out = np.zeros((T, L, experts + 1), np.int64)
+    np.add.at(out, (np.arange(T)[:, None, None], np.arange(L)[:, None], each_TLN), 1)
+    return out[..., :-1]
+
+
+def read_load(path: str | Path) -> Load:
+    """From `.npz` with `ids` [steps, layers, tokens, K] and `experts`, or `load` [steps, layers, experts],
+    each with `groups` or without; or `.npy` of loads, also [layers, experts]. Raises ConfigError."""
+    try:
+        raw: Any = np.load(path)
+        found = {name: raw[name] for name in raw.files} if hasattr(raw, "files") else {"load": raw}
+    except (ValueError, OSError, zipfile.BadZipFile) as e:
+        raise ConfigError(f"{path}: not a trace that numpy can read ({e})") from None
+    if "load" not in found and not {"ids", "experts"} <= set(found):
+        raise ConfigError(f"{path} has {', '.join(found) or 'nothing'}; expected ids and experts, or load")
+    load = found["load"] if "load" in found else counts(found["ids"], int(found["experts"]))
+    load = load[None] if load.ndim == 2 else load
+    if load.ndim != 3 or not np.issubdtype(load.dtype, np.integer) or load.min(initial=0) < 0:
+        raise ConfigError(
+            f"{path}: load is {load.dtype}{list(load.shape)}, expected whole numbers [steps, layers, experts]"
+        )
+    return Load(load.astype(np.int64), int(found.get("groups", 1)))
+
+
+def record(
+    model: DeepSeek, prompts: Sequence[Sequence[int]], sampling: Sampling, path: str | None = None
+) -> Load:
+    """Decode all prompts side by side, and count the experts of every step; with `path` the ids are written
+    there. Rows that have ended leave -1. Raises ConfigError for a model without experts."""
+    cfg = model.cfg
+    if not cfg.n_routed_experts:
+        raise ConfigError(f"a {cfg.model_type} model without experts has no routing to record")
+    requests = [[dataclasses.replace(sampling, seed=sampling.seed + i)] for i in range(len(prompts))]
+    answers, _ = sample_groups(Engine(model), prompts, requests, record_experts=True)
+    own = [a.experts[:, len(p) :] for p, (a,) in zip(prompts, answers) if a.experts is not None]
+    steps = max(ids_LTK.shape[1] for ids_LTK in own)
+    if not steps:
+        raise ConfigError("every answer ended with its first token: there is no decode step to record")
+    ids = np.full((steps, model.sparse_layers, len(own), cfg.num_experts_per_tok), -1, np.int16)
+    for b, ids_LTK in enumerate(own):
+        ids[: ids_LTK.shape[1], :, b] = ids_LTK.swapaxes(0, 1)
+    if path:
+        np.savez_compressed(path, ids=ids, experts=cfg.n_routed_experts, groups=cfg.n_group)
+    return Load(counts(ids, cfg.n_routed_experts), cfg.n_group)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A placement and what it makes of a trace: of every step, layer and device the tokens it serves and the
+    experts it reads [T, L, devices]."""
+
+    name: str
+    placement: Placement
+    tokens_TLD: np.ndarray
+    read_TLD: np.ndarray
+
+    def to_dict(self) -> dict[str, Any]:
+        """Means over steps and layers; of the busiest device in each, and of all."""
+        return {
+            "placement": self.name,
+            "slots_per_device": self.placement.expert_LS.shape[1] // self.tokens_TLD.shape[2],
+            "load_max_over_mean": imbalance(self.tokens_TLD),
+            "tokens_busiest": float(self.tokens_TLD.max(axis=-1).mean()),
+            "tokens_mean": float(self.tokens_TLD.mean()),
+            "experts_read_busiest": float(self.read_TLD.max(axis=-1).mean()),
+            "experts_read_mean": float(self.read_TLD.mean()),
+            "experts_read_busiest_per_step": float(self.read_TLD.max(axis=-1).sum(axis=-1).mean()),
+        }
+
+
+def compare(load: Load, devices: int, redundant: int, nodes: int = 1) -> list[Served]:
+    """The second half of a trace under: experts in their order, EPLB by the loads of the first half, and that
+    with `redundant` more slots (where not 0). A trace of one step is both. Raises ConfigError for numbers
+    that do not divide."""
+    load_TLE = load.load_TLE
+    T, L, E = load_TLE.shape
+    if T == 0 or not load_TLE.any():
+        raise ConfigError("the trace has no tokens")
+    known_LE, served_TLE = load_TLE[: max(1, T // 2)].sum(axis=0), load_TLE[T // 2 :]
+    try:
+        found = {"in order": contiguous(L, E, devices)}
+        for extra in dict.fromkeys((0, redundant)):
+            name = f"EPLB, {extra} redundant" if extra else "EPLB"
+            found[name] = place(known_LE.astype(float), E + extra, load.groups, nodes, devices)
+    except ValueError as e:
+        raise ConfigError(f"{e}; choose other --devices, --nodes or --redundant") from None
+    return [Served(name, p, *serve(served_TLE, p, devices)) for name, p in found.items()]
+
+
+# -------------------------------------------------------------------- to read
+
+
+def show(load: Load, served: list[Served], as_json: bool = False, plot: str | None = None) -> None:
+    """Print the comparison, and draw it."""
+    T, L, E = load.load_TLE.shape
+    if plot:
+        draw(served, plot)
+    rows = [s.to_dict() for s in served]
+    if as_json:
+        print(json.dumps({"steps": T, "layers": L, "experts": E, "placements": rows}))
+        return
+    devices = served[0].tokens_TLD.shape[2]
+    split = f"placed by the first {T // 2}, served: the other {T - T // 2}" if T > 1 else "placed by the same"
+    table = Table(title=f"{T} steps ({split}), {L} layers, {E} experts on {devices} devices")
+    for name in (
+        "",
+        "slots",
+        "tokens: busiest",
+        "mean",
+        "ratio",
+        "experts read: busiest",
+        "mean",
+        "per step",
+    ):
+        table.add_column(name, justify="left" if not name else "right")
+    for r in rows:
+        table.add_row(
+            r["placement"],
+            str(r["slots_per_device"]),
+            f"{r['tokens_busiest']:.2f}",
+            f"{r['tokens_mean']:.2f}",
+            f"{r['load_max_over_mean']:.2f}",
+            f"{r['experts_read_busiest']:.2f}",
+            f"{r['experts_read_mean']:.2f}",
+            f"{r['experts_read_busiest_per_step']:.1f}",
+        )
+    Console(width=None if Console().is_terminal else 130).print(table)
+    print(
+        "of a device and layer, mean over steps and layers; per step: the busiest device's, over all layers"
+    )
+
+
+def draw(served: list[Served], path: str) -> None:
+    """A picture: tokens and experts read of the devices, busiest first in every step and layer."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for s in served:
+        for axes, a in ((left, s.tokens_TLD), (right, s.read_TLD)):
+            ranked = -np.sort(-a, axis=-1).mean(axis=(0, 1))
+            axes.plot(np.arange(1, len(ranked) + 1), ranked, marker=".", label=s.name)
+    left.axhline(served[0].tokens_TLD.mean(), color="black", linewidth=1, linestyle="--", label="mean")
+    left.set(ylabel="tokens of a device and layer")
+    right.set(ylabel="experts that it reads")
+    for axes in (left, right):
+        axes.set(xlabel="devices, busiest first in every step and layer", ylim=(0, None))
+        axes.grid(alpha=0.3)
+    left.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
