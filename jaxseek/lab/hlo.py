@@ -267,7 +267,8 @@ def _ops(i, here, computations, times, dispatch, program, chains) -> Iterator[Op
                     continue
                 chains.add(chain[1])
             operands = [scope[o].shape for o in found.operands if o in scope]
-            operands = operands[:1] if opcode == "ragged-all-to-all" else operands
+            if opcode == "ragged-all-to-all":  # what is sent fits into either buffer
+                operands = [min(operands[:2], key=shape_bytes)]
             groups = replica_groups(found.attributes)
             algorithm = re.search(r'"emitter":"(\w+)"', found.attributes)
             yield Op(
