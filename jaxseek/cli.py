@@ -182,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--remat",
         nargs="+",
-        choices=("none", "dots", "full"),
+        choices=("none", "dots", "costly", "full"),
         default=["none"],
         help="with --train: what the backward pass computes again instead of keeping it; each is timed",
     )
@@ -217,6 +217,12 @@ def _parser() -> argparse.ArgumentParser:
         "layout for this model, slice and workload, or else sizes chosen by a first estimate)",
     )
     p.add_argument("--batch", type=int, default=8, help="sequences (default 8)")
+    p.add_argument(
+        "--remat",
+        choices=("none", "dots", "costly", "full"),
+        default="full",
+        help="of training: what the backward pass computes again, as in a run file (default full)",
+    )
     p.add_argument("--hlo", metavar="FILE", help="write the compiled program's text")
 
     p = verb(
@@ -521,7 +527,7 @@ def _plan(args: argparse.Namespace) -> int:
     from jaxseek.lab.plan import plan
 
     layout = args.model, args.topology, args.mesh, args.workload, args.batch, args.context, args.weights
-    return plan(*layout, as_json=args.json, hlo=args.hlo, plot=args.plot)
+    return plan(*layout, remat=args.remat, as_json=args.json, hlo=args.hlo, plot=args.plot)
 
 
 def _sweep(args: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -226,7 +227,8 @@ def _fwd(q, k, v, q_pos, q_seg, kv_pos, kv_seg, scale, interpret):
         call.operands,
     )  # fmt: skip
     out = out[:, : call.T].reshape(*q.shape[:4], V)
-    return out, (q, k, v, q_pos, q_seg, kv_pos, kv_seg, out, lse[:, :, : call.T])
+    out, lse = (checkpoint_name(a, "attended") for a in (out, lse[:, :, : call.T]))
+    return out, (q, k, v, q_pos, q_seg, kv_pos, kv_seg, out, lse)
 
 
 # -------------------------------------------------------------------- backward

@@ -49,6 +49,7 @@ class Job:
     batch: int
     context: int
     weights: str = "bf16"
+    remat: str = "full"
 
     def __post_init__(self) -> None:
         if self.workload not in WORKLOADS:
@@ -156,7 +157,7 @@ def train_run(job: Job) -> RunConfig:
     return RunConfig.from_dict(
         {
             "objective": "pretrain", "model": job.cfg.model_type, "out": "-", "steps": 1,
-            "compute_dtype": "bfloat16", "batch": {"size": job.batch},
+            "remat": job.remat, "compute_dtype": "bfloat16", "batch": {"size": job.batch},
             "data": {"train": ["-"], "length": job.context},
             "optimizer": {"moments": "bfloat16"}, "loss": {"sequence_balance": 1e-4},
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -25,12 +26,14 @@ def plan(
     batch: int,
     context: int,
     weights: str,
+    remat: str = "full",
     as_json: bool = False,
     hlo: str | None = None,
     plot: str | None = None,
 ) -> int:
     """Compile the step and print what it costs. Returns 1 for a program that does not fit."""
     job, layout = make_job(read_config(model), topology, mesh, workload, batch, context, weights)
+    job = dataclasses.replace(job, remat=remat)
     console = Console(stderr=True)
     console.print(f"layout: {layout}", highlight=False)
     held = first_pass(job).held / 2**30

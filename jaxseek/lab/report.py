@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -160,7 +161,24 @@ def _time(op: Op, topology: Topology, coords: Coords, job: Job) -> Timed:
         return Timed(op, cost(op, topology, coords).seconds * op.times, axes)
     if op.kind == "xla":
         return Timed(op, op.cycles / chip.clock * op.times)
-    return Timed(op, max(op.flops / chip.peak["bf16"], op.bytes / chip.hbm_bandwidth) * op.times)
+    seconds = max(op.flops / chip.peak["bf16"], op.bytes / chip.hbm_bandwidth) * op.times
+    return Timed(op, seconds * (filled(job) if re.match(r"t?gmm\b", op.name) else 1.0))
+
+
+def filled(job: Job) -> float:
+    """The share of an exchange's room that a chip's even share of rows takes: megablox counts all of it, and
+    multiplies only what is there."""
+    rules, cfg = job.rules, job.cfg
+    parts = job.strategy.parts(rules, "expert")
+    if rules.dispatch != "all_to_all" or parts == 1:
+        return 1.0
+    K, E = cfg.num_experts_per_tok, cfg.n_routed_experts
+    room = parts * min(K, E // parts) / K  # in even shares
+    if rules.room_factor is not None:
+        room = min(room, rules.room_factor)
+    if rules.capacity_factor is not None:
+        room = min(room, rules.capacity_factor)
+    return min(1.0, 1 / room)
 
 
 # -------------------------------------------------------------------- to read

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxseek.cache import Cache
 from jaxseek.config import ModelConfig
@@ -45,12 +46,17 @@ class Context:
 
 UNROLL_UP_TO = 8  # layers of a stack, on CPU
 
-# What the backward pass finds in memory: everything; the results of matmuls without batch dimensions; or
+# What the backward pass finds in memory: everything; the results of matmuls without batch dimensions; what
+# takes longest to make or to move for its size (attention's results, x after it, what experts sent back); or
 # only each layer's input.
 REMAT: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "none": lambda f: f,
     "dots": functools.partial(
         jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
+    "costly": functools.partial(
+        jax.checkpoint,
+        policy=jax.checkpoint_policies.save_only_these_names("attended", "residual", "exchanged"),
     ),
     "full": jax.checkpoint,
 }
@@ -91,7 +97,7 @@ class Layer(nnx.Module):
         """x after the block, the cache with this block's tokens in `layer`, and what the router did."""
         with jax.named_scope("attention"):
             y_BTD, cache = self.attn(self.attn_norm(x_BTD), cache, layer, ctx)
-            x_BTD += y_BTD
+            x_BTD = checkpoint_name(x_BTD + y_BTD, "residual")
         with jax.named_scope("mlp"):
             if isinstance(self.mlp, MoE):
                 y_BTD, routing = self.mlp(self.mlp_norm(x_BTD), ctx, replay_BTK)

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxseek.kernels.grouped_mlp import every_expert_mlp, grouped_mlp, sort_by_expert
 from jaxseek.kernels.ragged_all_to_all import ragged_all_to_all
@@ -133,7 +134,8 @@ def _all_to_all(x_ND, ids_NK, gates_NK, experts, axes, room, fp8):
     Every pair of a source and an expert has a run of its own, so that rows arrive sorted by expert. What a
     shard is sent beyond its `room` is dropped, of the last sources first; returns how many of one's own.
     """
-    (N, K), P, E = ids_NK.shape, jax.lax.axis_size(axes), experts[0].shape[0]
+    gate_EDF, up_EDF, down_EFD = experts
+    (N, K), P, E = ids_NK.shape, jax.lax.axis_size(axes), gate_EDF.shape[0]
     me = jax.lax.axis_index(axes)
     at_NK, order_M, sizes_E = sorted_by_expert(ids_NK, P * E)
     asked_SPE = jax.lax.all_gather(sizes_E.reshape(P, E), axes)  # by source S to shard P for its expert E
@@ -155,9 +157,9 @@ def _all_to_all(x_ND, ids_NK, gates_NK, experts, axes, room, fp8):
 
     there = flat(from_SPE[me], sizes_SPE[me], to_SPE[me], sizes_SPE[:, me])
     back = flat(to_SPE[:, me], sizes_SPE[:, me], from_SPE[:, me], sizes_SPE[me])
-    got_MD = ragged_all_to_all(rows_of(x_ND, at_NK, order_M), room, *there, axes)
-    y_MD = grouped_mlp(got_MD, *experts, sizes_SPE[:, me].sum(0), fp8)
-    y_MD = ragged_all_to_all(y_MD, N * K, *back, axes)
+    got_MD = ragged_all_to_all(rows_of(x_ND, at_NK, order_M), room, *there, axes=axes)
+    y_MD = grouped_mlp(got_MD, gate_EDF, up_EDF, down_EFD, sizes_SPE[:, me].sum(0), fp8, clear=False)
+    y_MD = checkpoint_name(ragged_all_to_all(y_MD, N * K, *back, axes=axes), "exchanged")
     return combine(y_MD, gates_NK, at_NK, order_M), dropped
 
 
