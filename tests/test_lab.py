@@ -64,6 +64,23 @@ ENTRY %main (x: bf16[8,64]) -> bf16[48,64] {
 """
 
 
+def test_a_sum_that_is_fused_with_its_slice_is_a_reduce_scatter():
+    text = """
+%fused (a: bf16[16,8]) -> bf16[2,8] {
+  %a = bf16[16,8]{1,0} parameter(0)
+  %sum = bf16[16,8]{1,0} all-reduce(%a), replica_groups={{0,1,2,3,4,5,6,7}}
+  ROOT %part = bf16[2,8]{1,0} dynamic-slice(%sum), dynamic_slice_sizes={2,8}
+}
+ENTRY %main (x: bf16[16,8]) -> bf16[2,8] {
+  %x = bf16[16,8]{1,0} parameter(0)
+  ROOT %part = bf16[2,8]{1,0} fusion(%x), calls=%fused, backend_config={EMITTER}
+}
+"""
+    for emitter, opcode in (("SingleInputAllReduceScatterFusion", "reduce-scatter"), ("Other", "all-reduce")):
+        (found,) = hlo.read_program(text.replace("EMITTER", emitter)).ops
+        assert (found.opcode, found.bytes) == (opcode, 256)
+
+
 def test_gathers_of_the_sparse_cores_are_read_and_written_and_an_exchange_sends_no_more_than_fits():
     gather, exchange = hlo.read_program(SENT).ops
     assert (gather.kind, gather.opcode, gather.scope, gather.bytes) == ("copy", "gather", "experts", 2 * 4096)

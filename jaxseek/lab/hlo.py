@@ -269,6 +269,8 @@ def _ops(i, here, computations, times, dispatch, program, chains) -> Iterator[Op
             operands = [scope[o].shape for o in found.operands if o in scope]
             if opcode == "ragged-all-to-all":  # what is sent fits into either buffer
                 operands = [min(operands[:2], key=shape_bytes)]
+            if opcode == "all-reduce" and "AllReduceScatterFusion" in i.attributes:  # so it is emitted
+                opcode = "reduce-scatter"
             groups = replica_groups(found.attributes)
             algorithm = re.search(r'"emitter":"(\w+)"', found.attributes)
             yield Op(
