@@ -182,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--remat",
         nargs="+",
-        choices=("none", "dots", "full"),
+        choices=("none", "dots", "costly", "full"),
         default=["none"],
         help="with --train: what the backward pass computes again instead of keeping it; each is timed",
     )
@@ -218,6 +218,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--batch", type=int, default=8, help="sequences (default 8)")
     p.add_argument("--lora", type=int, default=0, metavar="RANK", help="train and grpo: only adapters learn")
+    p.add_argument(
+        "--remat",
+        choices=("none", "dots", "costly", "full"),
+        default="full",
+        help="of training: what the backward pass computes again, as in a run file (default full)",
+    )
     p.add_argument("--hlo", metavar="FILE", help="write the compiled program's text")
     p.add_argument(
         "--run",
@@ -559,8 +565,8 @@ def _plan(args: argparse.Namespace) -> int:
     if args.trace and not args.repeats:
         raise WrongUse("--trace is of a run: give --run too")
     layout = args.model, args.topology, args.mesh, args.workload, args.batch, args.context, args.weights
-    run = {"repeats": args.repeats, "trace": args.trace}
-    return plan(*layout, lora=args.lora, as_json=args.json, hlo=args.hlo, plot=args.plot, **run)
+    run = {"lora": args.lora, "remat": args.remat, "repeats": args.repeats, "trace": args.trace}
+    return plan(*layout, as_json=args.json, hlo=args.hlo, plot=args.plot, **run)
 
 
 def _sweep(args: argparse.Namespace) -> int:

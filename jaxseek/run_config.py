@@ -209,7 +209,7 @@ class RunConfig:
     mesh: str = ""  # as --mesh elsewhere: sizes such as fsdp=8, a strategy TOML or a shipped one's name
     compute_dtype: Literal["", "float32", "bfloat16"] = ""  # default: float32 on CPU, else bfloat16
     fp8: bool = False  # matmuls on inputs rounded to FP8 (DeepSeek-V3 paper, section 3.3)
-    remat: Literal["none", "dots", "full"] = "full"
+    remat: Literal["none", "dots", "costly", "full"] = "full"  # see REMAT in layers/block.py
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

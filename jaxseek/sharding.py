@@ -40,6 +40,7 @@ from jaxseek.config import ConfigError, ModelConfig, configs_dir
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 DISPATCHES = ("local", "replicated", "all_to_all")
+FACTORS = ("capacity_factor", "room_factor")  # of the rows that a dispatch takes, see layers/dispatch.py
 PHASES = ("train", "prefill", "decode")
 LOGICAL_AXES = (
     "batch",
@@ -67,11 +68,15 @@ _SAME = {"cache_batch": "batch", "cache_heads": "heads"}
 
 @dataclass(frozen=True)
 class Rules:
-    """One table of a strategy: logical axis name to mesh axes, and the expert dispatch of the phase."""
+    """One table of a strategy: logical axis name to mesh axes, and the expert dispatch of the phase.
+
+    The factors limit what an expert or a shard takes to a multiple of its even share (layers/dispatch.py).
+    """
 
     table: tuple[tuple[str, tuple[str, ...]], ...] = ()
     dispatch: str = "local"
     capacity_factor: float | None = None
+    room_factor: float | None = None
 
     def axes(self, name: str | None) -> tuple[str, ...]:
         """Mesh axes (of size above one) that this logical axis is split over."""
@@ -236,7 +241,7 @@ def _check_keys(given: dict[str, Any], known: tuple[str, ...], what: str) -> Non
 
 def _rules(where: str, raw: dict[str, Any], sizes: dict[str, int]) -> Rules:
     raw = dict(raw)
-    extra = {k: raw.pop(k) for k in ("dispatch", "capacity_factor") if k in raw}
+    extra = {k: raw.pop(k) for k in ("dispatch", *FACTORS) if k in raw}
     _check_keys(raw, LOGICAL_AXES, f"logical axis in [{where}]")
     table = []
     for name, axes in raw.items():
@@ -250,8 +255,11 @@ def _rules(where: str, raw: dict[str, Any], sizes: dict[str, int]) -> Rules:
         raise ConfigError(
             f"[{where}] dispatch is {rules.dispatch!r}, expected one of {', '.join(DISPATCHES)}"
         )
-    if rules.capacity_factor is not None and not rules.capacity_factor > 0:
-        raise ConfigError(f"[{where}] capacity_factor is {rules.capacity_factor}, expected above 0")
+    for name in FACTORS:
+        if (factor := getattr(rules, name)) is not None and not factor > 0:
+            raise ConfigError(f"[{where}] {name} is {factor}, expected above 0")
+    if rules.room_factor is not None and rules.dispatch != "all_to_all":
+        raise ConfigError(f"[{where}] room_factor is for dispatch 'all_to_all', not {rules.dispatch!r}")
     if where != "weights" and rules.dispatch == "local" and rules.axes("expert"):
         raise ConfigError(
             f"[{where}] dispatch 'local' keeps all experts, but expert is split; use 'replicated'"

@@ -220,3 +220,43 @@ def test_a_capacity_drops_the_smallest_gates_and_counts_them(tmp_path, mesh, sha
 def test_a_capacity_that_is_large_enough_drops_nothing(tmp_path, mesh):
     strategy = strategy_of(mesh, tmp_path, capacity_factor=E / K)
     check(strategy, "train", "skewed")
+
+
+def kept_by_room(ids, valid, room_factor, expert, shards):
+    """Source by source, expert by expert, token by token: which assignments find room on their shard.
+
+    Each of the `shards` sources has consecutive rows; `expert` of them exchange with each other.
+    """
+    kept, rows = np.zeros((B, T, K), bool), np.split(np.arange(B), shards)
+    room = math.ceil(room_factor * B // shards * T * K)
+    for group in range(0, shards, expert):
+        taken = np.zeros(expert, int)
+        for source in rows[group : group + expert]:
+            for e in range(E):
+                asking = (at for at in np.ndindex(B, T, K) if at[0] in source and ids[at] == e)
+                for at in asking:
+                    if valid[at[:2]] and taken[e // (E // expert)] < room:
+                        taken[e // (E // expert)] += 1
+                        kept[at] = True
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("mesh", "expert", "shards"), [("expert=4", 4, 4), ("fsdp=2,expert=2,tensor=2", 2, 4)]
+)
+@pytest.mark.parametrize("routing", ["padded", "skewed"])
+def test_what_finds_no_room_on_a_shard_is_dropped_and_counted(tmp_path, mesh, expert, shards, routing):
+    x, gates, experts, ids, valid, dy = inputs(routing)
+    strategy = strategy_of(mesh, tmp_path, room_factor=0.5)
+    kept = kept_by_room(ids, valid, 0.5, expert, shards)
+    y, load, dropped, grads = compute(strategy, "train", routing)
+    assert dropped == np.repeat(valid[..., None], K, -1).sum() - kept.sum() > 0
+    assert_close(y, dense_loop(x, gates, experts, ids, kept), 1e-5)
+    assert load.tolist() == expected(routing)[2].tolist()
+    jax.tree.map(lambda a, b: assert_close(a, b, 1e-5), grads, dense_grads(x, gates, experts, ids, kept, dy))
+
+
+def test_room_for_all_that_comes_drops_nothing(tmp_path):
+    strategy = strategy_of("expert=4", tmp_path, room_factor=8 / 3)  # three experts on two of four shards
+    check(strategy, "train", "skewed")
+    check(strategy, "train", "padded")

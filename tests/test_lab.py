@@ -50,6 +50,43 @@ def test_kernels_bring_their_own_estimate_or_the_bytes_of_what_they_touch():
     assert hlo.read_program(PROGRAM).kernels_without_estimate == ["bare.1"]
 
 
+# Of a training step of DeepSeek-V3 for v5p, shortened: rows gathered by the sparse cores, and sent.
+SENT = """
+ENTRY %main (x: bf16[8,64]) -> bf16[48,64] {
+  %x = bf16[8,64]{1,0} parameter(0)
+  %at = s32[32]{0} parameter(1)
+  %start = ((), (), (s32[32]{0})) async-start(), async_execution_thread="sparsecore", calls=%sparse
+  %start.update = ((bf16[8,64]{1,0}, s32[32]{0}), bf16[32,64]{1,0}) async-update(%start, %x, %at)
+  %rows = bf16[32,64]{1,0} async-done(%start.update), metadata={op_name="jit(f)/experts/gather"}
+  %room = bf16[48,64]{1,0} parameter(2)
+  ROOT %sent = bf16[48,64]{1,0} ragged-all-to-all(%rows, %room, %at, %at, %at, %at), replica_groups={{0,1}}
+}
+"""
+
+
+def test_a_sum_that_is_fused_with_its_slice_is_a_reduce_scatter():
+    text = """
+%fused (a: bf16[16,8]) -> bf16[2,8] {
+  %a = bf16[16,8]{1,0} parameter(0)
+  %sum = bf16[16,8]{1,0} all-reduce(%a), replica_groups={{0,1,2,3,4,5,6,7}}
+  ROOT %part = bf16[2,8]{1,0} dynamic-slice(%sum), dynamic_slice_sizes={2,8}
+}
+ENTRY %main (x: bf16[16,8]) -> bf16[2,8] {
+  %x = bf16[16,8]{1,0} parameter(0)
+  ROOT %part = bf16[2,8]{1,0} fusion(%x), calls=%fused, backend_config={EMITTER}
+}
+"""
+    for emitter, opcode in (("SingleInputAllReduceScatterFusion", "reduce-scatter"), ("Other", "all-reduce")):
+        (found,) = hlo.read_program(text.replace("EMITTER", emitter)).ops
+        assert (found.opcode, found.bytes) == (opcode, 256)
+
+
+def test_gathers_of_the_sparse_cores_are_read_and_written_and_an_exchange_sends_no_more_than_fits():
+    gather, exchange = hlo.read_program(SENT).ops
+    assert (gather.kind, gather.opcode, gather.scope, gather.bytes) == ("copy", "gather", "experts", 2 * 4096)
+    assert (exchange.kind, exchange.bytes) == ("collective", 4096)  # the room for 48 rows is not all sent
+
+
 def test_operations_are_attributed_to_named_scopes():
     assert [o.scope for o in ops("collective")] == ["mlp/experts", ""]
     assert [o.scope for o in ops("xla")] == ["", "attention"]
@@ -175,6 +212,23 @@ def job(
     mesh="expert=4,tensor=2", topology="v5e:2x4", workload="decode", batch=8, context=512, cfg=TINY, **more
 ):
     return Job(cfg, Strategy.parse(mesh), Topology.parse(topology), workload, batch, context, **more)
+
+
+def test_grouped_matmuls_count_the_rows_that_come_not_the_room_for_them(tmp_path):
+    def share(text, **more):
+        file = tmp_path / "mine.toml"
+        file.write_text("[mesh]\nexpert = 4\ntensor = 2\n" + text)
+        return report.filled(job(str(file), **more))
+
+    train = {
+        "workload": "train",
+        "cfg": dataclasses.replace(TINY, n_routed_experts=16, num_experts_per_tok=2),
+    }
+    assert share("") == 1  # decoding exchanges nothing
+    assert share("", **train) == 1 / 4  # all tokens of four shards might come, each for both its experts
+    assert share("[train]\nroom_factor = 1.5\n", **train) == 1 / 1.5
+    assert share("[train]\ncapacity_factor = 2.0\nroom_factor = 3.0\n", **train) == 1 / 2
+    assert share("[train]\nroom_factor = 0.5\n", **train) == 1
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)

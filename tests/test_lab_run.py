@@ -105,9 +105,9 @@ def test_quantised_weights_use_the_range_of_their_dtype():
 
 def test_a_decode_dispatch_goes_to_the_end_of_the_cache_every_time():
     j = job("decode")
-    step, _, args = real(j)
+    step, abstract, _ = real(j)
     with jax.set_mesh(j.strategy.make_mesh()):
-        calls = run._Calls(j, step, args)
+        calls = run._Calls(j, step, abstract)
         for _ in range(2):
             state, _, taken = calls()
             assert int(taken) == 32

@@ -117,6 +117,8 @@ def test_a_mesh_that_means_nothing_is_refused_with_a_hint(mesh, message):
         ("[train]\nbatch = 'dta'\n", r"\[train\] batch names mesh axis 'dta'; known: data, fsdp"),
         ("[decode]\ndispatch = 'a2a'\n", r"\[decode\] dispatch is 'a2a', expected one of local, replicated"),
         ("[train]\ncapacity_factor = 0.0\n", r"\[train\] capacity_factor is 0\.0, expected above 0"),
+        ("[train]\nroom_factor = -1\n", r"\[train\] room_factor is -1, expected above 0"),
+        ("[decode]\nroom_factor = 2.0\n", r"\[decode\] room_factor is for dispatch 'all_to_all'"),
         (
             "[mesh]\nexpert = 2\n[train]\nbatch = ['data', 'fsdp']\n",
             r"\[train\] dispatch 'all_to_all' needs batch split over the axes of expert",
@@ -126,7 +128,18 @@ def test_a_mesh_that_means_nothing_is_refused_with_a_hint(mesh, message):
             r"\[decode\] dispatch 'local' keeps all experts, but expert is split; use 'replicated'",
         ),
     ],
-    ids=["TOML", "table", "logical axis", "mesh axis", "dispatch", "capacity", "all_to_all", "local"],
+    ids=[
+        "TOML",
+        "table",
+        "logical axis",
+        "mesh axis",
+        "dispatch",
+        "capacity",
+        "room",
+        "room elsewhere",
+        "all_to_all",
+        "local",
+    ],
 )
 def test_a_file_that_cannot_work_is_refused_and_named(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message) as e:

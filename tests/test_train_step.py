@@ -94,7 +94,7 @@ def test_four_microbatches_are_one_batch():
         assert_close(change, expected[path], 1e-4)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "costly", "full"])
 def test_what_the_backward_pass_computes_again_changes_no_gradient(remat):
     model = random_model(DENSE)
     _, _, state = stepped(model, adam=False)

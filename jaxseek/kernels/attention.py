@@ -1,12 +1,18 @@
-"""Softmax attention with a mask made from positions and segments, in blocks of queries when they are many."""
+"""Softmax attention with a mask made from positions and segments.
+
+On TPU fresh keys are read by a kernel that writes no scores to memory (flash_attention.py), unless queries
+have keys chosen for them. Otherwise XLA writes scores, of a block of queries at a time when they are many.
+"""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 
+from jaxseek.kernels.flash_attention import flash_attention
 from jaxseek.sharding import Rules, platform
 
 QUERY_BLOCK = 1024  # queries at a time: scores take B * N * QUERY_BLOCK * S floats
@@ -54,6 +60,8 @@ def attend(
     `head_axes` are the logical names of K and G, `key_axis` that of S: over a split S, maximum and sums are
     reduced across the shards (a log-sum-exp combine).
     """
+    if platform() == "tpu" and key_axis is None and mask.kv_seg_BS is not None and mask.chosen_BTS is None:
+        return _flash(q_BTKGH, k_BKSH, v_BKSH, mask, scale, rules, head_axes)
     T, blocks = q_BTKGH.shape[1], q_BTKGH.shape[1] // QUERY_BLOCK
     if blocks < 2 or T % QUERY_BLOCK or rules.axes("length"):
         return _attend(q_BTKGH, k_BKSH, v_BKSH, mask, scale, rules, head_axes, key_axis)
@@ -70,6 +78,30 @@ def attend(
     parts = jax.lax.map(block, jax.tree.map(cut, (q_BTKGH, mask.q_pos_BT, mask.q_seg_BT, mask.chosen_BTS)))
     out = jnp.moveaxis(parts, 0, 1)
     return out.reshape(out.shape[0], T, *out.shape[3:])
+
+
+def _flash(q_BTKGH, k_BKSH, v_BKSH, mask, scale, rules, head_axes, interpret=False):
+    """The kernel on every device's own rows, queries and heads; a split length has its keys gathered."""
+    query, keys = (
+        rules.spec("batch", *head_axes, "length", None),
+        rules.spec("batch", head_axes[0], None, None),
+    )
+    rows_BT, rows_BS = rules.spec("batch", "length"), rules.spec("batch", None)
+    out_BKGTH = jax.shard_map(
+        functools.partial(flash_attention, scale=scale, interpret=interpret),
+        in_specs=(query, keys, keys, rows_BT, rows_BT, rows_BS, rows_BS),
+        out_specs=query,
+        check_vma=False,  # a Pallas call does not declare over which axes its results vary
+    )(
+        jnp.moveaxis(q_BTKGH, 1, 3),
+        k_BKSH,
+        v_BKSH,
+        mask.q_pos_BT,
+        mask.q_seg_BT,
+        mask.kv_pos_BS,
+        mask.kv_seg_BS,
+    )
+    return jnp.moveaxis(out_BKGTH, 3, 1)
 
 
 def _attend(q_BTKGH, k_BKSH, v_BKSH, mask, scale, rules, head_axes, key_axis):

@@ -24,17 +24,19 @@ def grouped_mlp(
     down_EFD: jax.Array | Scaled,
     sizes_E: jax.Array,
     fp8: bool = False,
+    clear: bool = True,
 ) -> jax.Array:
     """down(silu(gate x) * up x) per expert, dropless: [M, D].
 
     Row m belongs to the expert whose run of `sizes_E` rows holds it; rows past `sum(sizes_E)` belong to none
-    and come back as zeros. For one device or inside shard_map. With `fp8`, activations and gradients are
-    rounded to FP8 on their way into each matmul; the weights are expected to be so already. Experts may be
-    quantised, for the forward pass.
+    and come back as zeros, or without `clear` as anything, in gradients too. For one device or inside
+    shard_map. With `fp8`, activations and gradients are rounded to FP8 on their way into each matmul; the
+    weights are expected to be so already. Experts may be quantised, for the forward pass.
     Source: DeepSeekMoE paper, eq. 3-5; the expert MLP of HF DeepseekV3Experts.
     """
-    implementation = _gmm_mlp if platform() == "tpu" else _tiled_mlp
-    return implementation(x_MD, gate_EDF, up_EDF, down_EFD, sizes_E, fp8)
+    if platform() == "tpu":
+        return _gmm_mlp(x_MD, gate_EDF, up_EDF, down_EFD, sizes_E, fp8, clear)
+    return _tiled_mlp(x_MD, gate_EDF, up_EDF, down_EFD, sizes_E, fp8)
 
 
 def every_expert_mlp(
@@ -67,13 +69,16 @@ def every_expert_mlp(
 # -------------------------------------------------------------------- TPU
 
 
-def _gmm_mlp(x_MD, gate_EDF, up_EDF, down_EFD, sizes_E, fp8=False, interpret=False):
+def _gmm_mlp(x_MD, gate_EDF, up_EDF, down_EFD, sizes_E, fp8=False, clear=True, interpret=False):
     from jax.experimental.pallas.ops.tpu.megablox import gmm
 
     M = x_MD.shape[0]
-    live_M1 = (jnp.arange(M) < sizes_E.sum())[:, None]
-    # gmm leaves the rows of no expert unwritten, in gradients too: selected away at both ends
-    x_MD = jnp.pad(jnp.where(live_M1, x_MD, 0), ((0, -M % 128), (0, 0)))
+
+    def live(a_MD):
+        # gmm leaves the rows of no expert unwritten, in gradients too: selected away at both ends
+        return jnp.where((jnp.arange(len(a_MD)) < sizes_E.sum())[:, None], a_MD, 0) if clear else a_MD
+
+    x_MD = jnp.pad(live(x_MD), ((0, -M % 128), (0, 0)))
 
     def matmul(a_MK, w_EKN) -> Any:
         w_EKN = dequantize(w_EKN, a_MK.dtype) if isinstance(w_EKN, Scaled) else w_EKN
@@ -82,7 +87,7 @@ def _gmm_mlp(x_MD, gate_EDF, up_EDF, down_EFD, sizes_E, fp8=False, interpret=Fal
         return round_gradient(y_MN) if fp8 else y_MN
 
     hidden_MF = jax.nn.silu(matmul(x_MD, gate_EDF)) * matmul(x_MD, up_EDF)
-    return jnp.where(live_M1, matmul(hidden_MF, down_EFD)[:M], 0).astype(x_MD.dtype)
+    return live(matmul(hidden_MF, down_EFD)[:M]).astype(x_MD.dtype)
 
 
 def _tile_sizes(m: int, k: int, n: int) -> tuple[int, int, int]:

@@ -267,7 +267,10 @@ def _ops(i, here, computations, times, dispatch, program, chains) -> Iterator[Op
                     continue
                 chains.add(chain[1])
             operands = [scope[o].shape for o in found.operands if o in scope]
-            operands = operands[:1] if opcode == "ragged-all-to-all" else operands
+            if opcode == "ragged-all-to-all":  # what is sent fits into either buffer
+                operands = [min(operands[:2], key=shape_bytes)]
+            if opcode == "all-reduce" and "AllReduceScatterFusion" in i.attributes:  # so it is emitted
+                opcode = "reduce-scatter"
             groups = replica_groups(found.attributes)
             algorithm = re.search(r'"emitter":"(\w+)"', found.attributes)
             yield Op(
@@ -288,11 +291,21 @@ def _ops(i, here, computations, times, dispatch, program, chains) -> Iterator[Op
         yield Op(**common, opcode="custom-call", kind="pallas", flops=flops, bytes=moved)
     elif i.opcode in ("copy-start", "slice-start"):
         yield Op(**common, opcode=i.opcode, kind="copy", bytes=shape_bytes(_first(i.shape)))
+    elif i.opcode == "async-done" and _on_sparse_core(i, here):  # gathers of rows: read, and written
+        yield Op(**common, opcode="gather", kind="copy", bytes=2 * shape_bytes(i.shape))
     elif cycles := _number(i, "estimated_cycles"):
         if cycles > SENTINEL or cycles < 0:
             program.sentinels.append(i.name)
         else:
             yield Op(**common, opcode=i.opcode, kind="xla", cycles=int(cycles), bytes=shape_bytes(i.shape))
+
+
+def _on_sparse_core(done: Instruction, here: dict[str, Instruction]) -> bool:
+    """Whether what ends here was started on a sparse core, which has no estimate."""
+    started = done
+    while started.opcode in ("async-done", "async-update") and started.operands[0] in here:
+        started = here[started.operands[0]]
+    return 'async_execution_thread="sparsecore"' in started.attributes
 
 
 def _first(shape: str) -> str:

@@ -55,6 +55,7 @@ class Job:
     context: int
     weights: str = "bf16"
     lora: int = 0
+    remat: str = "full"
 
     def __post_init__(self) -> None:
         if self.workload not in WORKLOADS:
@@ -176,6 +177,7 @@ def train_run(job: Job) -> RunConfig:
         "objective": "pretrain", "model": job.cfg.model_type, "out": "-", "steps": 1,
         "compute_dtype": "bfloat16", "batch": {"size": job.batch},
         "data": {"train": ["-"], "length": job.context}, "loss": {"sequence_balance": 1e-4},
+        "remat": job.remat,
     }  # fmt: skip
     if job.workload == "grpo":
         raw |= {"objective": "grpo", "loss": {}, "rewards": [{"kind": "exact"}]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ def plan(
     context: int,
     weights: str,
     lora: int = 0,
+    remat: str = "full",
     as_json: bool = False,
     hlo: str | None = None,
     plot: str | None = None,
@@ -38,6 +40,7 @@ def plan(
     """Compile the step and print what it costs; with `repeats`, run it here too, that often, and with `trace`
     write a profile of it. Returns 1 for a program that does not fit."""
     job, layout = make_job(read_config(model), topology, mesh, workload, batch, context, weights, lora)
+    job = dataclasses.replace(job, remat=remat)
     devices = devices_here(job.topology) if repeats else []
     console = Console(stderr=True)
     console.print(f"layout: {layout}", highlight=False)

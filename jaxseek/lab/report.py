@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -167,9 +168,26 @@ def _time(op: Op, topology: Topology, coords: Coords, job: Job) -> Timed:
     if op.kind == "xla":
         return Timed(op, op.cycles / chip.clock * op.times)
     seconds = max(op.flops / chip.peak["bf16"], op.bytes / chip.hbm_bandwidth)
-    if op.kind == "pallas":  # a call takes no less than any operation
-        seconds = max(seconds, chip.operation_cycles / chip.clock)
+    if op.kind == "pallas":
+        seconds *= filled(job) if re.match(r"t?gmm\b", op.name) else 1.0
+        seconds = max(seconds, chip.operation_cycles / chip.clock)  # a call takes no less than any operation
     return Timed(op, seconds * op.times)
+
+
+def filled(job: Job) -> float:
+    """The share of an exchange's room that a chip's even share of rows takes: megablox counts all of it, and
+    multiplies only what is there."""
+    rules, cfg = job.rules, job.cfg
+    parts = job.strategy.parts(rules, "expert")
+    if rules.dispatch != "all_to_all" or parts == 1:
+        return 1.0
+    K, E = cfg.num_experts_per_tok, cfg.n_routed_experts
+    room = parts * min(K, E // parts) / K  # in even shares
+    if rules.room_factor is not None:
+        room = min(room, rules.room_factor)
+    if rules.capacity_factor is not None:
+        room = min(room, rules.capacity_factor)
+    return min(1.0, 1 / room)
 
 
 # -------------------------------------------------------------------- to read

@@ -67,11 +67,7 @@ def measure(job: Job, mesh: Mesh, repeats: int, trace: str | None = None) -> Mea
     whose profile is written there. Weights are random numbers, made on the devices, in the job's dtype."""
     with jax.set_mesh(mesh):
         step, args, _ = abstract_step(job, mesh)
-        formats = None
-        if job.phase == "decode":  # in layouts of the compiler's choice
-            step = step.lower(*args).compile()
-            formats = step.input_formats[0]
-        call = _Calls(job, step, [realise(a, job) for a in args], formats)
+        call = _Calls(job, step, args)
         for _ in range(WARM_UP):
             call()
         seconds = []
@@ -88,15 +84,17 @@ def measure(job: Job, mesh: Mesh, repeats: int, trace: str | None = None) -> Mea
 class _Calls:
     """Calls of a step, each until its results are there, with the state that the last one gave back."""
 
-    def __init__(self, job: Job, step: Callable[..., Any], args: list[Any], formats: Any = None):
-        self.step, self.args, self.decodes = step, args, job.phase == "decode"
-        self.job, self.formats = job, formats
-        if formats is not None:
-            self.args[0] = jax.device_put(args[0], formats[0], donate=True)
+    def __init__(self, job: Job, step: Any, args: Sequence[Any]):
+        self.job, self.step, self.decodes = job, step, job.phase == "decode"
+        self.args = [realise(a, job) for a in args]
+        if self.decodes:  # in layouts of the compiler's choice
+            self.step = step.lower(*args).compile()
+            weights, self.cached, *_ = self.step.input_formats[0]
+            self.args[0] = jax.device_put(self.args[0], weights, donate=True)
 
     def __call__(self) -> Any:
-        if self.formats is not None:
-            self.args[1] = jax.device_put(self.args[1], self.formats[1])
+        if self.decodes:
+            self.args[1] = jax.device_put(self.args[1], self.cached)
         out = jax.block_until_ready(self.step(*self.args))
         for i, a in enumerate(self.args):
             if isinstance(a, engine.State):  # goes on at the same length

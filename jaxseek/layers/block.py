@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxseek.cache import Cache
 from jaxseek.config import ModelConfig
@@ -46,12 +47,17 @@ class Context:
 
 UNROLL_UP_TO = 8  # layers of a stack, on CPU
 
-# What the backward pass finds in memory: everything; the results of matmuls without batch dimensions; or
+# What the backward pass finds in memory: everything; the results of matmuls without batch dimensions; what
+# takes longest to make or to move for its size (attention's results, x after it, what experts sent back); or
 # only each layer's input.
 REMAT: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "none": lambda f: f,
     "dots": functools.partial(
         jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
+    "costly": functools.partial(
+        jax.checkpoint,
+        policy=jax.checkpoint_policies.save_only_these_names("attended", "residual", "exchanged"),
     ),
     "full": jax.checkpoint,
 }
@@ -103,7 +109,7 @@ class Layer(nnx.Module):
             if stack is not None and replay_BTK is None and decode.serves_experts(stack.mlp, x_BTD, ctx):
                 x_BTD, y_BTD, routing = decode.experts(stack.mlp_norm, stack.mlp, layer, x_BTD, y_BTD, ctx)
                 return x_BTD + y_BTD, cache, routing
-            x_BTD += y_BTD
+            x_BTD = checkpoint_name(x_BTD + y_BTD, "residual")
             if isinstance(self.mlp, MoE):
                 whole = None if stack is None else (stack.mlp, layer)
                 y_BTD, routing = self.mlp(self.mlp_norm(x_BTD), ctx, replay_BTK, whole)

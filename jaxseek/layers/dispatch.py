@@ -1,10 +1,12 @@
 """Bringing tokens to their experts and back, by name: `local`, `replicated`, `all_to_all`.
 
-All three are dropless and give the same result. `local` keeps every expert on every device. `replicated`
-splits the experts and gives each shard all tokens of its expert group: it computes the local experts' part
-and sums over the shards (decode). `all_to_all` sends each token's row to its experts' shards (training).
-With a capacity factor c, an expert takes at most ceil(c * tokens * K / E) rows of those that one shard
-dispatches, those of the largest gates first; the rest are dropped and counted.
+All three are dropless unless told otherwise and give the same result. `local` keeps every expert on every
+device. `replicated` splits the experts and gives each shard all tokens of its expert group: it computes the
+local experts' part and sums over the shards (decode). `all_to_all` sends each token's row to its experts'
+shards (training). With a capacity factor c, an expert takes at most ceil(c * tokens * K / E) rows of those
+that one shard dispatches, those of the largest gates first. `all_to_all` has room on a shard for every row
+that could come, all tokens of all shards, or with a room factor r for ceil(r * tokens * K) rows: r times its
+even share. What is over is dropped and counted.
 """
 
 from __future__ import annotations
@@ -15,11 +17,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxseek.kernels.chosen_experts import ROWS, chosen_experts_mlp
 from jaxseek.kernels.grouped_mlp import every_expert_mlp, grouped_mlp, sort_by_expert
 from jaxseek.kernels.ragged_all_to_all import ragged_all_to_all
 from jaxseek.kernels.scaled import Scaled
+from jaxseek.kernels.sorted_rows import combine, rows_of, sorted_by_expert
 from jaxseek.sharding import Rules, platform
 
 _FEW = 32  # rows; a TPU would read the experts longer than it multiplies up to some 100 (docs/lab.md, 2)
@@ -56,12 +60,16 @@ def dispatch(
         x_ND, gates_NK = x_BTD.reshape(-1, D), gates_BTK.reshape(-1, K)
         ids_NK = jnp.where(valid_BT1.reshape(-1, 1), ids_BTK.reshape(-1, K), E)
         load_E, dropped = jnp.bincount(ids_NK.reshape(-1), length=E), jnp.zeros((), jnp.int32)
-        capacity = None
+        room = math.prod(jax.lax.axis_size(a) for a in expert_axes) * len(x_ND) * min(K, len(experts[0]))
+        if rules.room_factor is not None:
+            room = min(room, math.ceil(rules.room_factor * ids_NK.size))
         if rules.capacity_factor is not None:
             capacity = math.ceil(rules.capacity_factor * ids_NK.size / E)
             ids_NK, dropped = _limit(ids_NK, gates_NK, E, capacity)
+            room = min(room, len(load_E) * capacity)
         if exchange:
-            y_ND = _all_to_all(x_ND, ids_NK, gates_NK, experts, expert_axes, capacity, fp8)
+            y_ND, cut = _all_to_all(x_ND, ids_NK, gates_NK, experts, expert_axes, room, fp8)
+            dropped += cut
         else:
             y_ND = _local(x_ND, ids_NK, gates_NK, experts, expert_axes, fp8, layer)
         sum_axes = width_axes + (() if exchange else expert_axes)
@@ -142,29 +150,41 @@ def _local(x_ND, ids_NK, gates_NK, experts, expert_axes, fp8, layer):
     return _combine(y_MD, order_M, gates_NK)
 
 
-def _all_to_all(x_ND, ids_NK, gates_NK, experts, axes, capacity, fp8):
-    """Rows to the shards of their experts and the results back, by two ragged exchanges."""
+def _all_to_all(x_ND, ids_NK, gates_NK, experts, axes, room, fp8):
+    """Rows to the shards of their experts and the results back, by two ragged exchanges.
+
+    Every pair of a source and an expert has a run of its own, so that rows arrive sorted by expert. What a
+    shard is sent beyond its `room` is dropped, of the last sources first; returns how many of one's own.
+    """
     gate_EDF, up_EDF, down_EFD = experts
-    (N, K), P, E_local = ids_NK.shape, jax.lax.axis_size(axes), gate_EDF.shape[0]
+    (N, K), P, E = ids_NK.shape, jax.lax.axis_size(axes), gate_EDF.shape[0]
     me = jax.lax.axis_index(axes)
-    order_M, sizes_E = sort_by_expert(ids_NK.reshape(-1), P * E_local)
-    # rows from source S to shard P for expert E
-    sizes_SPE = jax.lax.all_gather(sizes_E.reshape(P, E_local), axes)
-    rows_SP = sizes_SPE.sum(-1)
-    sent_SP = jnp.cumsum(rows_SP, axis=1) - rows_SP  # where the rows for P start at source S
-    got_SP = jnp.cumsum(rows_SP, axis=0) - rows_SP  # where the rows of S start at shard P
-    most = P * N * min(K, E_local)
-    most = most if capacity is None else min(most, P * E_local * capacity)
+    at_NK, order_M, sizes_E = sorted_by_expert(ids_NK, P * E)
+    asked_SPE = jax.lax.all_gather(sizes_E.reshape(P, E), axes)  # by source S to shard P for its expert E
+    from_SPE = _before(asked_SPE.reshape(P, -1), 1).reshape(P, P, E)  # where a run starts at its source
+    # room goes to the sources in turn, and what a source sends lies by expert
+    came_SPE = _before(jnp.swapaxes(asked_SPE, 0, 1).reshape(P, -1), 1).reshape(P, P, E).swapaxes(0, 1)
+    sizes_SPE = jnp.clip(room - came_SPE, 0, asked_SPE)
+    to_SPE = _before(sizes_SPE.transpose(1, 2, 0).reshape(P, -1), 1).reshape(P, E, P).transpose(2, 0, 1)
 
-    there = (sent_SP[me], rows_SP[me], got_SP[me], rows_SP[:, me])
-    got_MD = ragged_all_to_all(x_ND[order_M // K], most, *there, axes)
-    expert_of_run = jnp.tile(jnp.arange(E_local), P)
-    run_end = jnp.cumsum(sizes_SPE[:, me].reshape(-1))
-    run_M = jnp.searchsorted(run_end, jnp.arange(most), side="right")
-    ids_M = jnp.where(run_M < P * E_local, expert_of_run[jnp.minimum(run_M, P * E_local - 1)], E_local)
-    by_expert_M, local_sizes_E = sort_by_expert(ids_M, E_local)
-    y_MD = grouped_mlp(got_MD[by_expert_M], gate_EDF, up_EDF, down_EFD, local_sizes_E, fp8)
-    y_MD = y_MD[jnp.argsort(by_expert_M)]
+    # assignments of which the run was cut have no place
+    end_E = (from_SPE + sizes_SPE)[me].reshape(-1)
+    hot_NKE = ids_NK[:, :, None] == jnp.arange(P * E)[None, None]
+    kept_NK = at_NK < jnp.where(hot_NKE, end_E[None, None], 0).sum(-1)
+    dropped = (ids_NK < P * E).sum() - kept_NK.sum()
+    at_NK = jnp.where(kept_NK, at_NK, N * K)
 
-    back = (got_SP[:, me], rows_SP[:, me], sent_SP[:, me], rows_SP[me])
-    return _combine(ragged_all_to_all(y_MD, N * K, *back, axes), order_M, gates_NK)
+    def flat(*tables_PE: jax.Array) -> Any:
+        return [a.reshape(-1) for a in tables_PE]
+
+    there = flat(from_SPE[me], sizes_SPE[me], to_SPE[me], sizes_SPE[:, me])
+    back = flat(to_SPE[:, me], sizes_SPE[:, me], from_SPE[:, me], sizes_SPE[me])
+    got_MD = ragged_all_to_all(rows_of(x_ND, at_NK, order_M), room, *there, axes=axes)
+    y_MD = grouped_mlp(got_MD, gate_EDF, up_EDF, down_EFD, sizes_SPE[:, me].sum(0), fp8, clear=False)
+    y_MD = checkpoint_name(ragged_all_to_all(y_MD, N * K, *back, axes=axes), "exchanged")
+    return combine(y_MD, gates_NK, at_NK, order_M), dropped
+
+
+def _before(sizes: jax.Array, axis: int) -> jax.Array:
+    """Where runs of these sizes start along an axis, one after the other."""
+    return jnp.cumsum(sizes, axis=axis) - sizes

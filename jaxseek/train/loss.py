@@ -19,7 +19,9 @@ from jaxseek.model import DeepSeek
 from jaxseek.sharding import Rules, Strategy, platform
 from jaxseek.train.batch import Batch
 
-CHUNK_ELEMENTS = 2**25  # of float32 logits on a device at a time: 128 MiB
+# Of float32 logits on a device at a time: 128 MiB, and on TPU 512 MiB, since the sum of the head's gradients,
+# which is larger, is read and written for every chunk.
+CHUNK_ELEMENTS, CHUNK_ELEMENTS_TPU = 2**25, 2**27
 
 
 def token_logprobs(
@@ -79,13 +81,16 @@ def by_chunks(
     strategy: Strategy,
     rules: Rules,
     width: int,
-    limit: int = CHUNK_ELEMENTS,
+    limit: int | None = None,
 ) -> Any:
     """f over arrays [B, T, ...] to [B, T] (one or several), in chunks that the backward pass computes again.
 
-    `f` makes `width` floats per position; a chunk has at most `limit` of them on a device, as far as T
-    divides. A chunk takes every n-th position, so that a split length stays split in each.
+    `f` makes `width` floats per position; a chunk has at most `limit` of them on a device (by default
+    CHUNK_ELEMENTS), as far as T divides. A chunk takes every n-th position, so that a split length stays
+    split in each.
     """
+    if limit is None:
+        limit = CHUNK_ELEMENTS_TPU if platform() == "tpu" else CHUNK_ELEMENTS
     B, T = arrays[0].shape[:2]
     length = T // strategy.parts(rules, "length")
     rows = -(-B // strategy.parts(rules, "batch"))
