@@ -89,8 +89,8 @@ def write_slots(
             # XLA:CPU makes a read, a select and copies of the cache of a scatter of one token; not of two
             at_BT, new = jnp.pad(at_BT, ((0, 0), (0, 1)), constant_values=S), jnp.repeat(new, 2, axis=1)
         rows_B1 = jnp.arange(at_BT.shape[0])[:, None]
-        where = (layer, rows_B1, at_BT)
-        if inner:  # every head by its index: XLA:TPU transposes the cache where a slice stands among indices
+        where = (layer, rows_B1, slice(None), at_BT) if inner else (layer, rows_B1, at_BT)
+        if inner and platform() == "tpu":  # which would transpose the cache for a slice among indices
             where = (layer, rows_B1[..., None], jnp.arange(cache.shape[2]), at_BT[..., None])
         return cache.at[where].set(new.astype(cache.dtype), mode="drop")
 

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxseek import cache
 from jaxseek.config import ModelConfig, configs_dir
 from jaxseek.generate.engine import Engine
 from jaxseek.generate.sampling import Sampling
 from jaxseek.kernels import decode
+from jaxseek.kernels import decode_attention as decode_attention_module
 from jaxseek.kernels.chosen_experts import chosen_experts_mlp
 from jaxseek.kernels.decode_attention import combined, decode_attention
 from jaxseek.kernels.scaled import Scaled
@@ -229,3 +231,24 @@ def test_a_step_in_kernels_is_the_step_in_plain_jax(monkeypatch, layout, sizes):
         assert a.tokens == b.tokens
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
     jax.clear_caches()  # programs compiled as for a TPU
+
+
+@pytest.mark.parametrize("mesh", [None, pytest.param("data=2,tensor=2", marks=pytest.mark.slow)])
+def test_keys_and_values_are_written_and_read_in_place(monkeypatch, mesh):
+    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "vocab_size": 128, "initializer_range": 0.3}
+    cfg = dataclasses.replace(ModelConfig.from_preset("tiny-llm"), **sizes)
+    want = tokens_of(DeepSeek.init(cfg))
+    called = []
+    attend = decode_attention_module.decode_attention
+    monkeypatch.setattr(
+        decode_attention_module, "decode_attention", lambda *a: called.append(1) or attend(*a)
+    )
+    for module in (decode_attention_module, block, cache):
+        monkeypatch.setattr(module, "platform", lambda: "tpu")
+    with pltpu.force_tpu_interpret_mode():
+        found = tokens_of(DeepSeek.init(cfg, mesh))
+    assert called
+    for a, b in zip(found, want):
+        assert a.tokens == b.tokens
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+    jax.clear_caches()

@@ -34,10 +34,10 @@ def real(j):
     ("workload", "mesh", "more"),
     [
         ("decode", "expert=4,tensor=2", {"weights": "int8"}),
-        ("rollout", "expert=4,context=2", {}),
+        pytest.param("rollout", "expert=4,context=2", {}, marks=pytest.mark.slow),
         ("prefill", "fsdp=2,expert=4", {"weights": "int4"}),
         ("train", "fsdp=2,expert=4", {}),
-        ("grpo", "fsdp=2,expert=4", {"lora": 2}),
+        pytest.param("grpo", "fsdp=2,expert=4", {"lora": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_every_workload_runs_and_is_timed(workload, mesh, more, tmp_path):

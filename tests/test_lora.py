@@ -110,7 +110,7 @@ def test_targets_choose_the_parts_and_must_name_one_that_the_model_has():
         lora.adapt(random_model(CONFIGS["llama"]), LoraConfig(rank=2, targets=["experts"]), seed=0)
 
 
-@pytest.mark.parametrize("name", ["v3", "v1"])
+@pytest.mark.parametrize("name", ["v3", pytest.param("v1", marks=pytest.mark.slow)])
 def test_on_a_mesh_adapters_compute_and_merge_the_same(name):
     mesh = "fsdp=2,expert=2,tensor=2"
     expected, split = (drawn(lora.adapt(random_model(CONFIGS[name], m), LORA, 0)) for m in (None, mesh))

@@ -28,6 +28,7 @@ def test_on_the_devices_or_in_the_hosts_memory_is_the_same_and_a_new_one_begins_
     assert all(kl[step] > 1e-4 for step in (1, 3))
 
 
+@pytest.mark.slow
 def test_of_adapters_the_base_is_the_reference_that_a_copy_is(home, tmp_path):
     found = {}
     for kind in ("base", "device"):

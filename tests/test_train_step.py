@@ -154,8 +154,8 @@ def test_a_batch_that_is_not_finite_changes_nothing_and_says_so():
 
 # -------------------------------------------------------------------- meshes
 
-QUICK = ["data=2,fsdp=2,expert=2", "expert=2,tensor=2,context=2"]
-SLOW = ["fsdp=8", "expert=4,tensor=2", "context=2,fsdp=4"]
+QUICK = ["expert=2,tensor=2,context=2"]
+SLOW = ["data=2,fsdp=2,expert=2", "fsdp=8", "expert=4,tensor=2", "context=2,fsdp=4"]
 
 
 @functools.cache

@@ -283,14 +283,17 @@ def split(caches: Caches) -> Caches:
 
 def draw(logits_BV, position_B, params, mode: Mode, rules) -> Drawn:
     """Sampling with the vocabulary whole, but rows over as many of its chips as divide them."""
-    mesh, rows = jax.sharding.get_abstract_mesh(), rules.axes("batch")
-    for axis in rules.axes("vocab"):
-        if logits_BV.shape[0] % math.prod(mesh.shape[a] for a in (*rows, axis)) == 0:
-            rows = (*rows, axis)
+    mesh, batch, axes = jax.sharding.get_abstract_mesh(), rules.axes("batch"), rules.axes("vocab")
+    # from the last axis on: what then is left of the vocabulary on a chip is one piece, and moves as such
+    cut = len(axes)
+    while cut and logits_BV.shape[0] % math.prod(mesh.shape[a] for a in (*batch, *axes[cut - 1 :])) == 0:
+        cut -= 1
+    rows, parts = batch + axes[cut:], axes[:cut]
 
     def spread(a: jax.Array) -> jax.Array:
         return jax.sharding.reshard(a, P(rows or None, *(None,) * (a.ndim - 1)))
 
+    logits_BV = jax.sharding.reshard(logits_BV, P(rows or None, parts or None))
     drawn = sample(spread(logits_BV), spread(position_B), jax.tree.map(spread, params), mode)
     return jax.tree.map(lambda a: rules.shard(a, "batch"), drawn)
 

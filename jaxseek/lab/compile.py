@@ -105,8 +105,9 @@ def _compile(job: Job, folder: Path, progress: Callable[[str], None]) -> None:
     try:
         (partial / "job.pickle").write_bytes(pickle.dumps(job))
         command = [sys.executable, "-m", "jaxseek.lab.worker", str(partial / "job.pickle"), str(partial)]
-        # the worker's own cache of compiled programs is for CPU
-        kept = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+        # the cache of compiled programs is for CPU; XLA's flags are, too, and libtpu dies of those it does
+        # not know (its own are LIBTPU_INIT_ARGS)
+        kept = {k: v for k, v in os.environ.items() if k not in ("JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS")}
         start = time.monotonic()
         with (partial / "log").open("wb") as log:
             worker = subprocess.Popen(command, env=kept | ENVIRONMENT, stdout=log, stderr=log)
