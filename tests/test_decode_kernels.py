@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from oracles import quick_compilation  # noqa: F401
 
 from jaxseek import cache
 from jaxseek.config import ModelConfig, configs_dir

@@ -1,6 +1,7 @@
 """Running what the lab compiles: arguments made real, calls timed; on CPU devices, which the verb refuses."""
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -23,11 +24,14 @@ def job(workload, mesh="expert=4,tensor=2", **more):
     return Job(SMALL, Strategy.parse(mesh), Topology.parse("v5e:2x4"), workload, 8, 64, **more)
 
 
-def real(j):
+@functools.cache
+def real(*args, **more):
+    """A job's step, its arguments as they are compiled for, and with values."""
+    j = job(*args, **more)
     mesh = j.strategy.make_mesh()
     with jax.set_mesh(mesh):
-        step, args, _ = abstract_step(j, mesh)
-        return step, args, [run.realise(a, j) for a in args]
+        step, abstract, _ = abstract_step(j, mesh)
+        return step, abstract, [run.realise(a, j) for a in abstract]
 
 
 @pytest.mark.parametrize(
@@ -52,7 +56,7 @@ def test_every_workload_runs_and_is_timed(workload, mesh, more, tmp_path):
 
 def test_arguments_have_the_shapes_dtypes_and_layouts_that_were_compiled():
     for weights in ("bf16", "int8"):
-        _, abstract, made = real(job("decode", weights=weights))
+        _, abstract, made = real("decode", weights=weights)
         for a, b in zip(jax.tree.leaves(abstract), jax.tree.leaves(made)):
             if isinstance(a, jax.ShapeDtypeStruct):
                 assert (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -79,7 +83,7 @@ def test_with_adapters_nothing_else_has_moments_and_the_first_estimate_counts_th
 
 
 def test_random_numbers_are_of_the_wanted_spread_on_any_mesh_and_norms_are_one():
-    _, _, (model, state, *_) = real(job("decode"))
+    _, _, (model, state, *_) = real("decode")
     values = parameters(model)
     embed = np.asarray(values["embed_VD"].get_value(), np.float32)
     assert embed.std() == pytest.approx(SMALL.initializer_range, rel=0.05)
@@ -91,12 +95,12 @@ def test_random_numbers_are_of_the_wanted_spread_on_any_mesh_and_norms_are_one()
     tokens_B = np.asarray(state.token_B)
     assert len(set(tokens_B.tolist())) > 4
     assert ((tokens_B >= 0) & (tokens_B < SMALL.vocab_size)).all()
-    _, _, (other, *_) = real(job("decode", "tensor=8" if SMALL.num_attention_heads % 8 == 0 else "context=8"))
+    _, _, (other, *_) = real("decode", "tensor=8" if SMALL.num_attention_heads % 8 == 0 else "context=8")
     assert (embed == np.asarray(parameters(other)["embed_VD"].get_value(), np.float32)).all()
 
 
 def test_quantised_weights_use_the_range_of_their_dtype():
-    _, _, (model, *_) = real(job("decode", weights="int8"))
+    _, _, (model, *_) = real("decode", weights="int8")
     values = {p: np.asarray(v.get_value()) for p, v in parameters(model).items()}
     matrix = next(v for p, v in values.items() if p.endswith(".value"))
     assert matrix.dtype == np.int8
@@ -105,7 +109,7 @@ def test_quantised_weights_use_the_range_of_their_dtype():
 
 def test_a_decode_dispatch_goes_to_the_end_of_the_cache_every_time():
     j = job("decode")
-    step, abstract, _ = real(j)
+    step, abstract, _ = real("decode")
     with jax.set_mesh(j.strategy.make_mesh()):
         calls = run._Calls(j, step, abstract)
         for _ in range(2):
