@@ -306,3 +306,14 @@ def test_weights_laid_out_by_the_compiler_give_the_same(mesh):
         for found, expected in zip(engine.generate(batch, sampling), want * 2):
             assert found.tokens == expected.tokens
             np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("owns", [True, False])
+def test_arrays_that_an_engine_does_not_own_stay(owns):
+    model = DeepSeek.init(tiny_config("llama"))
+    twin = jax.tree.unflatten(jax.tree.structure(model), jax.tree.leaves(model))  # the same arrays
+    engine = Engine(model, unroll=False, lay_out=True, owns=owns)
+    engine.generate(PROMPTS[:1], Sampling(max_new_tokens=2, temperature=0))
+    assert all(a is b for a, b in zip(engine.weights, jax.tree.leaves(model)))
+    if not owns:
+        assert not any(a.is_deleted() for a in jax.tree.leaves(twin))

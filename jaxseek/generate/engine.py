@@ -64,7 +64,9 @@ class Engine:
 
     `unroll` decodes with one module per layer, at the cost of a second copy of the weights; by default on
     CPU, where a scan over layers copies every layer's weights at every token. `lay_out` has the compiler
-    choose how the model's weights lie in memory, by its first program for decoding; by default on TPU.
+    choose how the model's weights lie in memory, by its first program for decoding; by default on TPU. The
+    model gets the new arrays, and its old ones are deleted one by one, unless the engine `owns` them not.
+    `weights` are the arrays that it stands for.
     """
 
     def __init__(
@@ -73,11 +75,13 @@ class Engine:
         cache_dtype: Any = None,
         unroll: bool | None = None,
         lay_out: bool | None = None,
+        owns: bool = True,
     ):
         self.model = model
         self.cache_dtype = cache_dtype or model.embed_VD[...].dtype
         platform = model.mesh.devices.flat[0].platform
         self.decoder = model.unrolled() if (platform == "cpu" if unroll is None else unroll) else model
+        self.owns, self.weights = owns, jax.tree.leaves(model)
         self.lay_out, self.laid_out = platform == "tpu" if lay_out is None else lay_out, False
         self.timing = Timing()
 
@@ -177,8 +181,8 @@ class Engine:
         if not self.laid_out:
             formats, *_ = program.input_formats[0]
             for param, found in zip(parameters(self.decoder).values(), jax.tree.leaves(formats)):
-                param.set_value(jax.device_put(param[...], found, donate=True))  # never two copies of all
-            self.laid_out = True
+                param.set_value(jax.device_put(param[...], found, donate=self.owns))
+            self.laid_out, self.weights = True, jax.tree.leaves(self.model)
             _PROGRAMS[key()] = program
         return program
 

@@ -89,17 +89,17 @@ def _as_list(prompts: Any) -> list[Prompt]:
     return [prompts] if single else prompts
 
 
-_last: tuple[list[jax.Array], Engine] | None = None
+_last: Engine | None = None
 
 
 def engine_for(model: DeepSeek) -> Engine:
     """An engine for the model; the last one is kept for as long as the same weights are asked for."""
     global _last
     leaves = jax.tree.leaves(model)
-    if _last is None or len(_last[0]) != len(leaves) or any(a is not b for a, b in zip(_last[0], leaves)):
+    if _last is None or list(map(id, _last.weights)) != list(map(id, leaves)):
         _last = None  # free its copy of the weights before the next is made
-        _last = (leaves, Engine(model))
-    return _last[1]
+        _last = Engine(model)
+    return _last
 
 
 class TextStream:

@@ -136,9 +136,9 @@ def as_engine(model: DeepSeek, dtype: Any) -> Engine:
     Quantised weights stay as they are.
     """
     if quantization(model):
-        return Engine(model, dtype)
-    with model.on_mesh():
-        return Engine(_as_in_decode(model, jnp.dtype(dtype).name), dtype)
+        return Engine(model, dtype, owns=False)
+    with model.on_mesh():  # what need not be changed are the policy's own arrays
+        return Engine(_as_in_decode(model, jnp.dtype(dtype).name), dtype, owns=False)
 
 
 def seed_of(*parts: int) -> int:
