@@ -155,6 +155,7 @@ class Strategy:
             "kv_heads": 0 if cfg.is_mla else cfg.num_key_value_heads,
             "q_groups": 0 if cfg.is_mla else cfg.num_attention_heads // cfg.num_key_value_heads,
             "heads": cfg.num_attention_heads if cfg.is_mla else 0,
+            "cache_heads": cfg.num_attention_heads if cfg.is_mla else 0,
             "q_lora": cfg.q_lora_rank or 0,
             "latent": math.gcd(cfg.q_lora_rank or 0, cfg.kv_lora_rank),
             "mlp": math.gcd(cfg.intermediate_size, cfg.moe_intermediate_size * cfg.n_shared_experts),

@@ -93,11 +93,10 @@ def test_what_stands_around_attention(quantised, interleaved):
     close(y, np.einsum("nbc,nvc,nvd->bd", z.astype(float), v_b, o))
 
 
-@pytest.mark.parametrize("own_values", [False, True])
-@pytest.mark.parametrize("parts", [1, 2])
-def test_attention_sees_each_row_up_to_its_position(parts, own_values):
-    draw, (B, K, G, H, C, S) = Draw(1, False), (4, 2, 5, 24, 16, 512)
-    q, keys, position = draw.rows(B, K, G, H), draw.rows(2, B, K, S, H), np.array([0, 127, 300, 511])
+@pytest.mark.parametrize(("parts", "own_values", "slots"), [(1, False, 512), (1, True, 1500), (2, True, 512)])
+def test_attention_sees_each_row_up_to_its_position(parts, own_values, slots):
+    draw, (B, K, G, H, C, S) = Draw(1, False), (4, 2, 5, 24, 16, slots)
+    q, keys, position = draw.rows(B, K, G, H), draw.rows(2, B, K, S, H), np.array([0, 127, 300, slots - 1])
     values = draw.rows(2, B, K, S, C) if own_values else None
 
     def part(keys, values, start):  # of the slots, on a chip of its own

@@ -79,7 +79,7 @@ def decode_attention(
     zero. For one device or inside shard_map. Source: DeepSeek-V2 paper, section 2.1.2 and appendix C.
     """
     (B, K, G, H), S = q_BKGH.shape, k_LBKSH.shape[3]
-    block = next(b for b in range(min(_SLOTS, S), 0, -1) if S % b == 0 and (b % 128 == 0 or b == S))
+    block = next((b for b in range(_SLOTS, 0, -128) if S % b == 0), S)
     rows = -(-G // 16) * 16
     q_BKGH = jnp.pad(q_BKGH, ((0, 0), (0, 0), (0, rows - G), (0, 0)))
     seen_B = jnp.clip(position_B - start + 1, 0, S).astype(jnp.int32)
