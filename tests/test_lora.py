@@ -122,7 +122,7 @@ def test_on_a_mesh_adapters_compute_and_merge_the_same(name):
         assert_close(merged[path], value, 1e-6)
 
 
-@pytest.mark.parametrize("mesh", [pytest.param(None, marks=pytest.mark.slow), "fsdp=2,expert=2,tensor=2"])
+@pytest.mark.parametrize("mesh", [None, pytest.param("fsdp=2,expert=2,tensor=2", marks=pytest.mark.slow)])
 def test_training_changes_the_adapters_and_nothing_else(mesh):
     model = lora.adapt(random_model(CONFIGS["v3"], mesh), LORA, seed=0)
     config = RunConfig.from_dict(

@@ -250,7 +250,7 @@ def test_every_mesh_computes_what_one_device_computes(name, mesh, kind):
 # -------------------------------------------------------------------- checkpoints
 
 
-@pytest.mark.parametrize("kind", ["int4", slow("int8"), slow("float8")])
+@pytest.mark.parametrize("kind", [slow("int4"), slow("int8"), slow("float8")])
 def test_a_checkpoint_is_restored_bit_for_bit_onto_another_mesh(tmp_path, kind):
     cfg = tiny_config(
         "v3", kv_lora_rank=18, moe_intermediate_size=10
