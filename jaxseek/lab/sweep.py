@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import concurrent.futures
-import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,15 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from jaxseek.config import ConfigError, ModelConfig, configs_dir
+from jaxseek.config import ConfigError, ModelConfig
 from jaxseek.info import read_config
-from jaxseek.lab.analytic import first_pass
+from jaxseek.lab.analytic import candidates, first_pass
 from jaxseek.lab.chips import Topology
 from jaxseek.lab.compile import CompileError, compile_job
 from jaxseek.lab.job import Job
 from jaxseek.lab.report import Report, report
 from jaxseek.sharding import Strategy
 
-RULES = ("default", "spread", "attention-data-parallel")  # shipped rule tables, tried with all sizes
 COMPILE_BYTES = 3 * 2**30  # what one compilation of a 671B step takes at most, and more
 
 
@@ -53,14 +51,10 @@ def layouts(
 ) -> list[Entry]:
     """The jobs of these meshes, or else of the shipped rule tables with every split of the slice; one of
     those that are the same layout by other names."""
+    shape = (topology, workload, batch, context, weights)
+    given = ((m, Job(cfg, Strategy.parse(m), *shape)) for m in meshes)
     found: dict[Any, Entry] = {}
-    for name, make in _strategies(topology, meshes):
-        try:
-            job = Job(cfg, make(), topology, workload, batch, context, weights)
-        except ConfigError:
-            if meshes:
-                raise
-            continue
+    for name, job in given if meshes else candidates(cfg, *shape):
         found.setdefault(_signature(job), Entry(name, job))
     return list(found.values())
 
@@ -85,35 +79,26 @@ def _signature(job: Job) -> Any:
     return repr(([n for _, n in merged], [r.dispatch for r in rules], named))
 
 
-def _strategies(topology: Topology, meshes: Sequence[str]) -> Iterable[tuple[str, Callable[[], Strategy]]]:
-    if meshes:
-        yield from ((m, lambda m=m: Strategy.parse(m)) for m in meshes)
-        return
-    n = topology.num_devices
-    divisors = [d for d in range(1, n + 1) if n % d == 0]
-    for table in RULES:
-        path = configs_dir() / "meshes" / f"{table}.toml"
-        for split in itertools.product(divisors, repeat=4):
-            sizes = dict(zip(("fsdp", "expert", "tensor", "context"), split))
-            if split[0] * split[1] * split[2] * split[3] == n:
-                name = f"{table} " + ",".join(f"{a}={k}" for a, k in sizes.items() if k > 1)
-                yield name, lambda path=path, sizes=sizes: Strategy.from_toml(path, **sizes)
-
-
 def prune(entries: list[Entry], keep: int) -> tuple[list[Entry], list[Entry]]:
-    """The `keep` layouts of the least estimated time that can fit, and the others with the reason."""
-    usable, kept, out = entries[0].job.topology.chip.device.usable if entries else 0, [], []
+    """The `keep` layouts of the least estimated time that can fit, among them the best of every rule table,
+    and the others with the reason."""
+    usable, fitting, out = entries[0].job.topology.chip.device.usable if entries else 0, [], []
     for e in entries:
         estimate = first_pass(e.job)
         if estimate.held > usable:
             out.append(Entry(e.name, e.job, None, f"holds {estimate.held / 2**30:.1f} GiB per device"))
         else:
-            kept.append((estimate.seconds, e))
-    kept.sort(key=lambda k: k[0])
-    for seconds, e in kept[keep:]:
-        text = f"estimated at {seconds * 1e3:.1f} ms, the best at {kept[0][0] * 1e3:.1f}"
-        out.append(Entry(e.name, e.job, None, text))
-    return [e for _, e in kept[:keep]], out
+            fitting.append((estimate.seconds, e))
+    fitting.sort(key=lambda f: f[0])
+    first: dict[str, Entry] = {}
+    for _, e in fitting:
+        first.setdefault(e.name.split()[0], e)
+    wanted = [*first.values(), *(e for _, e in fitting if e not in first.values())][:keep]
+    for seconds, e in fitting:
+        if e not in wanted:
+            text = f"estimated at {seconds * 1e3:.1f} ms, the best at {fitting[0][0] * 1e3:.1f}"
+            out.append(Entry(e.name, e.job, None, text))
+    return [e for _, e in fitting if e in wanted], out
 
 
 def workers() -> int:
