@@ -27,8 +27,9 @@ from jaxseek.train.lora import LoraParam, adapt
 @dataclass(frozen=True)
 class Estimate:
     """Of one device and one step: bytes that it holds; seconds that reading HBM, multiplying, and moving data
-    between chips take at the least; seconds that the others wait for the chip with the most chosen experts,
-    and that small operations take; bytes that the collectives bring."""
+    between chips take at the least; seconds of a decode step beyond that, of experts (the others wait for the
+    chip that reads the most; few columns leave the matrix unit idle) and of small operations; bytes that the
+    collectives bring."""
 
     weights: float
     cache: float
@@ -36,7 +37,7 @@ class Estimate:
     hbm_seconds: float
     flops_seconds: float
     collective_seconds: float
-    waiting_seconds: float
+    expert_seconds: float
     small_seconds: float
     collective_bytes: float
 
@@ -52,7 +53,7 @@ class Estimate:
     @property
     def seconds(self) -> float:
         """With collectives that nothing hides, and what no roofline has."""
-        return self.limit + self.collective_seconds + self.waiting_seconds + self.small_seconds
+        return self.limit + self.collective_seconds + self.expert_seconds + self.small_seconds
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def first_pass(job: Job) -> Estimate:
     train, decode = job.trains, job.phase == "decode"
     params = _parameters(cfg, train, job.weights, job.lora)
     touched, most = touched_experts(job)
-    weights = read = optimizer = waiting = 0.0
+    weights = read = optimizer = experts = 0.0
     traffic = _layer_traffic(job)
     for p in params:
         at_rest, used = (p.bytes / _parts(p, r, strategy) for r in (strategy.weights, rules))
@@ -98,7 +99,7 @@ def first_pass(job: Job) -> Estimate:
             optimizer += at_rest * (2 if job.lora else 1)
         looked_up = p.name == "embed_VD" and not cfg.tie_word_embeddings
         read += 0 if looked_up else used * (touched if "expert" in p.axes else 1.0)
-        waiting += used * (most - touched) if decode and "expert" in p.axes else 0.0
+        experts += used * (most * _idle(job, p.bits) - touched) if decode and "expert" in p.axes else 0.0
         if used > at_rest:
             moved = used * 16 / p.bits if train else used  # cast to bfloat16 before it is gathered
             times = 3 if train else 1  # forward, backward, and the gradient back
@@ -117,7 +118,7 @@ def first_pass(job: Job) -> Estimate:
         hbm_seconds=touches / chip.hbm_bandwidth,
         flops_seconds=_flops(job) / strategy.num_devices / chip.peak["bf16"],
         collective_seconds=traffic.seconds,
-        waiting_seconds=waiting / chip.hbm_bandwidth,
+        expert_seconds=experts / chip.hbm_bandwidth,
         small_seconds=_small_operations(job) * chip.operation_cycles / chip.clock,
         collective_bytes=traffic.bytes,
     )
@@ -152,6 +153,16 @@ def _most_touched(experts: int, chosen: int, tokens: float, groups: int) -> floa
     touched = np.zeros((200, experts), bool)
     np.put_along_axis(touched, ids, True, axis=1)
     return float(touched.reshape(200, groups, -1).sum(-1).max(-1).mean() * groups / experts)
+
+
+def _idle(job: Job, bits: int) -> float:
+    """How often longer multiplying an expert's columns on a chip takes than reading them, or 1: padded to the
+    matrix unit, as kernels/chosen_experts.py counts it."""
+    chip = job.topology.chip.device
+    columns = job.cfg.moe_intermediate_size / job.strategy.parts(job.rules, "expert_mlp")
+    rows, least = (64, 64) if job.tokens <= 16 else (112, 128)
+    seconds = 2 * rows * max(1.0, least / columns) / chip.peak["bf16"]
+    return max(1.0, seconds * chip.hbm_bandwidth * 8 / bits)
 
 
 def _in_kernels(job: Job) -> tuple[bool, bool]:
