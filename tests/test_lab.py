@@ -302,9 +302,47 @@ def test_the_floor_of_r1_is_its_weights_read_once():
     assert few.hbm_seconds > touched * everything / 8.19e11
 
 
+def test_whole_experts_make_one_chip_wait_for_another_and_columns_of_all_do_not():
+    cfg = ModelConfig.from_preset("deepseek-r1")
+
+    def touched(mesh, batch):
+        found = Job(cfg, Strategy.parse(mesh), Topology.parse("v5e:8x8"), "decode", batch, 2048, "int8")
+        share, most = analytic.touched_experts(found)
+        assert (analytic.first_pass(found).expert_seconds > 5e-4) == (most > 1.1 * share)
+        return share, most
+
+    share, most = touched("expert=64", 8)
+    assert share == pytest.approx(1 - (1 - 8 / 256) ** 8)
+    assert 3 < 4 * most < 3.2  # of a chip's 4 experts, counted in docs/lab.md too
+    assert touched("tensor=64", 8) == (share, share)
+    assert touched("expert=64", 1024)[1] == pytest.approx(1.0)
+
+
+def test_few_columns_of_an_expert_leave_the_matrix_unit_idle():
+    cfg = ModelConfig.from_preset("deepseek-r1")
+
+    def seconds(mesh, batch):
+        found = Job(cfg, Strategy.parse(mesh), Topology.parse("v5e:8x8"), "decode", batch, 2048, "int8")
+        return analytic.first_pass(found).expert_seconds
+
+    assert seconds("tensor=64", 8) < 0.0005
+    assert seconds("tensor=64", 128) > 10 * seconds("deepseek-v3.v5e-8x8.decode.many", 128)
+
+
+def test_the_first_estimate_knows_where_a_decode_step_is_a_few_kernels():
+    def small(mesh):
+        cfg = ModelConfig.from_preset("deepseek-r1")
+        found = Job(cfg, Strategy.parse(mesh), Topology.parse("v5e:8x8"), "decode", 8, 2048, "int8")
+        return analytic.first_pass(found).small_seconds * 1.5e9 / 1832 / 61
+
+    assert small("deepseek-v3.v5e-8x8.decode") == pytest.approx(10)
+    assert small("expert=8,tensor=8") == pytest.approx(40)  # shared experts lie on fewer chips
+    assert small("fsdp=8,tensor=8") == pytest.approx(70)
+
+
 def test_sensible_sizes_fit_and_models_without_experts_have_some():
     for name, slice_ in (("deepseek-v2-lite", "v5e:2x4"), ("deepseek-r1-distill-qwen-1.5b", "v5e:1x1")):
-        j = analytic.sensible(
+        _, j = analytic.sensible(
             ModelConfig.from_preset(name), Topology.parse(slice_), "decode", 8, 2048, "bf16"
         )
         assert j.strategy.num_devices == j.topology.num_devices
@@ -344,6 +382,19 @@ def test_a_kernel_costs_its_bytes_or_flops_and_a_call_at_the_least():
     assert seconds(bytes=8.19e8)["pallas"] == pytest.approx(3 * 1e-3)
     assert seconds(bytes=1e3, flops=1.97e11)["pallas"] == pytest.approx(3 * 1e-3)
     assert seconds(bytes=0.0)["xla"] == 0
+
+
+def test_experts_take_as_long_as_on_the_chip_that_reads_the_most_of_them():
+    kernel = hlo.Op("chosen_experts.1", "custom-call", "pallas", "", "", 3, bytes=8.19e8)
+
+    def seconds(mesh):
+        found = report.summarise(job(mesh), hlo.Program([kernel]), {"peak": 0.0}, ())
+        return found.seconds["pallas"]
+
+    assert seconds("tensor=4,context=2") == pytest.approx(3e-3)
+    share, most = analytic.touched_experts(job("expert=8", batch=1))
+    assert most > share
+    assert seconds("expert=8") > 3e-3
 
 
 def test_a_report_is_json_text_and_a_picture(tmp_path):
@@ -400,7 +451,35 @@ def test_shipped_layouts_fit_their_model_and_slice(path):
     strategy = Strategy.from_toml(path)
     assert strategy.num_devices == Topology.parse(f"{chip}:{dims}").num_devices
     assert workload in ("decode", "prefill", "train")
-    strategy.check_fits(ModelConfig.from_preset(preset))
+    batch = strategy.num_devices if workload == "train" else 128 if ".many." in path.name else 8
+    topology = Topology.parse(f"{chip}:{dims}")
+    found = Job(ModelConfig.from_preset(preset), strategy, topology, workload, batch, 2048)
+    assert path in plan.shipped(found.cfg, topology, workload)
+    assert analytic.first_pass(
+        dataclasses.replace(found, weights="bf16" if workload == "train" else "int8")
+    ).held < (topology.chip.device.usable)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("table", "sizes"),
+    [
+        ("all-rows", {"data": 2, "expert": 2, "tensor": 2}),
+        ("all-rows", {"data": 2, "tensor": 2, "context": 2}),
+        ("all-rows-own-cache", {"data": 2, "expert": 2, "tensor": 2}),
+    ],
+)
+def test_tables_of_free_sizes_compute_what_one_device_computes(table, sizes):
+    cfg = tiny_config("v3", num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
+    cfg = cfg.replace(num_attention_heads=8, num_key_value_heads=8)
+    prompts = [random_tokens(4, 8)[i % 4, : 3 + i % 4].tolist() for i in range(8)]
+    mesh = Strategy.from_toml(configs_dir() / "meshes" / f"{table}.toml", **sizes)
+
+    def tokens(mesh):
+        engine = Engine(random_model(cfg, mesh=mesh))
+        return [c.tokens for c in engine.generate(prompts, Sampling(max_new_tokens=6, temperature=0.0))]
+
+    assert tokens(mesh) == tokens(None)
 
 
 def test_a_shipped_layout_computes_what_one_device_computes():
@@ -436,6 +515,15 @@ def test_a_sweep_leaves_out_what_cannot_fit_or_is_slow_and_what_is_the_same():
     assert any("estimated at" in e.reason for e in left)
     given = sweep.layouts(cfg, slice_, "decode", 8, 2048, "bf16", ["tensor=8", "expert=8"])
     assert [e.name for e in given] == ["tensor=8", "expert=8"]
+
+
+@pytest.mark.parametrize(("note", "batch"), [("", 8), (".many", 128)])
+def test_what_ships_is_among_the_layouts_of_a_sweep_and_not_left_out(note, batch):
+    given = (ModelConfig.from_preset("deepseek-r1"), Topology.parse("v5e:8x8"), "decode", batch, 2048, "int8")
+    (ours,) = sweep.layouts(*given, [f"deepseek-v3.v5e-8x8.decode{note}"])
+    kept, left = sweep.prune(sweep.layouts(*given, []), 24)
+    assert sweep._signature(ours.job) in {sweep._signature(e.job) for e in kept}
+    assert {e.name.split()[0] for e in left} <= {e.name.split()[0] for e in kept}  # one of each table
 
 
 def test_a_sweep_is_a_table_a_front_a_verdict_and_a_picture(tmp_path):

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+import numpy as np
 
-from jaxseek.config import ConfigError, ModelConfig
+from jaxseek.config import ConfigError, ModelConfig, configs_dir
 from jaxseek.lab.chips import HOP_SECONDS, Topology
 from jaxseek.lab.job import Job, job_weights
 from jaxseek.model import DeepSeek
@@ -26,7 +27,9 @@ from jaxseek.train.lora import LoraParam, adapt
 @dataclass(frozen=True)
 class Estimate:
     """Of one device and one step: bytes that it holds; seconds that reading HBM, multiplying, and moving data
-    between chips take at the least; bytes that the collectives bring."""
+    between chips take at the least; seconds of a decode step beyond that, of experts (the others wait for the
+    chip that reads the most; few columns leave the matrix unit idle) and of small operations; bytes that the
+    collectives bring."""
 
     weights: float
     cache: float
@@ -34,6 +37,8 @@ class Estimate:
     hbm_seconds: float
     flops_seconds: float
     collective_seconds: float
+    expert_seconds: float
+    small_seconds: float
     collective_bytes: float
 
     @property
@@ -47,8 +52,8 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """With collectives that nothing hides."""
-        return self.limit + self.collective_seconds
+        """With collectives that nothing hides, and what no roofline has."""
+        return self.limit + self.collective_seconds + self.expert_seconds + self.small_seconds
 
 
 @dataclass(frozen=True)
@@ -84,9 +89,9 @@ def first_pass(job: Job) -> Estimate:
     cfg, strategy, rules, chip = job.cfg, job.strategy, job.rules, job.topology.chip.device
     train, decode = job.trains, job.phase == "decode"
     params = _parameters(cfg, train, job.weights, job.lora)
-    touched = _touched_experts(job)
-    weights = read = gathered = optimizer = 0.0
-    gathers = 0
+    touched, most = touched_experts(job)
+    weights = read = optimizer = experts = 0.0
+    traffic = _layer_traffic(job)
     for p in params:
         at_rest, used = (p.bytes / _parts(p, r, strategy) for r in (strategy.weights, rules))
         weights += at_rest
@@ -94,28 +99,28 @@ def first_pass(job: Job) -> Estimate:
             optimizer += at_rest * (2 if job.lora else 1)
         looked_up = p.name == "embed_VD" and not cfg.tie_word_embeddings
         read += 0 if looked_up else used * (touched if "expert" in p.axes else 1.0)
+        experts += used * (most * _idle(job, p.bits) - touched) if decode and "expert" in p.axes else 0.0
         if used > at_rest:
             moved = used * 16 / p.bits if train else used  # cast to bfloat16 before it is gathered
-            gathered += moved * (3 if train else 1)  # forward, backward, and the gradient back
-            gathers += 3 if train else 1
+            times = 3 if train else 1  # forward, backward, and the gradient back
+            traffic.add(moved * times, round(used / at_rest), times)
     rows, slots = (
         -(-n // strategy.parts(rules, a))
         for n, a in ((job.batch, "cache_batch"), (job.context, "cache_length"))
     )
     heads = 1 if cfg.is_mla else strategy.parts(rules, "kv_heads")
     cache = 0.0 if train else rows * slots * cfg.cache_bytes_per_token("bfloat16") / heads
-    moved, turns = _layer_traffic(job)
-    moved, turns = moved + gathered, turns + gathers
-    traffic = 2 * weights + 2 * optimizer if train else read + cache * (decode or 0.5)
-    widest = max((n for _, n in strategy.sizes), default=1)
+    touches = 2 * weights + 2 * optimizer if train else read + cache * (decode or 0.5)
     return Estimate(
         weights=weights,
         cache=cache,
         optimizer=optimizer,
-        hbm_seconds=traffic / chip.hbm_bandwidth,
+        hbm_seconds=touches / chip.hbm_bandwidth,
         flops_seconds=_flops(job) / strategy.num_devices / chip.peak["bf16"],
-        collective_seconds=moved / (2 * chip.link_bandwidth) + turns * HOP_SECONDS * min(widest, 8),
-        collective_bytes=moved,
+        collective_seconds=traffic.seconds,
+        expert_seconds=experts / chip.hbm_bandwidth,
+        small_seconds=_small_operations(job) * chip.operation_cycles / chip.clock,
+        collective_bytes=traffic.bytes,
     )
 
 
@@ -125,14 +130,57 @@ def _parts(p: _Param, rules: Rules, strategy: Strategy) -> int:
     return math.prod(dict(strategy.sizes)[a] for a in split)
 
 
-def _touched_experts(job: Job) -> float:
-    """The share of a device's experts that a step needs, if every token chose at random."""
+def touched_experts(job: Job) -> tuple[float, float]:
+    """The share of a device's experts that a step needs, on average and on the device that needs the most, if
+    every token chose at random."""
     cfg, rules = job.cfg, job.rules
     if not cfg.n_routed_experts:
-        return 1.0
+        return 1.0, 1.0
     seen_by = [a for a in rules.axes("batch") if a not in rules.axes("expert")]
     tokens = job.tokens / math.prod(dict(job.strategy.sizes)[a] for a in seen_by)
-    return 1 - (1 - cfg.num_experts_per_tok / cfg.n_routed_experts) ** tokens
+    share = 1 - (1 - cfg.num_experts_per_tok / cfg.n_routed_experts) ** tokens
+    groups = job.strategy.parts(rules, "expert")
+    return share, max(share, _most_touched(cfg.n_routed_experts, cfg.num_experts_per_tok, tokens, groups))
+
+
+@functools.lru_cache(maxsize=64)
+def _most_touched(experts: int, chosen: int, tokens: float, groups: int) -> float:
+    """The share of its experts that the group needs which needs the most: a mean over 200 random layers."""
+    if groups == 1 or tokens * chosen > 16 * experts:  # all alike, or all touched
+        return 0.0
+    scores = np.random.default_rng(0).random((200, math.ceil(tokens), experts), np.float32)
+    ids = np.argpartition(scores, chosen - 1, axis=-1)[..., :chosen].reshape(200, -1)
+    touched = np.zeros((200, experts), bool)
+    np.put_along_axis(touched, ids, True, axis=1)
+    return float(touched.reshape(200, groups, -1).sum(-1).max(-1).mean() * groups / experts)
+
+
+def _idle(job: Job, bits: int) -> float:
+    """How often longer multiplying an expert's columns on a chip takes than reading them, or 1: padded to the
+    matrix unit, as kernels/chosen_experts.py counts it."""
+    chip = job.topology.chip.device
+    columns = job.cfg.moe_intermediate_size / job.strategy.parts(job.rules, "expert_mlp")
+    rows, least = (64, 64) if job.tokens <= 16 else (112, 128)
+    seconds = 2 * rows * max(1.0, least / columns) / chip.peak["bf16"]
+    return max(1.0, seconds * chip.hbm_bandwidth * 8 / bits)
+
+
+def _in_kernels(job: Job) -> tuple[bool, bool]:
+    """Whether a decode step's attention and experts are the few kernels of layers/decode.py, as it says."""
+    cfg, rules = job.cfg, job.rules
+    whole = job.phase == "decode" and not rules.axes("batch") and not rules.axes("length")
+    heads = rules.axes("cache_heads") + rules.axes("cache_batch")
+    latent = cfg.is_mla and bool(cfg.q_lora_rank) and rules.axes("heads") == heads
+    lies = set(rules.axes("mlp")) == {*rules.axes("expert_mlp"), *rules.axes("expert")}
+    return whole and latent, whole and cfg.n_routed_experts > 0 and (lies or not cfg.n_shared_experts)
+
+
+def _small_operations(job: Job) -> int:
+    """Of a decode step: a layer without those kernels is some 70 operations of XLA, most of which take the
+    least that one can (docs/lab.md)."""
+    if job.phase != "decode":
+        return 0
+    return job.cfg.num_hidden_layers * (10 + sum(0 if served else 30 for served in _in_kernels(job)))
 
 
 def _flops(job: Job) -> float:
@@ -151,9 +199,45 @@ def _flops(job: Job) -> float:
     return job.tokens * per_token * passes
 
 
-def _layer_traffic(job: Job) -> tuple[float, int]:
-    """Bytes that a device receives for activations in bfloat16, and collectives, over all layers."""
-    cfg, strategy, rules = job.cfg, job.strategy, job.rules
+class _Traffic:
+    """Collectives of a step: bytes that a device receives, and seconds that they take."""
+
+    def __init__(self, topology: Topology):
+        self.topology, self.bytes, self.seconds = topology, 0.0, 0.0
+
+    def add(self, received: float, n: int, times: float) -> None:
+        """`received` bytes in all, by so many collectives among n devices."""
+        if n > 1:
+            links, hops = self.way(n)
+            self.bytes += received
+            self.seconds += (
+                received / (links * self.topology.chip.link_bandwidth) + times * hops * HOP_SECONDS
+            )
+
+    def all_reduce(self, operand: float, n: int, times: float) -> None:
+        """In two phases, or, where that is sooner, with every operand sent all the way round."""
+        links, hops = self.way(n)
+        speed = links * self.topology.chip.link_bandwidth
+        two = 2 * operand * (n - 1) / n
+        round_ = two + speed * 2 * hops * HOP_SECONDS > operand * (n - 1) + speed * hops * HOP_SECONDS
+        self.add(times * (operand * (n - 1) if round_ else two), n, times * (1 if round_ else 2))
+
+    def way(self, n: int) -> tuple[int, int]:
+        """Links that a device has among n that fill one torus axis after the other, and hops of the longest
+        way."""
+        links = hops = 0
+        for axis, size in enumerate(self.topology.dims):
+            part = min(n, size)
+            if part > 1:
+                ring = part == size and self.topology.wraps(axis)
+                links, hops = links + (2 if ring else 1), hops + (part // 2 if ring else part - 1)
+                n = -(-n // part)
+        return max(links, 1), hops
+
+
+def _layer_traffic(job: Job) -> _Traffic:
+    """Of activations in bfloat16, over all layers."""
+    cfg, strategy, rules, traffic = job.cfg, job.strategy, job.rules, _Traffic(job.topology)
     rows = job.batch / strategy.parts(rules, "batch")
     length = 1 if job.phase == "decode" else job.context / strategy.parts(rules, "length")
     x = rows * length * cfg.hidden_size * 2
@@ -161,61 +245,91 @@ def _layer_traffic(job: Job) -> tuple[float, int]:
     sparse = sum(map(cfg.is_moe_layer, range(cfg.num_hidden_layers)))
     dense = cfg.num_hidden_layers - sparse
     heads = strategy.parts(rules, "heads" if cfg.is_mla else "kv_heads")
-    moved, turns = 0.0, 0
+    together = _in_kernels(job)[1]  # shared experts, in one sum with the others
 
-    def all_reduce(n: int, layers: int, scale: float = 1.0) -> None:
-        nonlocal moved, turns
-        if n > 1:
-            moved += 2 * x * scale * (n - 1) / n * layers * backward
-            turns += layers * backward
-
-    all_reduce(heads, cfg.num_hidden_layers)
-    all_reduce(strategy.parts(rules, "mlp"), dense + (sparse if cfg.n_shared_experts else 0))
+    traffic.all_reduce(x, heads, cfg.num_hidden_layers * backward)
+    shared = sparse if cfg.n_shared_experts and not together else 0
+    traffic.all_reduce(x, strategy.parts(rules, "mlp"), (dense + shared) * backward)
     experts, width = strategy.parts(rules, "expert"), strategy.parts(rules, "expert_mlp")
     if rules.dispatch == "all_to_all" and experts > 1:
-        moved += 2 * x * min(cfg.num_experts_per_tok, experts) * sparse * backward
-        turns += 2 * sparse * backward
-        all_reduce(width, sparse, float(cfg.num_experts_per_tok))
+        moved = 2 * x * min(cfg.num_experts_per_tok, experts) * sparse * backward
+        traffic.add(moved, experts, 2 * sparse * backward)
+        traffic.all_reduce(x * cfg.num_experts_per_tok, width, sparse * backward)
     else:
-        shared = [a for a in rules.axes("batch") if a in rules.axes("expert")]
-        gathered = math.prod(dict(strategy.sizes)[a] for a in shared)
-        all_reduce(experts * width, sparse, gathered)
-    return moved, turns
+        both = [a for a in rules.axes("batch") if a in rules.axes("expert")]
+        gathered = math.prod(dict(strategy.sizes)[a] for a in both)
+        traffic.all_reduce(x * gathered, experts * width, sparse * backward)
+    if job.phase == "decode" and cfg.is_mla:
+        _to_the_cache(job, rows, traffic)
+    return traffic
+
+
+def _to_the_cache(job: Job, rows: float, traffic: _Traffic) -> None:
+    """What brings queries to where latent caches are, and sums back."""
+    cfg, strategy, rules = job.cfg, job.strategy, job.rules
+    layers, head = cfg.num_hidden_layers, (2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim) * 2
+    queries = rows * cfg.num_attention_heads / strategy.parts(rules, "heads") * head
+    moved = strategy.parts(rules, "cache_batch") // strategy.parts(rules, "batch")
+    traffic.add(layers * queries, moved, 2 * layers)
+    latents, slots = strategy.parts(rules, "q_lora"), strategy.parts(rules, "cache_length")
+    traffic.add(layers * rows * (cfg.q_lora_rank or 0) * 2, latents, layers)
+    at = cfg.num_attention_heads * job.batch / strategy.parts(rules, "cache_batch")
+    at /= strategy.parts(rules, "cache_heads")
+    traffic.all_reduce(at * 4, slots, layers)  # the largest score, then sums of what was found
+    traffic.all_reduce(at * (cfg.kv_lora_rank + 1) * 4, slots, layers)
 
 
 # -------------------------------------------------------------------- sizes
 
 
+# Shipped rule tables whose sizes are free, and the mesh axes that they split.
+TABLES = {
+    "default": ("fsdp", "expert", "tensor", "context"),
+    "spread": ("fsdp", "expert", "tensor", "context"),
+    "attention-data-parallel": ("fsdp", "expert", "tensor", "context"),
+    "all-rows": ("data", "expert", "tensor", "context"),
+    "all-rows-own-cache": ("data", "expert", "tensor"),
+}
+
+
 def candidates(
     cfg: ModelConfig, topology: Topology, workload: str, batch: int, context: int, weights: str, lora: int = 0
-) -> Iterator[Job]:
-    """Jobs with the default rule tables and every split of the slice into mesh axes that fits them."""
+) -> Iterator[tuple[str, Job]]:
+    """Jobs of the shipped rule tables and every split of the slice into mesh axes that fits them, by name."""
     devices = topology.num_devices
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
-    for fsdp, expert, tensor, context_axis in itertools.product(divisors, repeat=4):
-        if fsdp * expert * tensor * context_axis != devices:
+    for table, axes in TABLES.items():
+        path = configs_dir() / "meshes" / f"{table}.toml"
+        if table.startswith("all-rows") and not cfg.is_mla:
             continue
-        sizes = {"fsdp": fsdp, "expert": expert, "tensor": tensor, "context": context_axis}
-        try:
-            yield Job(cfg, Strategy.default(**sizes), topology, workload, batch, context, weights, lora)
-        except ConfigError:
-            continue
+        for split in itertools.product(divisors, repeat=len(axes)):
+            if math.prod(split) != devices:
+                continue
+            sizes = dict(zip(axes, split))
+            name = f"{table} " + ",".join(f"{a}={n}" for a, n in sizes.items() if n > 1)
+            try:
+                strategy = Strategy.from_toml(path, **sizes)
+                yield name.strip(), Job(cfg, strategy, topology, workload, batch, context, weights, lora)
+            except ConfigError:
+                continue
 
 
 def sensible(
     cfg: ModelConfig, topology: Topology, workload: str, batch: int, context: int, weights: str, lora: int = 0
-) -> Job:
-    """The default rule tables with the sizes of the least estimated step that fits. Raises ConfigError."""
-    jobs = list(candidates(cfg, topology, workload, batch, context, weights, lora))
+) -> tuple[str, Job]:
+    """The candidate of the least estimated step that fits; unless it decodes, of the default table, since the
+    others are made for decoding. Raises ConfigError."""
+    found = list(candidates(cfg, topology, workload, batch, context, weights, lora))
+    jobs = [(name, j) for name, j in found if j.phase == "decode" or name.split()[0] == "default"]
     if not jobs:
         raise ConfigError(
-            f"no sizes of the default strategy's axes fit the model, batch {batch} and context {context} on "
-            f"{topology.name}; give --mesh"
+            f"no sizes of the shipped rule tables' axes fit the model, batch {batch} and context {context} "
+            f"on {topology.name}; give --mesh"
         )
     usable = topology.chip.device.usable
 
-    def rank(job: Job) -> tuple[bool, float]:
-        found = first_pass(job)
+    def rank(named: tuple[str, Job]) -> tuple[bool, float]:
+        found = first_pass(named[1])
         crowded = found.held > 0.95 * usable
         return crowded, found.held if crowded else found.seconds
 

@@ -119,9 +119,10 @@ def make_job(
             problem = f"; {path.name} is not for this: {e}"
             continue
         return job, f"{path.name}, which is shipped"
-    job = sensible(cfg, slice_, workload, batch, context, weights, lora)
-    sizes = ",".join(f"{a}={n}" for a, n in job.strategy.sizes if n > 1) or "one device"
-    return job, f"the default strategy with {sizes}, by a first estimate of all its sizes{problem}"
+    name, job = sensible(cfg, slice_, workload, batch, context, weights, lora)
+    table, _, sizes = name.partition(" ")
+    where = "the default strategy" if table == "default" else f"{table}.toml"
+    return job, f"{where} with {sizes or 'one device'}, by a first estimate of all sizes{problem}"
 
 
 def shipped(cfg: ModelConfig, topology: Topology, workload: str) -> list[Path]:

@@ -8,7 +8,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from jaxseek.lab.analytic import Estimate, first_pass
+from jaxseek.lab.analytic import Estimate, first_pass, touched_experts
 from jaxseek.lab.chips import Topology
 from jaxseek.lab.collectives import Coords, cost, mesh_axes
 from jaxseek.lab.compile import Compiled
@@ -170,6 +170,9 @@ def _time(op: Op, topology: Topology, coords: Coords, job: Job) -> Timed:
     seconds = max(op.flops / chip.peak["bf16"], op.bytes / chip.hbm_bandwidth)
     if op.kind == "pallas":
         seconds *= filled(job) if re.match(r"t?gmm\b", op.name) else 1.0
+        if re.match(r"chosen_experts\b", op.name):  # which counts what a chip reads on average
+            mean, most = touched_experts(job)
+            seconds *= most / mean
         seconds = max(seconds, chip.operation_cycles / chip.clock)  # a call takes no less than any operation
     return Timed(op, seconds * op.times)
 

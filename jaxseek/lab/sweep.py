@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
-import itertools
 import json
+import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,15 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from jaxseek.config import ConfigError, ModelConfig, configs_dir
+from jaxseek.config import ConfigError, ModelConfig
 from jaxseek.info import read_config
-from jaxseek.lab.analytic import first_pass
+from jaxseek.lab.analytic import candidates, first_pass
 from jaxseek.lab.chips import Topology
 from jaxseek.lab.compile import CompileError, compile_job
 from jaxseek.lab.job import Job
 from jaxseek.lab.report import Report, report
 from jaxseek.sharding import Strategy
 
-RULES = ("default", "spread", "attention-data-parallel")  # shipped rule tables, tried with all sizes
 COMPILE_BYTES = 3 * 2**30  # what one compilation of a 671B step takes at most, and more
 
 
@@ -53,14 +52,10 @@ def layouts(
 ) -> list[Entry]:
     """The jobs of these meshes, or else of the shipped rule tables with every split of the slice; one of
     those that are the same layout by other names."""
+    shape = (topology, workload, batch, context, weights)
+    given = ((m, Job(cfg, Strategy.parse(m), *shape)) for m in meshes)
     found: dict[Any, Entry] = {}
-    for name, make in _strategies(topology, meshes):
-        try:
-            job = Job(cfg, make(), topology, workload, batch, context, weights)
-        except ConfigError:
-            if meshes:
-                raise
-            continue
+    for name, job in given if meshes else candidates(cfg, *shape):
         found.setdefault(_signature(job), Entry(name, job))
     return list(found.values())
 
@@ -85,35 +80,26 @@ def _signature(job: Job) -> Any:
     return repr(([n for _, n in merged], [r.dispatch for r in rules], named))
 
 
-def _strategies(topology: Topology, meshes: Sequence[str]) -> Iterable[tuple[str, Callable[[], Strategy]]]:
-    if meshes:
-        yield from ((m, lambda m=m: Strategy.parse(m)) for m in meshes)
-        return
-    n = topology.num_devices
-    divisors = [d for d in range(1, n + 1) if n % d == 0]
-    for table in RULES:
-        path = configs_dir() / "meshes" / f"{table}.toml"
-        for split in itertools.product(divisors, repeat=4):
-            sizes = dict(zip(("fsdp", "expert", "tensor", "context"), split))
-            if split[0] * split[1] * split[2] * split[3] == n:
-                name = f"{table} " + ",".join(f"{a}={k}" for a, k in sizes.items() if k > 1)
-                yield name, lambda path=path, sizes=sizes: Strategy.from_toml(path, **sizes)
-
-
 def prune(entries: list[Entry], keep: int) -> tuple[list[Entry], list[Entry]]:
-    """The `keep` layouts of the least estimated time that can fit, and the others with the reason."""
-    usable, kept, out = entries[0].job.topology.chip.device.usable if entries else 0, [], []
+    """The `keep` layouts of the least estimated time that can fit, among them the best of every rule table,
+    and the others with the reason."""
+    usable, fitting, out = entries[0].job.topology.chip.device.usable if entries else 0, [], []
     for e in entries:
         estimate = first_pass(e.job)
         if estimate.held > usable:
             out.append(Entry(e.name, e.job, None, f"holds {estimate.held / 2**30:.1f} GiB per device"))
         else:
-            kept.append((estimate.seconds, e))
-    kept.sort(key=lambda k: k[0])
-    for seconds, e in kept[keep:]:
-        text = f"estimated at {seconds * 1e3:.1f} ms, the best at {kept[0][0] * 1e3:.1f}"
-        out.append(Entry(e.name, e.job, None, text))
-    return [e for _, e in kept[:keep]], out
+            fitting.append((estimate.seconds, e))
+    fitting.sort(key=lambda f: f[0])
+    first: dict[str, Entry] = {}
+    for _, e in fitting:
+        first.setdefault(_table(e), e)
+    wanted = [*first.values(), *(e for _, e in fitting if e not in first.values())][:keep]
+    for seconds, e in fitting:
+        if e not in wanted:
+            text = f"estimated at {seconds * 1e3:.1f} ms, the best at {fitting[0][0] * 1e3:.1f}"
+            out.append(Entry(e.name, e.job, None, text))
+    return [e for _, e in fitting if e in wanted], out
 
 
 def workers() -> int:
@@ -138,15 +124,25 @@ def run(entries: list[Entry], advance: Callable[[Entry], None]) -> list[Entry]:
 
 
 def pareto(entries: list[Entry]) -> list[Entry]:
-    """Those that fit and than which none is both faster for a sequence and cheaper for a token."""
-    fits = [e for e in entries if e.report and e.report.fits]
+    """Those that fit and that none of the same batch beats in both bounds of time, fastest first."""
 
-    def better(a: Entry, b: Entry) -> bool:
-        (ta, ra), (tb, rb) = _rates(a), _rates(b)
-        return ta <= tb and ra >= rb and (ta, ra) != (tb, rb)
+    def bounds(e: Entry) -> tuple[float, float]:
+        assert e.report is not None
+        return e.report.upper, e.report.lower
 
-    front = {_rates(e): e for e in reversed(fits) if not any(better(o, e) for o in fits)}
-    return sorted(front.values(), key=_rates)
+    found: list[Entry] = []
+    for batch in sorted({e.job.batch for e in entries}):
+        least = math.inf
+        for e in sorted((e for e in entries if e.job.batch == batch and fits(e)), key=bounds):
+            if bounds(e)[1] < least:
+                least = bounds(e)[1]
+                found.append(e)
+    return found
+
+
+def fits(e: Entry) -> bool:
+    """Whether it was compiled, and fits."""
+    return e.report is not None and e.report.fits
 
 
 def _rates(e: Entry) -> tuple[float, float]:
@@ -159,7 +155,7 @@ def verdict(entries: list[Entry]) -> str:
     """The winner for each batch, and in words where the next best loses."""
     out = []
     for batch in sorted({e.job.batch for e in entries}):
-        done = [e for e in entries if e.job.batch == batch and e.report and e.report.fits]
+        done = [e for e in entries if e.job.batch == batch and fits(e)]
         done.sort(key=lambda e: _rates(e)[0])
         if not done:
             out.append(f"batch {batch}: nothing fits")
@@ -171,16 +167,21 @@ def verdict(entries: list[Entry]) -> str:
             f"batch {batch}: {done[0].name}, {best.lower * 1e3:.2f} to {best.upper * 1e3:.2f} ms a step; "
             f"{sum(parts.values()) / best.upper:.0%} of it is {scope}"
         )
-        if len(done) > 1:
-            other = done[1].report
+        first: dict[str, Entry] = {}
+        for e in done:
+            first.setdefault(_table(e), e)
+        rivals = [
+            *done[1:2],
+            *(e for e in [*first.values()][1:] if e is not done[1]),
+        ]  # next, and other tables'
+        for other in (e.report for e in rivals):
             assert other is not None
             losses = {
                 s: sum(p.values()) - sum(best.scopes.get(s, {}).values()) for s, p in other.scopes.items()
             }
             where = max(losses, key=lambda s: losses[s])
-            text += (
-                f"; {done[1].name} takes {other.upper * 1e3:.2f} ms, {losses[where] * 1e3:+.2f} in {where}"
-            )
+            name = next(e.name for e in rivals if e.report is other)
+            text += f"; {name} takes {other.upper * 1e3:.2f} ms, {losses[where] * 1e3:+.2f} in {where}"
         out.append(text)
     return "\n".join(out)
 
@@ -219,11 +220,11 @@ def sweep(
     else:
         Console(width=None if console.is_terminal else 150).print(table(done))
         print(verdict(done))
-    return 0 if any(e.report and e.report.fits for e in done) else 1
+    return 0 if any(map(fits, done)) else 1
 
 
 def table(entries: list[Entry]) -> Table:
-    """One row for each layout, the fastest first; * marks those that none beats in both."""
+    """One row for each layout, the fastest first; * marks those that none beats in both bounds of time."""
     t, best = Table(), {id(e) for e in pareto(entries)}
     for name in (
         "",
@@ -257,33 +258,108 @@ def table(entries: list[Entry]) -> Table:
     return t
 
 
+MARKERS = "osD^vP*X"
+
+
 def draw(title: str, entries: list[Entry], path: str | Path) -> None:
-    """Latency against throughput, memory as colour; the front is joined, and its layouts are named."""
+    """For each batch, both bounds of a step's time, memory as colour and rule tables as markers; those that
+    none beats in both bounds are joined, the best are named, and the winner is ringed."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     done = [e for e in entries if e.report]
-    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
-    points = [_rates(e) for e in done]
+    batches = sorted({e.job.batch for e in done})
+    tables = list(dict.fromkeys(map(_table, done)))
     gib = [e.report.memory["peak"] / 2**30 for e in done if e.report]
-    dots = axes.scatter([t * 1e3 for t, _ in points], [r for _, r in points], c=gib, s=60, cmap="viridis")
-    for e, (t, r) in zip(done, points):
-        if e.report and not e.report.fits:
-            axes.scatter([t * 1e3], [r], marker="x", c="red", s=90)
-    front = pareto(entries)
-    axes.plot([_rates(e)[0] * 1e3 for e in front], [_rates(e)[1] for e in front], color="grey", zorder=0)
-    for i, e in enumerate(front, 1):
-        at = (_rates(e)[0] * 1e3, _rates(e)[1])
-        axes.annotate(str(i), at, (7, -3), textcoords="offset points", fontsize=9, weight="bold")
-        axes.plot([], [], " ", label=f"{i}  batch {e.job.batch}: {e.name}, {at[0]:.1f} ms")
     usable = entries[0].job.topology.chip.device.usable / 2**30
-    figure.colorbar(dots, label=f"GiB per device, of {usable:.2f}; x does not fit")
-    axes.set(yscale="log", xlabel="ms per step, nothing overlapped", ylabel="tokens/s per device")
-    axes.set_title(title, fontsize=11)
-    axes.grid(alpha=0.3, which="both")
-    if front:
-        figure.legend(loc="outside lower left", fontsize=8, handlelength=0, frameon=False)
-    figure.savefig(path, dpi=130)
+    most = max(len(_named(entries, b)) for b in batches) if batches else 0
+    figure, axes = plt.subplots(
+        1, max(1, len(batches)), figsize=(5.4 * max(1, len(batches)) + 1.2, 5.0 + 0.2 * most),
+        layout="constrained", squeeze=False,
+    )  # fmt: skip
+    figure.suptitle(title, fontsize=11)
+    dots = None
+    for ax, batch in zip(axes[0], batches):
+        some = [e for e in done if e.job.batch == batch]
+        best = min((e.report.upper for e in some if e.report and fits(e)), default=math.inf)
+        seen = [e for e in some if e.report and e.report.upper <= 6 * best]
+        for e in seen:
+            assert e.report is not None
+            at = _bounds(e)
+            colour = {"c": [e.report.memory["peak"] / 2**30], "vmin": min(gib), "vmax": max(*gib, usable)}
+            marker = MARKERS[tables.index(_table(e)) % len(MARKERS)]
+            dots = ax.scatter(
+                *at, **colour, s=52, cmap="viridis_r", marker=marker, edgecolors="0.3", linewidths=0.5
+            )
+            if not e.report.fits:
+                ax.scatter(*at, marker="x", c="red", s=90)
+        front = [e for e in pareto(entries) if e.job.batch == batch]
+        ax.plot(*zip(*map(_bounds, front)), color="0.5", zorder=0) if front else None
+        notes = []
+        for i, e in enumerate(_named(entries, batch), 1):
+            at = _bounds(e)
+            beside = (-13, -13) if e in front else (6, -14)
+            ax.annotate(str(i), at, beside, textcoords="offset points", fontsize=10, weight="bold")
+            notes.append(
+                f"{i}  {e.name}: {at[0]:.1f} to {at[1]:.1f} ms, {e.job.tokens / at[1] * 1e3:,.0f} tokens/s"
+            )
+        if front:
+            ax.scatter(*_bounds(front[0]), s=210, facecolors="none", edgecolors="#D55E00", linewidths=2)
+        hidden = len(some) - len(seen)
+        ax.set_title(
+            f"batch {batch}" + (f" ({hidden} slower by more than 6x)" if hidden else ""), fontsize=10
+        )
+        ax.set(xscale="log", yscale="log", xlabel="ms per step, all overlapped\n" + "\n".join(notes))
+        ax.xaxis.label.set(fontsize=8.5, linespacing=1.5)
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_formatter(ScalarFormatter())
+            axis.set_minor_formatter(
+                ScalarFormatter() if _near(axis.get_view_interval()) else NullFormatter()
+            )
+        ax.tick_params(which="both", labelsize=8)
+        ax.margins(0.09)
+        ax.grid(alpha=0.25, which="both")
+    axes[0][0].set_ylabel("ms per step, nothing overlapped")
+    for i, name in enumerate(tables):
+        axes[0][-1].scatter([], [], marker=MARKERS[i % len(MARKERS)], c="0.6", edgecolors="0.3", label=name)
+    axes[0][-1].scatter(
+        [], [], s=120, facecolors="none", edgecolors="#D55E00", linewidths=2, label="least time in turn"
+    )
+    axes[0][-1].legend(fontsize=8, loc="lower right")
+    if dots is not None:
+        figure.colorbar(dots, ax=axes[0][-1], label=f"GiB per device, of {usable:.2f}; x does not fit")
+    figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _bounds(e: Entry) -> tuple[float, float]:
+    assert e.report is not None
+    return e.report.lower * 1e3, e.report.upper * 1e3
+
+
+def _near(interval: Any) -> bool:
+    return interval[1] < 4 * interval[0]
+
+
+def _named(entries: list[Entry], batch: int) -> list[Entry]:
+    """The front of a batch and the best of every rule table, without those that differ by less than 2 % from
+    one before: numbers beside them would overlap."""
+    done = [e for e in entries if e.job.batch == batch and fits(e)]
+    first: dict[str, Entry] = {}
+    for e in sorted(done, key=lambda e: _bounds(e)[1]):
+        first.setdefault(_table(e), e)
+    named: list[Entry] = []
+    for e in [*(e for e in pareto(done)), *first.values()]:
+        if _bounds(e)[1] > 6 * min(_bounds(f)[1] for f in first.values()):
+            continue
+        if all(max(abs(a / b - 1) for a, b in zip(_bounds(e), _bounds(n))) > 0.02 for n in named):
+            named.append(e)
+    return named
+
+
+def _table(e: Entry) -> str:
+    """The rule table of an entry's name; sizes or a file given by hand have none."""
+    return e.name.split()[0] if " " in e.name else "given"
