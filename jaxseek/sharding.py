@@ -169,6 +169,12 @@ class Strategy:
                     over = " x ".join(f"{a}={size[a]}" for a in axes)
                     tables.setdefault(f"{name} {dims[name]} is not divisible by {over}", []).append(where)
         problems = [f"{text} ([{'], ['.join(where)}])" for text, where in tables.items()]
+        for where in PHASES:
+            rules = getattr(self, where)
+            for one, other in _together(cfg, where):
+                if both := set(rules.axes(one)) & set(rules.axes(other)):
+                    over = " and ".join(sorted(both))
+                    problems.append(f"{one} and {other} of an array are both split over {over} ([{where}])")
         if cfg.n_routed_experts == 0 and size["expert"] > 1:
             problems.append(f"expert={size['expert']}, but the model has no routed experts")
         if problems:
@@ -230,6 +236,16 @@ class Strategy:
                 raise ConfigError(f"mesh axis {axis} has size {n!r}, expected a positive integer")
         full = tuple((a, sizes.get(a, 1)) for a in MESH_AXES)
         return cls(full, **{k: _rules(k, tables[k], dict(full)) for k in ("weights", *PHASES)})
+
+
+def _together(cfg: ModelConfig, phase: str) -> list[tuple[str, str]]:
+    """Logical axes that are axes of one array."""
+    heads = ("heads",) if cfg.is_mla else ("kv_heads", "q_groups")
+    pairs = [("batch", name) for name in ("length", "vocab", *heads)] + [("length", name) for name in heads]
+    if phase == "decode":
+        cached = ("cache_heads",) if cfg.is_mla else heads
+        pairs += [("cache_batch", name) for name in ("cache_length", *cached)]
+    return pairs if cfg.is_mla else [*pairs, ("kv_heads", "q_groups")]
 
 
 def _check_keys(given: dict[str, Any], known: tuple[str, ...], what: str) -> None:

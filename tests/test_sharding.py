@@ -205,3 +205,16 @@ def test_parameters_are_listed_once_by_path():
     assert list(listed) == sorted(listed)
     assert {"embed_VD", "head_DV", "norm.scale_D", "stacks.0.attn.q_DKGH"} <= set(listed)
     assert np.asarray(listed["stacks.0.attn.q_DKGH"][...]).shape == (2, 32, 2, 2, 8)
+
+
+def test_one_axis_cannot_split_two_of_an_array(tmp_path):
+    text = """
+        mesh = {data = 2, tensor = 2}
+        [decode]
+        heads = ["tensor", "data"]
+        batch = []
+        cache_batch = "data"
+    """
+    with pytest.raises(ConfigError, match=r"cache_batch and cache_heads .* both split over data"):
+        Strategy.from_toml(toml(tmp_path, text)).check_fits(V3)
+    Strategy.from_toml(toml(tmp_path, text + 'cache_heads = "tensor"')).check_fits(V3)
