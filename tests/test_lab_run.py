@@ -40,7 +40,7 @@ def real(*args, **more):
         ("decode", "expert=4,tensor=2", {"weights": "int8"}),
         pytest.param("rollout", "expert=4,context=2", {}, marks=pytest.mark.slow),
         pytest.param("prefill", "fsdp=2,expert=4", {"weights": "int4"}, marks=pytest.mark.slow),
-        ("train", "fsdp=2,expert=4", {}),
+        pytest.param("train", "fsdp=2,expert=4", {}, marks=pytest.mark.slow),
         pytest.param("grpo", "fsdp=2,expert=4", {"lora": 2}, marks=pytest.mark.slow),
     ],
 )
