@@ -126,6 +126,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dir", default=".", help="on the disk to be measured; twice the size is needed")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     args = parser.parse_args(argv)
+    for name in ("gigabytes", "shards", "repeats"):
+        if getattr(args, name) <= 0:
+            parser.error(f"--{name} is {getattr(args, name)}, expected above 0")
+    if not Path(args.dir).is_dir():
+        parser.error(f"--dir {args.dir} is no directory")
+    if shutil.disk_usage(args.dir).free < 2.2e9 * args.gigabytes:
+        parser.error(f"--dir {args.dir} has not the room for {args.gigabytes} GB and its conversion")
     found = bench(args.gigabytes, args.shards, args.dtype, args.repeats, bool(args.against), args.dir)
     lines = {}
     for name, seconds in found["seconds"].items():

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxseek.cli_convert import add_conversion_verbs
-from jaxseek.cli_shared import WrongUse, table
+from jaxseek.cli_lab import add_lab_verbs
+from jaxseek.cli_shared import WrongUse, load_model, read_prompts, table
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -192,86 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--json", action="store_true")
 
-    p = verb(
-        "plan",
-        _plan,
-        "What a step costs on a TPU slice, by compiling it for the slice where there is no TPU: memory, "
-        "time, the dearest operations, every collective. Exit code 1 where it does not fit.",
-        "jaxseek plan deepseek-v2-lite --topology v5e:2x4 --workload decode --batch 8 --context 2048",
-    )
-
-    def lab_arguments(p: argparse.ArgumentParser) -> None:
-        p.add_argument("model", help="preset, checkpoint or Hugging Face directory, or config.json")
-        p.add_argument("--topology", required=True, metavar="CHIP:AxB", help="such as v5e:8x8 or v5p:4x4x4")
-        workloads = ("decode", "prefill", "train", "rollout", "grpo")
-        p.add_argument("--workload", choices=workloads, default="decode")
-        p.add_argument("--context", type=int, default=2048, help="tokens of a sequence (default 2048)")
-        p.add_argument("--weights", choices=("bf16", "int8", "int4", "fp8"), default="bf16")
-        p.add_argument("--json", action="store_true")
-        p.add_argument("--plot", metavar="FILE", help="draw it")
-
-    lab_arguments(p)
-    p.add_argument(
-        "--mesh",
-        help="axis sizes (tensor=4,expert=2), a strategy TOML, or a shipped one's name (default: the shipped "
-        "layout for this model, slice and workload, or else sizes chosen by a first estimate)",
-    )
-    p.add_argument("--batch", type=int, default=8, help="sequences (default 8)")
-    p.add_argument("--lora", type=int, default=0, metavar="RANK", help="train and grpo: only adapters learn")
-    p.add_argument(
-        "--remat",
-        choices=("none", "dots", "costly", "full"),
-        default="full",
-        help="of training: what the backward pass computes again, as in a run file (default full)",
-    )
-    p.add_argument("--hlo", metavar="FILE", help="write the compiled program's text")
-    p.add_argument(
-        "--run",
-        dest="repeats",
-        nargs="?",
-        type=int,
-        const=10,
-        default=0,
-        metavar="N",
-        help="on that slice: run the step N times too (default 10), and print the median beside the estimate",
-    )
-    p.add_argument("--trace", metavar="DIR", help="with --run: write a profile of a step there, for xprof")
-
-    p = verb(
-        "sweep",
-        _sweep,
-        "Compare layouts of a step on a TPU slice: the shipped rule tables with all sizes, pruned by a first "
-        "estimate, compiled as `plan` does. Started again, it goes on where it was.",
-        "jaxseek sweep deepseek-v2-lite --topology v5e:2x4 --batch 8 64 --plot sweep.png",
-    )
-    lab_arguments(p)
-    p.add_argument("--mesh", nargs="+", default=[], help="compare these instead, each as `plan` takes it")
-    p.add_argument("--batch", type=int, nargs="+", default=[8], help="sequences; several are compared")
-    p.add_argument("--keep", type=int, default=8, metavar="N", help="layouts to compile for each batch")
-
-    p = verb(
-        "placement",
-        _placement,
-        "What a placement of experts does to the slowest device: a trace of routed experts, served with the "
-        "experts in order, placed by DeepSeek's load balancer, and with redundant copies. The trace is a "
-        "file, or is recorded: MODEL decodes the prompts side by side.",
-        "jaxseek placement v2-lite/ -f prompts.txt -n 64 --devices 8 --redundant 8 --save trace.npz",
-    )
-    p.add_argument(
-        "source", metavar="TRACE|MODEL", help="a trace (.npz, .npy), or a model as `generate` takes"
-    )
-    p.add_argument("--devices", type=int, required=True, help="that the experts are spread over")
-    p.add_argument("--redundant", type=int, default=0, metavar="N", help="slots beyond one for each expert")
-    p.add_argument("--nodes", type=int, default=1, help="groups of experts stay within one (default 1)")
-    p.add_argument("-p", "--prompt", action="append", default=[], help="repeatable; - reads standard input")
-    p.add_argument("-f", "--file", help='prompts: a line each, or .jsonl with "prompt" or "messages"')
-    p.add_argument("-n", "--max-new-tokens", type=int, default=64, metavar="N")
-    p.add_argument("-t", "--temperature", type=float, default=0.6, help="0 is greedy (default 0.6)")
-    p.add_argument("--mesh", help="of the model that is recorded, as `generate` takes it")
-    p.add_argument("--dtype", choices=("bfloat16", "float32"))
-    p.add_argument("--save", metavar="FILE", help="write the recorded trace, .npz")
-    p.add_argument("--json", action="store_true")
-    p.add_argument("--plot", metavar="FILE", help="draw it")
+    add_lab_verbs(verb)
     return top
 
 
@@ -289,45 +211,12 @@ def _quickstart(args: argparse.Namespace) -> None:
         print(json.dumps(dataclasses.asdict(result)))
 
 
-def _load(args: argparse.Namespace) -> tuple[Any, Any]:
-    from jaxseek.loading import load
-
-    model, tokenizer = load(args.model, mesh=args.mesh, dtype=args.dtype)
-    if tokenizer is None and not getattr(args, "json", False):
-        print("no tokenizer beside the weights: prompts and replies are token ids", file=sys.stderr)
-    return model, tokenizer
-
-
 def _sampling(args: argparse.Namespace, seed: int) -> Any:
     from jaxseek.generate.sampling import Sampling
 
     return Sampling(
         args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_p, seed, tuple(args.stop)
     )
-
-
-def _prompts(args: argparse.Namespace) -> list[Any]:
-    """Texts or chats from -p, -f or standard input."""
-    prompts: list[Any] = [sys.stdin.read() if p == "-" else p for p in args.prompt]
-    if args.file:
-        lines = Path(args.file).read_text(encoding="utf-8").splitlines()
-        for number, line in enumerate((l for l in lines if l.strip()), 1):
-            if not args.file.endswith(".jsonl"):
-                prompts.append(line)
-                continue
-            try:
-                row = json.loads(line)
-                prompts.append(row["messages"] if "messages" in row else row["prompt"])
-            except (json.JSONDecodeError, KeyError, TypeError):
-                raise ValueError(
-                    f'{args.file}, line {number}: expected JSON with "prompt" or "messages"'
-                ) from None
-    if not prompts:
-        raise WrongUse('no prompt: give -p "text", -p - for standard input, or -f FILE')
-    if args.chat:
-        system = [{"role": "system", "content": args.system}] if args.system else []
-        prompts = [[*system, {"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
-    return prompts
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -356,8 +245,11 @@ def _generate(args: argparse.Namespace) -> None:
     from jaxseek.chat import split_reasoning
     from jaxseek.generate.text import TextStream, encode, engine_for
 
-    prompts = _prompts(args)
-    model, tokenizer = _load(args)
+    prompts = read_prompts(args.prompt, args.file)
+    if args.chat:
+        system = [{"role": "system", "content": args.system}] if args.system else []
+        prompts = [[*system, {"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+    model, tokenizer = load_model(args.model, args.mesh, args.dtype, quiet=args.json)
     thinking = False if args.no_think else None
     if tokenizer is None:
         prompts = [[int(i) for i in p.split()] if isinstance(p, str) else p for p in prompts]
@@ -397,7 +289,7 @@ def _chat(args: argparse.Namespace) -> None:
     from jaxseek.chat import split_reasoning
     from jaxseek.generate.text import TextStream, encode, engine_for
 
-    model, tokenizer = _load(args)
+    model, tokenizer = load_model(args.model, args.mesh, args.dtype)
     if tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer; chat needs one")
     engine, out = engine_for(model), _Writer()
@@ -557,45 +449,6 @@ def _bench(args: argparse.Namespace) -> None:
 
     sizes = {"prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens}
     bench(args.model, batches=args.batch, **sizes, **common)
-
-
-def _plan(args: argparse.Namespace) -> int:
-    from jaxseek.lab.plan import plan
-
-    if args.trace and not args.repeats:
-        raise WrongUse("--trace is of a run: give --run too")
-    layout = args.model, args.topology, args.mesh, args.workload, args.batch, args.context, args.weights
-    run = {"lora": args.lora, "remat": args.remat, "repeats": args.repeats, "trace": args.trace}
-    return plan(*layout, as_json=args.json, hlo=args.hlo, plot=args.plot, **run)
-
-
-def _sweep(args: argparse.Namespace) -> int:
-    from jaxseek.lab.sweep import sweep
-
-    layouts = args.model, args.topology, args.mesh, args.workload, args.batch, args.context, args.weights
-    return sweep(*layouts, keep=args.keep, as_json=args.json, plot=args.plot)
-
-
-def _placement(args: argparse.Namespace) -> None:
-    from jaxseek.lab import replay
-
-    if args.source.endswith((".npz", ".npy")):
-        if args.prompt or args.file or args.save:
-            raise WrongUse(f"{args.source} is a trace already: -p, -f and --save are for a model")
-        load = replay.read_load(args.source)
-    else:
-        from jaxseek.generate.sampling import Sampling
-        from jaxseek.generate.text import encode
-
-        args.chat, args.model = False, args.source
-        prompts = _prompts(args)
-        model, tokenizer = _load(args)
-        ids = [[int(i) for i in p.split()] if tokenizer is None else encode(tokenizer, p) for p in prompts]
-        stops = tuple(dict.fromkeys((*model.cfg.eos_ids, *(tokenizer.eos_ids if tokenizer else ()))))
-        sampling = Sampling(args.max_new_tokens, args.temperature, stop_ids=stops)
-        load = replay.record(model, ids, sampling, args.save)
-    served = replay.compare(load, args.devices, args.redundant, args.nodes)
-    replay.show(load, served, args.json, args.plot)
 
 
 if __name__ == "__main__":

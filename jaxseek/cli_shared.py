@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 
 class WrongUse(Exception):
     """Arguments that do not go together: exit code 2."""
@@ -16,3 +22,34 @@ def table(title: str, rows: dict[str, str]) -> None:
     for row in rows.items():
         table.add_row(*row)
     Console().print(table)
+
+
+def load_model(source: str, mesh: str | None, dtype: str | None, quiet: bool = False) -> tuple[Any, Any]:
+    """A model and its tokenizer or None, which it says unless `quiet`."""
+    from jaxseek.loading import load
+
+    model, tokenizer = load(source, mesh=mesh, dtype=dtype)
+    if tokenizer is None and not quiet:
+        print("no tokenizer beside the weights: prompts and replies are token ids", file=sys.stderr)
+    return model, tokenizer
+
+
+def read_prompts(given: Sequence[str], file: str | None) -> list[Any]:
+    """Texts, or chats as lists of messages: those given, of which - is standard input, then a file's."""
+    prompts: list[Any] = [sys.stdin.read() if p == "-" else p for p in given]
+    if file:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate((l for l in lines if l.strip()), 1):
+            if not file.endswith(".jsonl"):
+                prompts.append(line)
+                continue
+            try:
+                row = json.loads(line)
+                prompts.append(row["messages"] if "messages" in row else row["prompt"])
+            except (json.JSONDecodeError, KeyError, TypeError):
+                raise ValueError(
+                    f'{file}, line {number}: expected JSON with "prompt" or "messages"'
+                ) from None
+    if not prompts:
+        raise WrongUse('no prompt: give -p "text", -p - for standard input, or -f FILE')
+    return prompts

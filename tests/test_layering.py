@@ -29,7 +29,7 @@ TIERS = [
     {"eval", "serve", "info", "quantize", "bench_worker"},
     {"bench", "bench_train", "bench_grpo", "lab"},
     {"cli_shared"},
-    {"cli_convert", "bench_convert"},
+    {"cli_convert", "cli_lab", "bench_convert"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(TIERS) for name in names}

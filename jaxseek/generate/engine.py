@@ -65,7 +65,7 @@ class Engine:
     `unroll` decodes with one module per layer, at the cost of a second copy of the weights; by default on
     CPU, where a scan over layers copies every layer's weights at every token. `lay_out` has the compiler
     choose how the model's weights lie in memory, by its first program for decoding; by default on TPU. The
-    model gets the new arrays, and its old ones are deleted one by one, unless the engine `owns` them not.
+    model gets the new arrays; its old ones are deleted one by one where the engine `owns` them.
     `weights` are the arrays that it stands for.
     """
 
@@ -82,6 +82,7 @@ class Engine:
         platform = model.mesh.devices.flat[0].platform
         self.decoder = model.unrolled() if (platform == "cpu" if unroll is None else unroll) else model
         self.owns, self.weights = owns, jax.tree.leaves(model)
+        self._programs: dict[tuple, jax.stages.Compiled] = {}
         self.lay_out, self.laid_out = platform == "tpu" if lay_out is None else lay_out, False
         self.timing = Timing()
 
@@ -164,6 +165,13 @@ class Engine:
 
     def _program(self, state: State, args: tuple, static: tuple) -> jax.stages.Compiled:
         """`decode_steps` compiled for weights as they lie; the first one says how that is."""
+        shapes = (*map(np.shape, jax.tree.leaves((state, args))), static)
+        if shapes not in self._programs:
+            self._programs[shapes] = self._compiled(state, args, static)
+        return self._programs[shapes]
+
+    def _compiled(self, state: State, args: tuple, static: tuple) -> jax.stages.Compiled:
+        """From those of all engines, or by the compiler; lays the weights out where they are not yet."""
 
         def abstract() -> tuple[Any, ...]:
             kept = ((self.decoder, self.laid_out), (state, False), (args, False))

@@ -25,11 +25,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxseek.config import ModelConfig
+from jaxseek.kernels.choice import affinities, choose, listed
 from jaxseek.kernels.scaled import Scaled
 
 _VMEM = 48 << 20  # bytes that a kernel may use
 _TILE = 4 << 20  # bytes of a tile of weights
-_LOWEST = float(jnp.finfo(jnp.float32).min)
 _EXACT = jax.lax.Precision.HIGHEST
 _NT = (((1,), (1,)), ((), ()))  # [B, I] times [O, I]
 _NN = (((1,), (0,)), ((), ()))
@@ -257,9 +257,9 @@ def router(
 
         @pl.when(d == pl.num_programs(0) - 1)
         def _():
-            scores_BE = _affinities(cfg, logits_ref[...])
+            scores_BE = affinities(cfg, logits_ref[...])
             choice_BE = scores_BE + _row(bias_refs[0], layer_ref[0]) if bias_refs else scores_BE
-            chosen_BE, ids = _choice(cfg, choice_BE)
+            chosen_BE, ids = choose(cfg, choice_BE)
             for k, id_B1 in enumerate(ids):
                 ids_ref[:, k : k + 1] = id_B1
             chosen_BE &= valid_ref[...] > 0
@@ -267,7 +267,7 @@ def router(
             if cfg.norm_topk_prob:
                 gates_BE = gates_BE / (gates_BE.sum(axis=1, keepdims=True) + 1e-20)
             gates_ref[...] = gates_BE * cfg.routed_scaling_factor
-            listed_ref[...], count_ref[...] = _listed(chosen_BE, first_ref[0], held)
+            listed_ref[...], count_ref[...] = listed(chosen_BE, first_ref[0], held)
 
     rows = [(D, x_BD.dtype), (D, x_BD.dtype), (E, jnp.float32), (E, jnp.float32), (K, jnp.int32)]
     shapes = [((B, n), dtype) for n, dtype in rows] + [((1, n), jnp.int32) for n in (held, 1)]
@@ -294,72 +294,6 @@ def router(
 
 
 # -------------------------------------------------------------------- inside kernels
-
-
-def _affinities(cfg: ModelConfig, logits_BE: jax.Array) -> jax.Array:
-    if cfg.scoring_func == "sigmoid":
-        return jax.nn.sigmoid(logits_BE)
-    part_BE = jnp.exp(logits_BE - logits_BE.max(axis=1, keepdims=True))
-    return part_BE / part_BE.sum(axis=1, keepdims=True)
-
-
-def _best(choice_BE: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The highest of each row [B, 1], its index [B, 1], the lowest one of equals, and where it is [B, E]."""
-    E = choice_BE.shape[1]
-    at_BE = jax.lax.broadcasted_iota(jnp.int32, choice_BE.shape, 1)
-    most_B1 = choice_BE.max(axis=1, keepdims=True)
-    id_B1 = jnp.where(choice_BE == most_B1, at_BE, E).min(axis=1, keepdims=True)
-    return most_B1, id_B1, at_BE == id_B1
-
-
-def _choice(cfg: ModelConfig, choice_BE: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-    """Which experts are chosen [B, E], and their ids [B, 1], the best first."""
-    if cfg.topk_method != "greedy" and cfg.n_group > 1:
-        choice_BE = _in_best_groups(cfg, choice_BE)
-    chosen_BE, ids = jnp.zeros(choice_BE.shape, jnp.bool), []
-    for _ in range(cfg.num_experts_per_tok):
-        # what is chosen goes below the masked groups, which may be chosen where a kept one has too few
-        _, id_B1, here_BE = _best(jnp.where(chosen_BE, -jnp.inf, jnp.maximum(choice_BE, _LOWEST)))
-        chosen_BE |= here_BE
-        ids.append(id_B1)
-    return chosen_BE, ids
-
-
-def _in_best_groups(cfg: ModelConfig, choice_BE: jax.Array) -> jax.Array:
-    G = cfg.n_group
-    group_BE = jax.lax.broadcasted_iota(jnp.int32, choice_BE.shape, 1) // (choice_BE.shape[1] // G)
-    best = []
-    for g in range(G):
-        members_BE = jnp.where(group_BE == g, choice_BE, -jnp.inf)
-        most_B1, _, here_BE = _best(members_BE)
-        if cfg.topk_method == "noaux_tc":
-            most_B1 += jnp.where(here_BE, -jnp.inf, members_BE).max(axis=1, keepdims=True)
-        best.append(most_B1)
-    keep_BE = jnp.zeros(choice_BE.shape, jnp.bool)
-    for g, score_B1 in enumerate(best):
-        ahead = [(b >= score_B1 if other < g else b > score_B1) for other, b in enumerate(best) if other != g]
-        rank_B1 = sum(a.astype(jnp.int32) for a in ahead)
-        keep_BE |= (group_BE == g) & (rank_B1 < cfg.topk_group)
-    return jnp.where(keep_BE, choice_BE, -jnp.inf)
-
-
-def _listed(chosen_BE: jax.Array, first: jax.Array, held: int) -> tuple[jax.Array, jax.Array]:
-    """Of the experts from `first` on those that any row chose, ascending, [1, held], and how many, [1, 1].
-
-    At least one. By products with matrices of 0 and 1: they are exact, and the vector unit has no sort."""
-    B, E = chosen_BE.shape
-    chosen_BE = chosen_BE.astype(jnp.float32)
-    ones_B1, columns = jnp.ones((B, 1), jnp.float32), (((0,), (0,)), ((), ()))
-    any_E1 = jnp.minimum(_dot(chosen_BE, ones_B1, columns), 1.0)
-    at_E1 = jax.lax.broadcasted_iota(jnp.int32, (E, 1), 0) - first
-    any_E1 = jnp.where((at_E1 >= 0) & (at_E1 < held), any_E1, 0.0)
-    row, column = (jax.lax.broadcasted_iota(jnp.int32, (E, E), axis) for axis in (0, 1))
-    rank_E1 = _dot((column < row).astype(jnp.float32), any_E1, _NN).astype(jnp.int32)
-    slot = jax.lax.broadcasted_iota(jnp.int32, (E, held), 1)
-    mine_EH = jnp.where(rank_E1 == slot, any_E1, 0.0)
-    listed_1H = (mine_EH * at_E1.astype(jnp.float32)).sum(axis=0, keepdims=True)
-    count_11 = jnp.maximum(any_E1.sum(axis=0, keepdims=True), 1.0)
-    return listed_1H.astype(jnp.int32), count_11.astype(jnp.int32)
 
 
 def _dot(a: jax.Array, w: jax.Array, dims: Any) -> jax.Array:
