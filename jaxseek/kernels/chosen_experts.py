@@ -19,10 +19,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxseek.kernels.scaled import Scaled
 
 Matrices = jax.Array | Scaled
+_COLUMNS = 128  # of an expert at a time
 _GROUP = 16  # rows that are multiplied at a time where only an expert's own are
 ROWS = 128  # the most that it takes: multiplying them takes as long as reading an expert
 _VMEM = 48 << 20  # bytes that the kernel may use, of 128 MiB on v5e and v6e and 95 on v5p
-_TILES = 20 << 20  # bytes of them for the experts' tiles
+_TILES = 6 << 20  # bytes of them for the experts' tiles
 
 
 def chosen_experts_mlp(
@@ -81,7 +82,8 @@ def chosen_experts_mlp(
     if shared is not None:
         always = [_value(w).swapaxes(-1, -2) for w in shared[:2]] + [_value(shared[2])]
         always += [w.scale for w in shared if isinstance(w, Scaled)]
-        specs += [pl.BlockSpec((None, *a.shape[1:]), of_layer) for a in always]
+        once = pl.Buffered(1)  # as it stays all along
+        specs += [pl.BlockSpec((None, *a.shape[1:]), of_layer, pipeline_mode=once) for a in always]
     # The compiler's bundles for an expert (v5e, D = 7168): 1.2 k for 32 columns and 2.7 k for 128 with few
     # rows, as if 64 rows were multiplied; 4.8 k for 128 columns with rows brought together.
     read = touched * 3 * F * D + sum(a[0].size for a in always)
@@ -191,11 +193,19 @@ def _product(a: jax.Array, b: jax.Array, of_b: int, of_a: int = 1) -> jax.Array:
 
 
 def _mlp(x_ND: jax.Array, weights: Any, scales: Any) -> jax.Array:
-    """down(silu(gate x) * up x) in float32; matrices are [F, D], their scales [1, F], [1, F] and [1, D]."""
+    """down(silu(gate x) * up x) in float32; matrices are [F, D], their scales [1, F], [1, F] and [1, D].
 
-    def product(a: jax.Array, at: int, contracted: int) -> jax.Array:
-        y = _product(a, weights[at][...], contracted)
-        return y * scales[at][...] if scales else y
+    Some columns at a time: what is made of int8 numbers has to stay in registers.
+    """
+    F, parts = weights[0].shape[0], []
+    for start in range(0, F, _COLUMNS):
+        at = slice(start, min(start + _COLUMNS, F))
 
-    h_NF = (jax.nn.silu(product(x_ND, 0, 1)) * product(x_ND, 1, 1)).astype(x_ND.dtype)
-    return product(h_NF, 2, 0)
+        def hidden(i: int, at: slice = at) -> jax.Array:
+            h_NF = _product(x_ND, weights[i][at], 1)
+            return h_NF * scales[i][:, at] if scales else h_NF
+
+        h_NF = (jax.nn.silu(hidden(0)) * hidden(1)).astype(x_ND.dtype)
+        parts.append(_product(h_NF, weights[2][at], 0))
+    y_ND = sum(parts[1:], parts[0])
+    return y_ND * scales[2][...] if scales else y_ND
