@@ -439,7 +439,7 @@ def test_the_shipped_layout_is_used_for_models_of_its_shape():
             ModelConfig.from_preset(name), "v5e:2x4", None, "rollout", 8, 2048, "bf16"
         )
         assert layout.startswith("deepseek-v2-lite.v5e-2x4.decode.toml")
-        assert dict(found.strategy.sizes)["expert"] == 4
+        assert dict(found.strategy.sizes)["data"] == 8
     _, layout = plan.make_job(TINY, "v5e:2x4", None, "decode", 8, 512, "bf16")
     assert layout.startswith("the default strategy with ")
 
@@ -483,7 +483,8 @@ def test_tables_of_free_sizes_compute_what_one_device_computes(table, sizes):
 
 
 def test_a_shipped_layout_computes_what_one_device_computes():
-    cfg = tiny_config("v3", num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
+    one = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
+    cfg = tiny_config("v3", **one, num_attention_heads=8, num_key_value_heads=8)
     prompts = [random_tokens(4, 8)[i, : 3 + i].tolist() for i in range(4)]
     mesh = configs_dir() / "meshes" / "deepseek-v2-lite.v5e-2x4.decode.toml"
 
