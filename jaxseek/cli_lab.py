@@ -88,6 +88,12 @@ def add_lab_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     p.add_argument("--mesh", help="of the model that is recorded, as `generate` takes it")
     p.add_argument("--dtype", choices=("bfloat16", "float32"))
     p.add_argument("--save", metavar="FILE", help="write the recorded trace, .npz")
+    p.add_argument(
+        "--place",
+        metavar="FILE",
+        help="write where the load balancer puts the experts by the whole trace, for a strategy's TOML: "
+        '[weights] redundant_experts = N, placement = "FILE"',
+    )
     p.add_argument("--json", action="store_true")
     p.add_argument("--plot", metavar="FILE", help="draw it")
 
@@ -127,4 +133,6 @@ def _placement(args: argparse.Namespace) -> None:
         sampling = Sampling(args.max_new_tokens, args.temperature, stop_ids=stops)
         load = replay.record(model, ids, sampling, args.save)
     served = replay.compare(load, args.devices, args.redundant, args.nodes)
+    if args.place:
+        replay.keep(load, args.devices, args.redundant, args.nodes, args.place)
     replay.show(load, served, args.json, args.plot)

@@ -10,6 +10,7 @@ import jax
 from jaxseek import checkpoint
 from jaxseek.config import ConfigError, ModelConfig, presets
 from jaxseek.model import DeepSeek
+from jaxseek.redundancy import place_experts
 from jaxseek.sharding import Strategy
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ def load(
 
     A directory is a converted checkpoint or a Hugging Face one; `tiny-*` presets get random weights. `mesh`
     defaults to one device on CPU and else to as many on the tensor axis as divide the model; `dtype` to
-    float32 on CPU and else bfloat16. Raises CheckpointError, ConfigError or TokenizerError.
+    float32 on CPU and else bfloat16. Redundant experts of the mesh's
+    strategy are in place. Raises CheckpointError, ConfigError or TokenizerError.
     """
     path = Path(path_or_preset)
     on_cpu = jax.default_backend() == "cpu"
@@ -35,18 +37,23 @@ def load(
     cfg = ModelConfig.from_hf(path) if kind else ModelConfig.from_preset(name)
     if mesh is None:
         mesh = widest(cfg, 1 if on_cpu else jax.device_count())
+    tokenizer = None
+    if kind is not None:
+        from jaxseek.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer.from_dir(path)
+        if tokenizer is not None:
+            tokenizer.check_fits(cfg.vocab_size)
     if kind is None:
-        return DeepSeek.init(cfg, mesh, dtype=dtype), None
-    from jaxseek.tokenizer import Tokenizer
+        model = DeepSeek.init(cfg, mesh, dtype=dtype)
+    elif kind == "jaxseek":
+        model = checkpoint.restore(path, mesh, dtype)
+    else:
+        from jaxseek_convert.from_hf import load_hf
 
-    tokenizer = Tokenizer.from_dir(path)
-    if tokenizer is not None:
-        tokenizer.check_fits(cfg.vocab_size)
-    if kind == "jaxseek":
-        return checkpoint.restore(path, mesh, dtype), tokenizer
-    from jaxseek_convert.from_hf import load_hf
-
-    return load_hf(path, mesh, dtype), tokenizer
+        model = load_hf(path, mesh, dtype)
+    place_experts(model)
+    return model, tokenizer
 
 
 def widest(cfg: ModelConfig, devices: int) -> Strategy:

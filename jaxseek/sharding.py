@@ -11,7 +11,9 @@ Shape legend (suffix letters are einsum letters, for arrays and parameters of th
     and keys and the value width for values.
 
 A *strategy* is a TOML file: sizes of the mesh axes, where weights rest (`[weights]`), and how each phase
-(`[train]`, `[prefill]`, `[decode]`) lays out its activations and the weights it computes with. Layers know
+(`[train]`, `[prefill]`, `[decode]`) lays out its activations and the weights it computes with. For serving,
+`[weights]` may ask for `redundant_experts`, slots beyond one for each expert, and name the `placement` that
+says which expert is in which. Layers know
 logical names only; this file alone knows mesh axes. One sharding mode everywhere: Explicit.
 """
 
@@ -105,13 +107,23 @@ class Rules:
 
 @dataclass(frozen=True)
 class Strategy:
-    """Mesh sizes and rule tables; hashable, so that compiled functions are keyed by it."""
+    """Mesh sizes and rule tables; hashable, so that compiled functions are keyed by it.
+
+    `placement` is a file that `jaxseek placement` writes.
+    """
 
     sizes: tuple[tuple[str, int], ...]
     weights: Rules
     train: Rules
     prefill: Rules
     decode: Rules
+    redundant_experts: int = 0
+    placement: str | None = None
+
+    @property
+    def has_slots(self) -> bool:
+        """Whether experts lie in slots rather than each once and in order."""
+        return bool(self.redundant_experts or self.placement)
 
     @property
     def num_devices(self) -> int:
@@ -162,12 +174,17 @@ class Strategy:
             "expert": cfg.n_routed_experts,
             "expert_mlp": cfg.moe_intermediate_size,
         }
+        if self.has_slots and not cfg.n_routed_experts:
+            raise ConfigError(f"a {cfg.model_type} model has no experts for [weights] redundant_experts")
         tables: dict[str, list[str]] = {}
         for where in ("weights", *PHASES):
             for name, axes in getattr(self, where).table:
-                if name in dims and dims[name] % math.prod(size[a] for a in axes):
-                    over = " x ".join(f"{a}={size[a]}" for a in axes)
-                    tables.setdefault(f"{name} {dims[name]} is not divisible by {over}", []).append(where)
+                lengths = {name: dims.get(name, 0)}
+                lengths |= {"redundant_experts": self.redundant_experts} if name == "expert" else {}
+                for what, length in lengths.items():
+                    if length % math.prod(size[a] for a in axes):
+                        over = " x ".join(f"{a}={size[a]}" for a in axes)
+                        tables.setdefault(f"{what} {length} is not divisible by {over}", []).append(where)
         problems = [f"{text} ([{'], ['.join(where)}])" for text, where in tables.items()]
         for where in PHASES:
             rules = getattr(self, where)
@@ -197,7 +214,16 @@ class Strategy:
             default = _default_tables()
             _check_keys(raw, ("mesh", "weights", *PHASES), "table")
             tables = {k: default[k] | raw.get(k, {}) for k in ("weights", *PHASES)}
-            return cls._build(raw.get("mesh", {}) | sizes, tables)
+            extra, placement = (
+                tables["weights"].pop("redundant_experts", 0),
+                tables["weights"].pop("placement", None),
+            )
+            if type(extra) is not int or extra < 0:
+                raise ConfigError(f"[weights] redundant_experts is {extra!r}, expected a number of slots")
+            if placement is not None:
+                placement = str(path.parent / placement)
+            strategy = cls._build(raw.get("mesh", {}) | sizes, tables)
+            return replace(strategy, redundant_experts=extra, placement=placement)
         except ConfigError as e:
             raise ConfigError(f"{path}: {e}") from None
 
@@ -235,7 +261,8 @@ class Strategy:
             if not isinstance(n, int) or n < 1:
                 raise ConfigError(f"mesh axis {axis} has size {n!r}, expected a positive integer")
         full = tuple((a, sizes.get(a, 1)) for a in MESH_AXES)
-        return cls(full, **{k: _rules(k, tables[k], dict(full)) for k in ("weights", *PHASES)})
+        weights, train, prefill, decode = (_rules(k, tables[k], dict(full)) for k in ("weights", *PHASES))
+        return cls(full, weights, train, prefill, decode)
 
 
 def _together(cfg: ModelConfig, phase: str) -> list[tuple[str, str]]:

@@ -20,7 +20,9 @@ from jaxseek.kernels.decode_attention import combined, decode_attention
 from jaxseek.kernels.scaled import Scaled
 from jaxseek.layers import block, dispatch
 from jaxseek.layers import decode as step
+from jaxseek.layers.slots import table as slot_table
 from jaxseek.model import DeepSeek
+from jaxseek.redundancy import place_experts
 from jaxseek.sharding import Strategy
 
 LAYER = 1  # of stacks of two
@@ -123,7 +125,8 @@ def test_router_chooses_as_the_papers_say(preset):
     w, w_given = draw.matrix(D, E, inputs=1)
     bias = draw.rows(2, E) / 10 if cfg.has_router_bias else None
     valid, first, held = np.array([1, 1, 0, 1, 1], bool), E // 2, E // 4
-    got = decode.router(x, y, norm, w_given / 9, bias, valid, LAYER, 1e-6, cfg, first, held, interpret=True)
+    given = (x, y, norm, w_given / 9, bias)
+    got = decode.router(*given, None, valid, LAYER, 1e-6, cfg, first, held, interpret=True)
     total, xn, logits, gates, ids, listed, count = (np.asarray(a) for a in got)
     want = x.astype(float) + y
     close(total, want)
@@ -148,6 +151,22 @@ def test_router_chooses_as_the_papers_say(preset):
         close(gates[b], gate * cfg.routed_scaling_factor)
         touched |= {int(e) - first for e in chosen if valid[b] and first <= e < first + held}
     assert listed[: count[0]].tolist() == (sorted(touched) or [0])
+
+    # the same with slots, which an expert's tokens take in turn
+    expert_LS = np.stack([draw.rng.permutation([*range(E), *draw.rng.integers(0, E, E // 2)]) for _ in "ab"])
+    slots, S = slot_table(expert_LS), expert_LS.shape[1]
+    got = decode.router(*given, slots, valid, LAYER, 1e-6, cfg, S // 2, S // 4, interpret=True)
+    assert (np.asarray(got[4]) == ids).all()
+    want, turn, touched = np.zeros((B, S)), {}, set()
+    for b in np.flatnonzero(valid):
+        for e in ids[b].tolist():
+            own = np.flatnonzero(expert_LS[LAYER] == e)
+            slot = own[turn.get(e, 0) % len(own)]
+            turn[e] = turn.get(e, 0) + 1
+            want[b, slot] = gates[b, e]
+            touched |= {int(slot) - S // 2} & set(range(S // 4))
+    close(got[3], want)
+    assert np.asarray(got[5])[: int(got[6][0])].tolist() == (sorted(touched) or [0])
 
 
 @pytest.mark.parametrize("quantised", [False, True])
@@ -219,14 +238,20 @@ def small(**fields) -> ModelConfig:
     ("layout", "sizes"),
     [
         ("deepseek-v3.v5e-8x8.decode", {"data": 2, "tensor": 2}),
+        pytest.param("redundant", {"expert": 2, "tensor": 2}, marks=pytest.mark.slow),
         pytest.param("deepseek-v3.v5e-8x8.decode.many", {"expert": 2, "tensor": 2}, marks=pytest.mark.slow),
         pytest.param("spread", {"expert": 2, "context": 2}, marks=pytest.mark.slow),
     ],
 )
-def test_a_step_in_kernels_is_the_step_in_plain_jax(monkeypatch, layout, sizes):
+def test_a_step_in_kernels_is_the_step_in_plain_jax(monkeypatch, tmp_path, layout, sizes):
     path, cfg = configs_dir() / "meshes" / f"{layout}.toml", small()
-    want = tokens_of(DeepSeek.init(cfg))
-    found = tokens_by_kernels(DeepSeek.init(cfg, Strategy.from_toml(path, **sizes)), monkeypatch)
+    if layout == "redundant":
+        many = (configs_dir() / "meshes" / "deepseek-v3.v5e-8x8.decode.many.toml").read_text()
+        path = tmp_path / "redundant.toml"
+        path.write_text(many.replace("[weights]", "[weights]\nredundant_experts = 4"))
+    want, model = tokens_of(DeepSeek.init(cfg)), DeepSeek.init(cfg, Strategy.from_toml(path, **sizes))
+    place_experts(model)
+    found = tokens_by_kernels(model, monkeypatch)
     for a, b in zip(found, want):
         assert a.tokens == b.tokens
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)

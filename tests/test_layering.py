@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 # Lowest first. A module imports from lower tiers, and within its own folder.
 TIERS = [
     {"config", "host_memory"},
-    {"rl_config"},
+    {"rl_config", "placement"},
     {"run_config"},
     {"sharding"},
     {"kernels"},
@@ -17,6 +17,7 @@ TIERS = [
     {"layers"},
     {"mtp"},
     {"model"},
+    {"redundancy"},
     {"store"},
     {"directory"},
     {"checkpoint", "chat"},

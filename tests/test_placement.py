@@ -13,7 +13,7 @@ from jaxseek.config import ConfigError
 from jaxseek.generate.engine import Engine
 from jaxseek.generate.sampling import Sampling
 from jaxseek.lab import replay
-from jaxseek.lab.placement import contiguous, device_load, imbalance, pack, place, replicate, serve
+from jaxseek.placement import contiguous, device_load, imbalance, pack, place, replicate, serve
 
 
 def test_packing_puts_the_heaviest_into_the_lightest_pack_with_room():

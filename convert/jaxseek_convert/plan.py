@@ -23,6 +23,7 @@ from jaxseek.config import ModelConfig
 from jaxseek.directory import existing_parent
 from jaxseek.layers.quant import MATRICES, Spec, quantized
 from jaxseek.model import DeepSeek
+from jaxseek.redundancy import place_experts
 from jaxseek.sharding import Strategy, device_bytes, parameters
 from jaxseek_convert.conversion import folder_of, sink_for, target_forms
 from jaxseek_convert.files import File, Writer
@@ -141,6 +142,7 @@ def rehearse(
     strategy = Strategy.parse(mesh)
     specs = {p: Spec(f.kind, f.group) for p, f in forms.items() if f.quantized}
     model = quantized(DeepSeek.abstract(source.cfg, strategy, jnp.bfloat16), specs)
+    place_experts(model)
     return {
         "src": str(src),
         "dst": str(dst),

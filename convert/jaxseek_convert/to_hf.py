@@ -14,6 +14,7 @@ from jaxseek.checkpoint import (
     Savable,
     main_dtype,
     param_dtype,
+    raise_slots,
     same_bits,
     write_json,
 )
@@ -121,6 +122,7 @@ class HFSink:
 
 def hf_specs(model: DeepSeek, dtype: Any = None, origin: Mapping[str, Any] | None = None) -> dict[str, Spec]:
     """Shapes and dtypes of the tensors that `save_hf` writes, in their order."""
+    raise_slots(model)
     origin, table = origin or {}, Table(model.cfg)
     held = {path: param.get_value().dtype for path, param in parameters(model).items()}
     if held.keys() != table.params.keys():

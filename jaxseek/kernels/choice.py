@@ -61,6 +61,22 @@ def _in_best_groups(cfg: ModelConfig, choice_BE: jax.Array) -> jax.Array:
     return jnp.where(keep_BE, choice_BE, -jnp.inf)
 
 
+def to_slots(gates_BE: jax.Array, chosen_BE: jax.Array, slots_XS: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Gates and choice of the slots, [B, S], as `layers.slots.slots_of` has them."""
+    B, E = gates_BE.shape
+    expert_1S, copy_1S, copies_1S = (slots_XS[i : i + 1] for i in range(3))
+    hot_ES = jax.lax.broadcasted_iota(jnp.int32, (E, expert_1S.shape[1]), 0) == expert_1S
+    hot_ES = hot_ES.astype(jnp.float32)
+    chosen_BS = _exact(chosen_BE.astype(jnp.float32), hot_ES, 1)
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, (B, B), axis) for axis in (0, 1))
+    before_BS = _exact((column < row).astype(jnp.float32), chosen_BS, 1)
+    copies_1S = copies_1S.astype(jnp.float32)
+    # the remainder by a division of whole numbers far from rounding: the vector unit has no other
+    turn_BS = before_BS - copies_1S * jnp.floor((before_BS + 0.5) / copies_1S)
+    mine_BS = (chosen_BS > 0) & (turn_BS == copy_1S.astype(jnp.float32))
+    return jnp.where(mine_BS, _exact(gates_BE, hot_ES, 1), 0.0), mine_BS
+
+
 def listed(chosen_BE: jax.Array, first: jax.Array, held: int) -> tuple[jax.Array, jax.Array]:
     """Of the experts from `first` on those that any row chose, ascending, [1, held], and how many, [1, 1].
 

@@ -113,6 +113,13 @@ def chosen_experts_mlp(
     )  # fmt: skip
 
 
+def touched_share(experts: int, slots: int, chosen: int, rows: float) -> float:
+    """The share of the slots that have a token, if rows chose at random and no expert had a third copy."""
+    p = chosen / experts
+    none, one = (1 - p) ** rows, rows * p * (1 - p) ** (rows - 1)
+    return (experts * (1 - none) + (slots - experts) * (1 - none - one)) / slots
+
+
 def _value(w: Matrices) -> jax.Array:
     return w.value if isinstance(w, Scaled) else w
 

@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxseek.config import ModelConfig
-from jaxseek.kernels.choice import affinities, choose, listed
+from jaxseek.kernels.choice import affinities, choose, listed, to_slots
 from jaxseek.kernels.scaled import Scaled
 
 _VMEM = 48 << 20  # bytes that a kernel may use
@@ -219,6 +219,7 @@ def router(
     norm_LD: jax.Array,
     router_LDE: jax.Array,
     bias_LE: jax.Array | None,
+    slots_LXS: jax.Array | None,
     valid_B: jax.Array,
     layer: jax.Array | int,
     eps: float,
@@ -232,15 +233,17 @@ def router(
 
     Gates are 0 for experts that were not chosen, and for rows that are not valid. The last are two arrays:
     of the `held` experts from `first` on those with a token, counted from `first`, [held]; how many are
-    meant, [1].
+    meant, [1]. Where experts lie in slots (layers/slots.py), gates are the slots' [B, S], and so are these.
     Sources as `layers.moe.choose_experts`, with its rule for ties.
     """
     (B, D), (_, _, E), K = x_BD.shape, router_LDE.shape, cfg.num_experts_per_tok
     tile = _divisor(D, _TILE // (4 * E))
-    bias = [] if bias_LE is None else [bias_LE]
+    bias, slots = [[] if a is None else [a] for a in (bias_LE, slots_LXS)]
+    S = E if slots_LXS is None else slots_LXS.shape[2]
 
     def kernel(layer_ref, first_ref, x_ref, y_ref, norm_ref, valid_ref, w_ref, *refs):
-        *bias_refs, sum_ref, xn_ref, logits_ref, gates_ref, ids_ref, listed_ref, count_ref = refs
+        bias_refs, slots_refs, refs = refs[: len(bias)], refs[len(bias) : -7], refs[-7:]
+        sum_ref, xn_ref, logits_ref, gates_ref, ids_ref, listed_ref, count_ref = refs
         d = pl.program_id(0)
 
         @pl.when(d == 0)
@@ -266,10 +269,13 @@ def router(
             gates_BE = jnp.where(chosen_BE, scores_BE, 0.0)
             if cfg.norm_topk_prob:
                 gates_BE = gates_BE / (gates_BE.sum(axis=1, keepdims=True) + 1e-20)
-            gates_ref[...] = gates_BE * cfg.routed_scaling_factor
+            gates_BE = gates_BE * cfg.routed_scaling_factor
+            if slots_refs:
+                gates_BE, chosen_BE = to_slots(gates_BE, chosen_BE, slots_refs[0][...])
+            gates_ref[...] = gates_BE
             listed_ref[...], count_ref[...] = listed(chosen_BE, first_ref[0], held)
 
-    rows = [(D, x_BD.dtype), (D, x_BD.dtype), (E, jnp.float32), (E, jnp.float32), (K, jnp.int32)]
+    rows = [(D, x_BD.dtype), (D, x_BD.dtype), (E, jnp.float32), (S, jnp.float32), (K, jnp.int32)]
     shapes = [((B, n), dtype) for n, dtype in rows] + [((1, n), jnp.int32) for n in (held, 1)]
     valid_B1 = valid_B[:, None].astype(jnp.int32)
     *of_rows, listed_1E, count_11 = pl.pallas_call(
@@ -282,6 +288,7 @@ def router(
                 _whole(B, D), _whole(B, D), _near_layer(norm_LD), _whole(B, 1),
                 pl.BlockSpec((None, tile, E), lambda d, layer, first: (layer[0], d, 0)),
                 *map(_near_layer, bias),
+                *(pl.BlockSpec((None, 3, S), lambda d, layer, first: (layer[0], 0, 0)) for _ in slots),
             ],
             out_specs=[_whole(*shape) for shape, _ in shapes],
         ),
@@ -289,7 +296,7 @@ def router(
         cost_estimate=_cost(B if router_LDE.dtype == x_BD.dtype else 6 * B, D * E, router_LDE.dtype),
         interpret=interpret,
         name="router",
-    )(_index(layer), _index(first), x_BD, y_BD, norm_LD, valid_B1, router_LDE, *bias)  # fmt: skip
+    )(_index(layer), _index(first), x_BD, y_BD, norm_LD, valid_B1, router_LDE, *bias, *slots)  # fmt: skip
     return *of_rows, listed_1E[0], count_11[0]
 
 

@@ -16,9 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxseek.config import ConfigError, ModelConfig, configs_dir
+from jaxseek.kernels.chosen_experts import touched_share
 from jaxseek.lab.chips import HOP_SECONDS, Topology
 from jaxseek.lab.job import Job, job_weights
 from jaxseek.model import DeepSeek
+from jaxseek.placement import Placement, contiguous, serve
+from jaxseek.redundancy import experts_of_slots
 from jaxseek.run_config import LoraConfig
 from jaxseek.sharding import Rules, Strategy, parameters
 from jaxseek.train.lora import LoraParam, adapt
@@ -70,7 +73,7 @@ class _Param:
 
 
 @functools.lru_cache(maxsize=16)
-def _parameters(cfg: ModelConfig, train: bool, weights: str, lora: int) -> tuple[_Param, ...]:
+def _parameters(cfg: ModelConfig, train: bool, weights: str, lora: int, redundant: int) -> tuple[_Param, ...]:
     whole = jnp.float32 if train and not lora else jnp.bfloat16
     model = job_weights(DeepSeek.abstract(cfg, None, whole), weights)
     model = adapt(model, LoraConfig(lora), 0) if lora else model
@@ -80,7 +83,8 @@ def _parameters(cfg: ModelConfig, train: bool, weights: str, lora: int) -> tuple
         bits = 4 if value.dtype.name in ("int4", "uint4") else 8 * value.dtype.itemsize
         names = [part for part in path.split(".") if part not in ("value", "scale", "base")]
         axes = (*(None,) * (len(value.shape) - len(axes)), *axes)
-        found.append(_Param(names[-1], value.shape, bits, axes, not lora or isinstance(param, LoraParam)))
+        shape = tuple(n + redundant * (a == "expert") for n, a in zip(value.shape, axes))
+        found.append(_Param(names[-1], shape, bits, axes, not lora or isinstance(param, LoraParam)))
     return tuple(found)
 
 
@@ -88,7 +92,7 @@ def first_pass(job: Job) -> Estimate:
     """The estimate of a job."""
     cfg, strategy, rules, chip = job.cfg, job.strategy, job.rules, job.topology.chip.device
     train, decode = job.trains, job.phase == "decode"
-    params = _parameters(cfg, train, job.weights, job.lora)
+    params = _parameters(cfg, train, job.weights, job.lora, strategy.redundant_experts)
     touched, most = touched_experts(job)
     weights = read = optimizer = experts = 0.0
     traffic = _layer_traffic(job)
@@ -138,21 +142,28 @@ def touched_experts(job: Job) -> tuple[float, float]:
         return 1.0, 1.0
     seen_by = [a for a in rules.axes("batch") if a not in rules.axes("expert")]
     tokens = job.tokens / math.prod(dict(job.strategy.sizes)[a] for a in seen_by)
-    share = 1 - (1 - cfg.num_experts_per_tok / cfg.n_routed_experts) ** tokens
+    slots = cfg.n_routed_experts + job.strategy.redundant_experts
+    share = touched_share(cfg.n_routed_experts, slots, cfg.num_experts_per_tok, tokens)
     groups = job.strategy.parts(rules, "expert")
-    return share, max(share, _most_touched(cfg.n_routed_experts, cfg.num_experts_per_tok, tokens, groups))
+    return share, max(share, _most_touched(cfg, job.strategy, tokens, groups))
 
 
 @functools.lru_cache(maxsize=64)
-def _most_touched(experts: int, chosen: int, tokens: float, groups: int) -> float:
+def _most_touched(cfg: ModelConfig, strategy: Strategy, tokens: float, groups: int) -> float:
     """The share of its experts that the group needs which needs the most: a mean over 200 random layers."""
+    experts, chosen = cfg.n_routed_experts, cfg.num_experts_per_tok
     if groups == 1 or tokens * chosen > 16 * experts:  # all alike, or all touched
         return 0.0
-    scores = np.random.default_rng(0).random((200, math.ceil(tokens), experts), np.float32)
-    ids = np.argpartition(scores, chosen - 1, axis=-1)[..., :chosen].reshape(200, -1)
-    touched = np.zeros((200, experts), bool)
-    np.put_along_axis(touched, ids, True, axis=1)
-    return float(touched.reshape(200, groups, -1).sum(-1).max(-1).mean() * groups / experts)
+    placement = contiguous(1, experts, groups)
+    if strategy.has_slots:
+        placement = Placement.of(experts_of_slots(cfg, strategy), experts)
+    layers, slots = placement.expert_LS.shape
+    steps = -(-200 // layers)
+    scores = np.random.default_rng(0).random((steps * layers, math.ceil(tokens), experts), np.float32)
+    ids = np.argpartition(scores, chosen - 1, axis=-1)[..., :chosen].reshape(steps * layers, -1)
+    load_TLE = np.stack([np.bincount(each, minlength=experts) for each in ids])
+    _, read_TLD = serve(load_TLE.reshape(steps, layers, experts), placement, groups)
+    return float(read_TLD.max(-1).mean() * groups / slots)
 
 
 def _idle(job: Job, bits: int) -> float:

@@ -22,6 +22,7 @@ from jaxseek.generate.sampling import Sampling, SamplingArrays
 from jaxseek.lab.chips import Topology
 from jaxseek.layers.quant import quantize_abstract
 from jaxseek.model import DeepSeek
+from jaxseek.redundancy import place_experts, refuse_slots
 from jaxseek.rl.experience import MOST_IN_A_ROW, PolicyBatch
 from jaxseek.rl.objective import PolicyObjective
 from jaxseek.run_config import RunConfig
@@ -75,6 +76,8 @@ class Job:
                 f"{self.topology.num_devices}; make the product of the axes equal to it"
             )
         self.strategy.check_fits(self.cfg)
+        if self.trains:
+            refuse_slots(self.strategy, "training")
         for name, size in (
             ("batch", self.batch),
             ("cache_batch", self.batch),
@@ -111,7 +114,9 @@ class Job:
 def abstract_model(job: Job) -> DeepSeek:
     """The model's shapes and shardings, in the dtype that its weights rest in."""
     dtype = jnp.float32 if job.trains and not job.lora else jnp.bfloat16
-    return job_weights(DeepSeek.abstract(job.cfg, job.strategy, dtype), job.weights)
+    model = job_weights(DeepSeek.abstract(job.cfg, job.strategy, dtype), job.weights)
+    place_experts(model)
+    return model
 
 
 def job_weights(model: DeepSeek, weights: str) -> DeepSeek:

@@ -14,12 +14,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from jaxseek import placement
 from jaxseek.config import ConfigError
 from jaxseek.generate.engine import Engine
 from jaxseek.generate.groups import sample_groups
 from jaxseek.generate.sampling import Sampling
-from jaxseek.lab.placement import Placement, contiguous, imbalance, place, serve
 from jaxseek.model import DeepSeek
+from jaxseek.placement import Placement, contiguous, imbalance, place, serve
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,12 @@ def compare(load: Load, devices: int, redundant: int, nodes: int = 1) -> list[Se
     except ValueError as e:
         raise ConfigError(f"{e}; choose other --devices, --nodes or --redundant") from None
     return [Served(name, p, *serve(served_TLE, p, devices)) for name, p in found.items()]
+
+
+def keep(load: Load, devices: int, redundant: int, nodes: int, path: str) -> None:
+    """Write the load balancer's placement by a whole trace, for a strategy that serves."""
+    load_LE = load.load_TLE.sum(axis=0).astype(float)
+    placement.write(path, place(load_LE, load_LE.shape[1] + redundant, load.groups, nodes, devices))
 
 
 # -------------------------------------------------------------------- to read

@@ -184,8 +184,8 @@ def filled(job: Job) -> float:
     parts = job.strategy.parts(rules, "expert")
     if rules.dispatch != "all_to_all" or parts == 1:
         return 1.0
-    K, E = cfg.num_experts_per_tok, cfg.n_routed_experts
-    room = parts * min(K, E // parts) / K  # in even shares
+    K, S = cfg.num_experts_per_tok, cfg.n_routed_experts + job.strategy.redundant_experts
+    room = parts * min(K, S // parts) / K  # in even shares
     if rules.room_factor is not None:
         room = min(room, rules.room_factor)
     if rules.capacity_factor is not None:

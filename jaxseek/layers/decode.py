@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxseek.cache import LatentCache
 from jaxseek.kernels import decode as kernels
-from jaxseek.kernels.chosen_experts import ROWS, chosen_experts_mlp
+from jaxseek.kernels.chosen_experts import ROWS, chosen_experts_mlp, touched_share
 from jaxseek.kernels.decode_attention import combined, decode_attention
 from jaxseek.kernels.scaled import Scaled
 from jaxseek.layers.mla import INNER_EPS, MLA
@@ -144,15 +144,16 @@ def experts(
     cfg, rules, expert_axes, sum_axes = stack.cfg, ctx.rules, ctx.rules.axes("expert"), _sum_axes(ctx.rules)
     E, K, B = cfg.n_routed_experts, cfg.num_experts_per_tok, x_BTD.shape[0]
 
-    def local(layer, x_BTD, y_BTD, valid_BT, norm_LD, router_LDE, bias_LE, experts, shared):
+    def local(layer, x_BTD, y_BTD, valid_BT, norm_LD, router_LDE, bias_LE, slots_LXS, experts, shared):
         held = experts[2].shape[1]
         first = held * (jax.lax.axis_index(expert_axes) if expert_axes else 0)
-        x_BD, xn_BD, logits_BE, gates_BE, ids_BK, *listed = kernels.router(
+        x_BD, xn_BD, logits_BE, gates_BS, ids_BK, *listed = kernels.router(
             x_BTD[:, 0],
             y_BTD[:, 0],
             norm_LD,
             router_LDE,
             bias_LE,
+            slots_LXS,
             valid_BT[:, 0],
             layer,
             norm.eps,
@@ -160,17 +161,19 @@ def experts(
             first,
             held,
         )
-        touched = held * (1 - (1 - K / E) ** B)  # if tokens chose at random
+        touched = held * touched_share(E, gates_BS.shape[1], K, B)
         gate, up, down = experts
         with_token = (listed[0], listed[1], jnp.asarray(first, jnp.int32).reshape(1))
-        y_BD = chosen_experts_mlp(xn_BD, gates_BE, gate, up, down, layer, touched, with_token, shared)
+        y_BD = chosen_experts_mlp(xn_BD, gates_BS, gate, up, down, layer, touched, with_token, shared)
         y_BD = jax.lax.psum(y_BD, sum_axes) if sum_axes else y_BD
         return x_BD[:, None], y_BD[:, None], logits_BE, ids_BK
 
     bias_LE = None if stack.router_bias_E is None else stack.router_bias_E[...]
     shared = None if stack.shared is None else read(stack.shared, _SHARED, rules)
+    slots_LXS = None if stack.slots is None else stack.slots[...]
     given = (
-        ctx.valid_BT, norm.scale_D[...], stack.router_DE[...], bias_LE, read(stack, EXPERTS, rules), shared
+        ctx.valid_BT, norm.scale_D[...], stack.router_DE[...], bias_LE, slots_LXS,
+        read(stack, EXPERTS, rules), shared,
     )  # fmt: skip
     x_BTD, y_BTD, logits_BE, ids_BK = jax.shard_map(
         local, in_specs=(P(), P(), P(), *_specs(given)), out_specs=(P(),) * 4, check_vma=False

@@ -19,11 +19,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxseek.kernels.chosen_experts import ROWS, chosen_experts_mlp
+from jaxseek.kernels.chosen_experts import ROWS, chosen_experts_mlp, touched_share
 from jaxseek.kernels.grouped_mlp import every_expert_mlp, grouped_mlp, sort_by_expert
 from jaxseek.kernels.ragged_all_to_all import ragged_all_to_all
 from jaxseek.kernels.scaled import Scaled
 from jaxseek.kernels.sorted_rows import combine, rows_of, sorted_by_expert
+from jaxseek.layers.slots import slots_of
 from jaxseek.sharding import Rules, platform
 
 _FEW = 32  # rows; a TPU would read the experts longer than it multiplies up to some 100 (docs/lab.md, 2)
@@ -38,14 +39,17 @@ def dispatch(
     rules: Rules,
     fp8: bool = False,
     layer: jax.Array | int | None = None,
+    slots: tuple[int, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sum of gate times expert output over each token's experts: ([B, T, D], load [E], dropped []).
 
     `experts` are gate [E, D, F], up [E, D, F] and down [E, F, D], quantised or not; rows with `valid` false
     reach none. `fp8` is `grouped_mlp`'s. With a `layer` the experts have a leading axis of layers, and are
-    read in it: see `reads_in_place`.
+    read in it: see `reads_in_place`. Where they lie in slots, `slots` are how many experts there are, and
+    the table of the slots (layers/slots.py).
     """
-    E = experts[0].shape[-3]
+    S = experts[0].shape[-3]
+    E, slots_XS = slots or (S, None)
     expert_axes, width_axes = rules.axes("expert"), rules.axes("expert_mlp")
     exchange = rules.dispatch == "all_to_all" and expert_axes
     batch_axes = rules.axes("batch")
@@ -55,7 +59,7 @@ def dispatch(
     token_spec = jax.sharding.PartitionSpec(batch_axes or None, length_axes or None, None)
     token_axes = batch_axes + length_axes
 
-    def local(layer, x_BTD, ids_BTK, gates_BTK, valid_BT1, *experts):
+    def local(layer, slots_XS, x_BTD, ids_BTK, gates_BTK, valid_BT1, *experts):
         D, K = x_BTD.shape[-1], ids_BTK.shape[-1]
         x_ND, gates_NK = x_BTD.reshape(-1, D), gates_BTK.reshape(-1, K)
         ids_NK = jnp.where(valid_BT1.reshape(-1, 1), ids_BTK.reshape(-1, K), E)
@@ -66,12 +70,16 @@ def dispatch(
         if rules.capacity_factor is not None:
             capacity = math.ceil(rules.capacity_factor * ids_NK.size / E)
             ids_NK, dropped = _limit(ids_NK, gates_NK, E, capacity)
-            room = min(room, len(load_E) * capacity)
+            room = min(room, E * capacity)
+        if slots_XS is not None:  # each shard begins elsewhere, so that no copy is the first for all
+            first = jax.lax.axis_index(token_axes) if token_axes else 0
+            ids_NK = slots_of(ids_NK, slots_XS, E, first)
         if exchange:
             y_ND, cut = _all_to_all(x_ND, ids_NK, gates_NK, experts, expert_axes, room, fp8)
             dropped += cut
         else:
-            y_ND = _local(x_ND, ids_NK, gates_NK, experts, expert_axes, fp8, layer)
+            share = touched_share(E, S, K, len(x_ND))
+            y_ND = _local(x_ND, ids_NK, gates_NK, experts, expert_axes, fp8, layer, share)
         sum_axes = width_axes + (() if exchange else expert_axes)
         y_ND = jax.lax.psum(y_ND, sum_axes) if sum_axes else y_ND
         if token_axes:
@@ -91,13 +99,13 @@ def dispatch(
     y_BTD, load_E, dropped = jax.shard_map(
         local,
         in_specs=(
-            jax.sharding.PartitionSpec(),
+            *(jax.sharding.PartitionSpec(),) * 2,
             *(token_spec,) * 4,
             *(spec(w, *names) for w, names in zip(experts, layouts)),
         ),
         out_specs=(token_spec, jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec()),
         check_vma=False,  # the TPU grouped matmul does not declare over which axes its result varies
-    )(layer, *token_args, *experts)
+    )(layer, slots_XS, *token_args, *experts)
     return rules.shard(y_BTD, "batch", "length", None), load_E, dropped
 
 
@@ -129,7 +137,7 @@ def _combine(y_MD, order_M, gates_NK):
     return jnp.einsum("NKD,NK->ND", y_NKD.astype(jnp.float32), gates_NK).astype(y_MD.dtype)
 
 
-def _local(x_ND, ids_NK, gates_NK, experts, expert_axes, fp8, layer):
+def _local(x_ND, ids_NK, gates_NK, experts, expert_axes, fp8, layer, share):
     """The part of the experts that this shard holds, for all the tokens it sees."""
     gate_EDF, up_EDF, down_EFD = experts
     E = gate_EDF.shape[-3]
@@ -140,9 +148,7 @@ def _local(x_ND, ids_NK, gates_NK, experts, expert_axes, fp8, layer):
         gates_NE = jnp.where(mine_NKE, gates_NK[:, :, None], 0).sum(1)
         if layer is None:
             return every_expert_mlp(x_ND, gates_NE, *experts)
-        total = E * (jax.lax.axis_size(expert_axes) if expert_axes else 1)
-        touched = E * (1 - (1 - ids_NK.shape[1] / total) ** len(x_ND))  # if tokens chose at random
-        return chosen_experts_mlp(x_ND, gates_NE, gate_EDF, up_EDF, down_EFD, layer, touched)
+        return chosen_experts_mlp(x_ND, gates_NE, gate_EDF, up_EDF, down_EFD, layer, E * share)
     ids_M = ids_NK.reshape(-1) - first
     ids_M = jnp.where((ids_M >= 0) & (ids_M < E), ids_M, E)
     order_M, sizes_E = sort_by_expert(ids_M, E)

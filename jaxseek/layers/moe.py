@@ -14,6 +14,7 @@ from jaxseek.kernels.fp8 import round_blocks
 from jaxseek.layers.dispatch import dispatch, reads_in_place
 from jaxseek.layers.mlp import MLP
 from jaxseek.layers.quant import Quantized, read
+from jaxseek.layers.slots import Slots
 from jaxseek.sharding import Init, Rules
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class MoE(nnx.Module):
         self.gate_EDF = init((E, D, F), ("expert", "embed", "expert_mlp"))
         self.up_EDF = init((E, D, F), ("expert", "embed", "expert_mlp"))
         self.down_EFD = init((E, F, D), ("expert", "expert_mlp", "embed"))
+        self.slots: Slots | None = nnx.data(None)  # where experts lie in slots, see jaxseek/redundancy.py
         self.shared = MLP(D, F * cfg.n_shared_experts, cfg.mlp_bias, init) if cfg.n_shared_experts else None
 
     def __call__(
@@ -79,8 +81,9 @@ class MoE(nnx.Module):
             if experts is None:
                 experts, layer = self._experts(rules, dtype), None
             experts = [round_blocks(w, lead=1) for w in experts] if ctx.fp8 else experts
+            slots = None if self.slots is None else (self.cfg.n_routed_experts, self.slots[...])
             y_BTD, load_E, dropped = dispatch(
-                x_BTD, ids_BTK, gates_BTK, valid_BT, experts, rules, ctx.fp8, layer
+                x_BTD, ids_BTK, gates_BTK, valid_BT, experts, rules, ctx.fp8, layer, slots
             )
         if self.shared is not None:
             with jax.named_scope("shared_experts"):

@@ -17,6 +17,7 @@ from jaxseek.data import train_tokenizer
 from jaxseek.data.sources import function
 from jaxseek.loading import load
 from jaxseek.model import DeepSeek
+from jaxseek.redundancy import refuse_slots
 from jaxseek.run_config import RunConfig
 from jaxseek.sharding import Strategy, fill, parameters
 from jaxseek.tokenizer import Tokenizer
@@ -154,6 +155,7 @@ def open_strategy(run: RunConfig, cfg: ModelConfig) -> Strategy:
     alone = jax.default_backend() == "cpu" and hosts == 1
     strategy = Strategy.parse(run.mesh or {"fsdp": 1 if alone else devices})
     strategy.check_fits(cfg)
+    refuse_slots(strategy, "training")
     rows, microbatches = strategy.parts(strategy.train, "batch"), run.batch.accumulation
     if hosts > 1 and (strategy.num_devices != devices or rows % hosts):
         raise ConfigError(

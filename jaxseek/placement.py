@@ -7,9 +7,14 @@ go to the lower index.
 
 from __future__ import annotations
 
+import io
+import zipfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+
+from jaxseek.config import ConfigError
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,16 @@ class Placement:
     expert_LS: np.ndarray
     slots_LEK: np.ndarray
     copies_LE: np.ndarray
+
+    @classmethod
+    def of(cls, expert_LS: np.ndarray, experts: int) -> Placement:
+        """From the expert in every slot."""
+        copies_LE = np.stack([np.bincount(row, minlength=experts) for row in expert_LS])
+        slots_LEK = np.full((*copies_LE.shape, copies_LE.max()), -1)
+        for l, row in enumerate(expert_LS):
+            for e in range(experts):
+                slots_LEK[l, e, : copies_LE[l, e]] = np.flatnonzero(row == e)
+        return cls(expert_LS, slots_LEK, copies_LE)
 
 
 def pack(weight_N: np.ndarray, packs: int) -> tuple[np.ndarray, np.ndarray]:
@@ -66,12 +81,7 @@ def place(load_LE: np.ndarray, slots: int, groups: int, nodes: int, devices: int
         if n % by:
             raise ValueError(f"{n} {what} are not divisible by {by}")
     expert_LS = np.stack([_place(load_E, slots, groups, nodes, devices) for load_E in load_LE])
-    copies_LE = np.stack([np.bincount(row, minlength=E) for row in expert_LS])
-    slots_LEK = np.full((*load_LE.shape, copies_LE.max()), -1)
-    for l, row in enumerate(expert_LS):
-        for e in range(E):
-            slots_LEK[l, e, : copies_LE[l, e]] = np.flatnonzero(row == e)
-    return Placement(expert_LS, slots_LEK, copies_LE)
+    return Placement.of(expert_LS, E)
 
 
 def _place(load_E, slots, groups, nodes, devices) -> np.ndarray:
@@ -93,8 +103,21 @@ def contiguous(layers: int, experts: int, devices: int) -> Placement:
     """Every expert once, in order: what a mesh does. Raises ValueError for numbers that do not divide."""
     if experts % devices:
         raise ValueError(f"{experts} experts are not divisible by {devices} devices")
-    expert_LS = np.tile(np.arange(experts), (layers, 1))
-    return Placement(expert_LS, expert_LS[..., None], np.ones_like(expert_LS))
+    return Placement.of(np.tile(np.arange(experts), (layers, 1)), experts)
+
+
+def neighbours(layers: int, experts: int, slots: int, devices: int) -> Placement:
+    """Where no load is known: experts in order, and on each device also the first of the devices after it.
+
+    Raises ValueError for numbers that do not divide.
+    """
+    held, more = experts // devices, (slots - experts) // devices
+    if experts % devices or slots % devices:
+        raise ValueError(f"{experts} experts in {slots} slots are not divisible by {devices} devices")
+    own_DH = np.arange(experts).reshape(devices, held)
+    after_DM = (np.arange(1, devices + 1)[:, None] * held + np.arange(more)) % experts
+    expert_S = np.concatenate([own_DH, after_DM], axis=1).reshape(-1)
+    return Placement.of(np.tile(expert_S, (layers, 1)), experts)
 
 
 def device_load(load_LE: np.ndarray, placement: Placement, devices: int) -> np.ndarray:
@@ -128,3 +151,33 @@ def serve(load_TLE: np.ndarray, placement: Placement, devices: int) -> tuple[np.
     tokens_TLS = (load_TLS + copies_LS - 1 - rank_LS) // copies_LS
     by_device = (T, L, devices, -1)
     return tokens_TLS.reshape(by_device).sum(axis=-1), (tokens_TLS > 0).reshape(by_device).sum(axis=-1)
+
+
+def write(path: str | Path, placement: Placement) -> None:
+    """Write it as `.npz`, for a strategy's `[weights] placement`."""
+    held = io.BytesIO()  # numpy would give the file's name another ending
+    np.savez_compressed(held, expert=placement.expert_LS.astype(np.int32))
+    Path(path).write_bytes(held.getvalue())
+
+
+def read(path: str | Path, layers: int, experts: int, slots: int) -> np.ndarray:
+    """The expert in every slot [L, S] of a file. Raises ConfigError for one that is of other sizes, or leaves
+    an expert out."""
+    try:
+        expert_LS = np.load(path)["expert"]
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path}: no such placement; `jaxseek placement ... --place FILE` makes one"
+        ) from None
+    except (ValueError, OSError, KeyError, IndexError, zipfile.BadZipFile) as e:
+        raise ConfigError(f"{path}: not a placement that `jaxseek placement` wrote ({e})") from None
+    if expert_LS.shape != (layers, slots):
+        more = slots - experts
+        raise ConfigError(
+            f"{path}: is for layers and slots {list(expert_LS.shape)}, but the model has {layers} sparse "
+            f"layers and the strategy {slots} slots ({experts} experts and redundant_experts = {more})"
+        )
+    for l, expert_S in enumerate(expert_LS):
+        if not np.array_equal(np.unique(expert_S), np.arange(experts)):
+            raise ConfigError(f"{path}: layer {l} does not have each of the {experts} experts in a slot")
+    return expert_LS
