@@ -89,6 +89,11 @@ def write_slots(
             # XLA:CPU makes a read, a select and copies of the cache of a scatter of one token; not of two
             at_BT, new = jnp.pad(at_BT, ((0, 0), (0, 1)), constant_values=S), jnp.repeat(new, 2, axis=1)
         rows_B1 = jnp.arange(at_BT.shape[0])[:, None]
+        if at_BT.shape[1] > 1 and platform() == "tpu":  # would transpose the whole cache for a prompt's rows
+            one = jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
+            where = (rows_B1, slice(None), at_BT) if inner else (rows_B1, at_BT)
+            one = one.at[where].set(new.astype(cache.dtype), mode="drop")
+            return jax.lax.dynamic_update_index_in_dim(cache, one, layer, 0)
         where = (layer, rows_B1, slice(None), at_BT) if inner else (layer, rows_B1, at_BT)
         if inner and platform() == "tpu":  # which would transpose the cache for a slice among indices
             where = (layer, rows_B1[..., None], jnp.arange(cache.shape[2]), at_BT[..., None])

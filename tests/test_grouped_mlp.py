@@ -13,7 +13,6 @@ from jaxseek.kernels.grouped_mlp import (
     _tiled_mlp,
     every_expert_mlp,
     grouped_mlp,
-    sort_by_expert,
 )
 from jaxseek.kernels.scaled import Scaled
 
@@ -105,12 +104,6 @@ def test_bfloat16_gradients_of_weights_do_not_lose_rows_as_tiles_add_up():
     assert got[1].dtype == jnp.bfloat16
     for a, b in zip(got[1:], expected[1:]):
         assert_close(a.astype(jnp.float32), b, 0.01)
-
-
-def test_sorting_is_stable_and_leaves_out_ids_of_no_expert():
-    order_M, sizes_E = sort_by_expert(jnp.array([2, 0, 3, 2, 0, 3, 0]), 3)
-    assert order_M.tolist() == [1, 4, 6, 0, 3, 2, 5]
-    assert sizes_E.tolist() == [3, 0, 2]
 
 
 @pytest.mark.parametrize("groups", [1, 2])

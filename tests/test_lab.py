@@ -224,7 +224,7 @@ def test_grouped_matmuls_count_the_rows_that_come_not_the_room_for_them(tmp_path
         "workload": "train",
         "cfg": dataclasses.replace(TINY, n_routed_experts=16, num_experts_per_tok=2),
     }
-    assert share("") == 1  # decoding exchanges nothing
+    assert share("") == 1 / 4  # nothing is exchanged: every shard has all rows, most for experts elsewhere
     assert share("", **train) == 1 / 4  # all tokens of four shards might come, each for both its experts
     assert share("[train]\nroom_factor = 1.5\n", **train) == 1 / 1.5
     assert share("[train]\ncapacity_factor = 2.0\nroom_factor = 3.0\n", **train) == 1 / 2

@@ -195,10 +195,3 @@ def _tiled_bwd(fp8, residuals, dy_MD):
 
 
 _tiled_mlp.defvjp(_tiled_fwd, _tiled_bwd)
-
-
-@functools.partial(jax.jit, static_argnames="E")
-def sort_by_expert(ids_M: jax.Array, E: int) -> tuple[jax.Array, jax.Array]:
-    """Stable order of rows by expert, and how many each has: ([M], [E]). Ids >= E sort last, uncounted."""
-    order_M = jnp.argsort(ids_M, stable=True)
-    return order_M, jnp.bincount(ids_M, length=E)

@@ -52,8 +52,10 @@ rows_of.defvjp(_rows_fwd, _rows_bwd)
 def combine(y_MD: jax.Array, gates_NK: jax.Array, at_NK: jax.Array, order_M: jax.Array) -> jax.Array:
     """Each token's rows of y, weighted by its gates and summed in float32, [N, D]. Rows without a place
     count as zero; what stands in y where nothing has a place is not read."""
-    y_NKD = _at(y_MD, at_NK).astype(jnp.float32)
-    return jnp.einsum("NKD,NK->ND", y_NKD, gates_NK).astype(y_MD.dtype)
+    # a gather for each k: their rows are added as they lie on a TPU, those within a tile four times slower
+    each_k = zip(at_NK.T, gates_NK.T)
+    parts = [_at(y_MD, at_N).astype(jnp.float32) * gate_N[:, None] for at_N, gate_N in each_k]
+    return sum(parts[1:], parts[0]).astype(y_MD.dtype)
 
 
 def _combine_fwd(y_MD, gates_NK, at_NK, order_M):

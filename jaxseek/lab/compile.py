@@ -147,8 +147,12 @@ def explain(log: str) -> dict[str, Any]:
         return {"text": text, "needed": used}
     if found := re.search(r"VmemError: (.*)", log):
         return {"text": found[1], "needed": None}
-    lines = [line for line in log.splitlines() if re.match(r"^[\w.]*(Error|Exception|Unimplemented)\b", line)]
-    text = lines[-1] if lines else "\n".join(log.splitlines()[-5:])
+    kinds = (
+        r"^[\w.]*Error: ",
+        r"^[\w.]*(Error|Exception|Unimplemented)\b",
+    )  # the compiler's notes come later
+    lines = [line for kind in kinds for line in log.splitlines() if re.match(kind, line)]
+    text = lines[0] if lines else "\n".join(log.splitlines()[-5:])
     return {"text": f"the TPU compiler failed: {text[:1000]}", "needed": None}
 
 

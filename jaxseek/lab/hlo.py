@@ -298,6 +298,8 @@ def _ops(i, here, computations, times, dispatch, program, chains) -> Iterator[Op
             program.sentinels.append(i.name)
         else:
             yield Op(**common, opcode=i.opcode, kind="xla", cycles=int(cycles), bytes=shape_bytes(i.shape))
+    elif any(j.opcode == "gather" for j in inner):  # of rows, by a kernel without an estimate
+        yield Op(**common, opcode="gather", kind="pallas", bytes=2 * shape_bytes(i.shape))
 
 
 def _on_sparse_core(done: Instruction, here: dict[str, Instruction]) -> bool:

@@ -178,12 +178,12 @@ def _time(op: Op, topology: Topology, coords: Coords, job: Job) -> Timed:
 
 
 def filled(job: Job) -> float:
-    """The share of an exchange's room that a chip's even share of rows takes: megablox counts all of it, and
+    """The share of the rows that a chip has room for that is its even share: megablox counts all of them, and
     multiplies only what is there."""
     rules, cfg = job.rules, job.cfg
     parts = job.strategy.parts(rules, "expert")
     if rules.dispatch != "all_to_all" or parts == 1:
-        return 1.0
+        return 1 / parts  # all tokens' rows, of which those for experts elsewhere come last
     K, S = cfg.num_experts_per_tok, cfg.n_routed_experts + job.strategy.redundant_experts
     room = parts * min(K, S // parts) / K  # in even shares
     if rules.room_factor is not None:

@@ -18,9 +18,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from jaxseek.kernels.chosen_experts import ROWS, chosen_experts_mlp, touched_share
-from jaxseek.kernels.grouped_mlp import every_expert_mlp, grouped_mlp, sort_by_expert
+from jaxseek.kernels.grouped_mlp import every_expert_mlp, grouped_mlp
 from jaxseek.kernels.ragged_all_to_all import ragged_all_to_all
 from jaxseek.kernels.scaled import Scaled
 from jaxseek.kernels.sorted_rows import combine, rows_of, sorted_by_expert
@@ -56,7 +57,7 @@ def dispatch(
     if not exchange:  # every shard of the expert axis sees the same tokens
         batch_axes = tuple(a for a in batch_axes if a not in expert_axes)
     length_axes = tuple(a for a in rules.axes("length") if a not in expert_axes)
-    token_spec = jax.sharding.PartitionSpec(batch_axes or None, length_axes or None, None)
+    token_spec = PartitionSpec(batch_axes or None, length_axes or None, None)
     token_axes = batch_axes + length_axes
 
     def local(layer, slots_XS, x_BTD, ids_BTK, gates_BTK, valid_BT1, *experts):
@@ -99,11 +100,11 @@ def dispatch(
     y_BTD, load_E, dropped = jax.shard_map(
         local,
         in_specs=(
-            *(jax.sharding.PartitionSpec(),) * 2,
+            *(PartitionSpec(),) * 2,
             *(token_spec,) * 4,
             *(spec(w, *names) for w, names in zip(experts, layouts)),
         ),
-        out_specs=(token_spec, jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec()),
+        out_specs=(token_spec, PartitionSpec(), PartitionSpec()),
         check_vma=False,  # the TPU grouped matmul does not declare over which axes its result varies
     )(layer, slots_XS, *token_args, *experts)
     return rules.shard(y_BTD, "batch", "length", None), load_E, dropped
@@ -130,13 +131,6 @@ def _limit(ids_NK, gates_NK, E, capacity):
     return kept_M.reshape(ids_NK.shape), over_M.sum()
 
 
-def _combine(y_MD, order_M, gates_NK):
-    """Rows in sorted order back to their tokens, weighted and summed in float32: [N, D]."""
-    N, K = gates_NK.shape
-    y_NKD = y_MD[jnp.argsort(order_M)].reshape(N, K, -1)
-    return jnp.einsum("NKD,NK->ND", y_NKD.astype(jnp.float32), gates_NK).astype(y_MD.dtype)
-
-
 def _local(x_ND, ids_NK, gates_NK, experts, expert_axes, fp8, layer, share):
     """The part of the experts that this shard holds, for all the tokens it sees."""
     gate_EDF, up_EDF, down_EFD = experts
@@ -149,11 +143,11 @@ def _local(x_ND, ids_NK, gates_NK, experts, expert_axes, fp8, layer, share):
         if layer is None:
             return every_expert_mlp(x_ND, gates_NE, *experts)
         return chosen_experts_mlp(x_ND, gates_NE, gate_EDF, up_EDF, down_EFD, layer, E * share)
-    ids_M = ids_NK.reshape(-1) - first
-    ids_M = jnp.where((ids_M >= 0) & (ids_M < E), ids_M, E)
-    order_M, sizes_E = sort_by_expert(ids_M, E)
-    y_MD = grouped_mlp(x_ND[order_M // ids_NK.shape[1]], gate_EDF, up_EDF, down_EFD, sizes_E, fp8)
-    return _combine(y_MD, order_M, gates_NK)
+    here_NK = (ids_NK >= first) & (ids_NK < first + E)
+    at_NK, order_M, sizes_E = sorted_by_expert(jnp.where(here_NK, ids_NK - first, E), E)
+    x_MD = rows_of(x_ND, at_NK, order_M)
+    y_MD = grouped_mlp(x_MD, gate_EDF, up_EDF, down_EFD, sizes_E, fp8, clear=False)
+    return combine(y_MD, gates_NK, at_NK, order_M)
 
 
 def _all_to_all(x_ND, ids_NK, gates_NK, experts, axes, room, fp8):
