@@ -21,6 +21,7 @@ from oracles import (
     assert_close,
     quick_compilation,  # noqa: F401
     tiny_config,
+    undrawn,  # noqa: F401
 )
 
 from jaxseek import checkpoint
