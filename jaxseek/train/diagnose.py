@@ -63,14 +63,18 @@ def where_not_finite(objective: Objective, model: DeepSeek, batch: Batch) -> str
 def _bad(model: DeepSeek, values: dict[str, jax.Array]) -> list[str]:
     """Names of values that are not finite; of a stack, with the number of its first such layer."""
     before = [0, *itertools.accumulate(s.depth for s in model.stacks)]
-    out = []
-    for path, value in values.items():
-        stacked = path.startswith("stacks.")
-        axes = tuple(range(1 if stacked else 0, value.ndim))
-        fine = np.atleast_1d(np.asarray(jnp.isfinite(value).all(axis=axes)))
+
+    @jax.jit
+    def finite(values: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        axes = {path: tuple(range(path.startswith("stacks."), a.ndim)) for path, a in values.items()}
+        return {path: jnp.isfinite(a).all(axis=axes[path]) for path, a in values.items()}
+
+    found, out = jax.device_get(finite(values)), []
+    for path in values:
+        fine = np.atleast_1d(found[path])
         if fine.all():
             continue
-        if stacked:
+        if path.startswith("stacks."):
             _, stack, path = path.split(".", 2)
             path = f"layer {before[int(stack)] + int(np.argmin(fine))}'s {path}"
         out.append(path)
