@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxseek.layers.block import Layer
 from jaxseek.model import DeepSeek
 from jaxseek.sharding import parameters
 from jaxseek.train.batch import Batch
@@ -82,15 +83,22 @@ def _bad(model: DeepSeek, values: dict[str, jax.Array]) -> list[str]:
 
 
 def _first_bad_layer(objective: Objective, model: DeepSeek, batch: Batch) -> str | None:
-    ctx = objective.context(model, batch)
-    x_BTD = model.embed(batch.tokens_BT, ctx)
+    @jax.jit
+    def embed(model: DeepSeek, batch: Batch) -> jax.Array:
+        return model.embed(batch.tokens_BT, objective.context(model, batch))
+
+    @jax.jit
+    def run(model: DeepSeek, batch: Batch, stack: Layer, l: jax.Array, x_BTD: jax.Array) -> jax.Array:
+        layer = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, l, keepdims=False), stack)
+        return layer(x_BTD, None, 0, objective.context(model, batch))[0]
+
+    x_BTD = embed(model, batch)
     if not _finite(x_BTD):
         return "the embedding"
     number = 0
     for stack in model.stacks:
         for l in range(stack.depth):
-            layer = jax.tree.map(lambda a, l=l: a[l], stack)
-            x_BTD, _, _ = layer(x_BTD, None, 0, ctx)
+            x_BTD = run(model, batch, stack, jnp.int32(l), x_BTD)
             if not _finite(x_BTD):
                 return f"layer {number}"
             number += 1
