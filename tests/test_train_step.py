@@ -44,6 +44,11 @@ def stepper(dtype="float32", remat="none", adam=True, cfg=SPARSE):
     return optimizer, make_step(Objective(config, jnp.dtype(dtype)), optimizer)
 
 
+@jax.jit
+def copied(model):
+    return jax.tree.map(lambda a: a + 0, model)
+
+
 def rows(seed=0):
     """Tokens, segments (some rows packed, some padded) and weights of a batch."""
     segments = np.ones((B, T), np.int32)
@@ -59,7 +64,7 @@ def stepped(
 ):
     """(losses, metrics of the last step, state) after some steps from the model, on the same rows."""
     optimizer, step = stepper(cfg=model.cfg, **options)
-    model = jax.tree.map(lambda a: a + 0, model)  # the state is donated
+    model = copied(model)  # the state is donated
     state = init_state(model, optimizer)
     arrays = rows() if arrays is None else arrays
     batch = make_batch(*arrays, modules=model.cfg.num_nextn_predict_layers, accumulation=accumulation)
