@@ -356,16 +356,22 @@ def _apart(path: str, a: jax.Array) -> tuple[int, ...]:
     return tuple(range(lead)) if a.nbytes > _CHUNK_BYTES else ()
 
 
+def orbax_writers() -> Any:
+    """What writes arrays: without a minimum Orbax cuts every small one between its replicas, by programs
+    compiled for the purpose."""
+    import orbax.checkpoint as ocp
+
+    writer = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_CHUNK_BYTES)
+    return ocp.type_handlers.create_type_handler_registry((jax.Array, writer))
+
+
 def _orbax_save(path: Path, arrays: dict[str, jax.Array]) -> None:
     import orbax.checkpoint as ocp  # a third of a second to import
 
     args = {p: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=_apart(p, a)) for p, a in arrays.items()}
-    # Without a minimum every small array is cut between its replicas by a program compiled for the purpose.
-    writer = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_CHUNK_BYTES)
-    writers = ocp.type_handlers.create_type_handler_registry((jax.Array, writer))
     largest = max(shard.data.nbytes for a in arrays.values() for shard in a.addressable_shards)
     handler = ocp.PyTreeCheckpointHandler(
-        type_handler_registry=writers,
+        type_handler_registry=orbax_writers(),
         use_compression=False,  # a fifth smaller, but two to three times slower
         save_concurrent_gb=1 + -(-largest // 10**9),  # or the whole model is copied at once
     )

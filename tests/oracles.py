@@ -284,6 +284,13 @@ def quick_compilation():
     jax.clear_caches()  # a program takes hundreds of memory maps, of which a process has 65,530
 
 
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    """For modules of many runs: those of their tests draw no picture at the end; those of fixtures do."""
+    monkeypatch.setattr("jaxseek.train.loop.plot_loss", lambda out: None)
+    monkeypatch.setattr("jaxseek.rl.loop.plot_rewards", lambda out: None)
+
+
 YARN = RopeConfig("yarn", 10000.0, 4.0, 16, 32.0, 1.0, 1.0, 1.0)
 _DENSE = {
     "model_type": "llama",

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from oracles import quick_compilation  # noqa: F401
 
 import jaxseek
 from jaxseek.cli import main

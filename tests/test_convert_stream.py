@@ -17,6 +17,7 @@ import pytest
 import tensorstore
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from oracles import quick_compilation  # noqa: F401
 from safetensors.numpy import save_file
 from test_convert import MODELS, random_tensors, read_with_safetensors, same_model, values, write_hf
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from oracles import quick_compilation  # noqa: F401
 
 from jaxseek.config import ConfigError
 from jaxseek.rl import grpo

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from oracles import quick_compilation  # noqa: F401
+from oracles import quick_compilation, undrawn  # noqa: F401
 from policies import (
     SAME,
     answers_in,

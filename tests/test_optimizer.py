@@ -5,7 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from oracles import random_model, tiny_config
+from oracles import (
+    quick_compilation,  # noqa: F401
+    random_model,
+    tiny_config,
+)
 
 from jaxseek.run_config import RunConfig
 from jaxseek.sharding import parameters

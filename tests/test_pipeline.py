@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from oracles import quick_compilation  # noqa: F401
+from oracles import quick_compilation, undrawn  # noqa: F401
 from policies import make_home, values_of
 
 from jaxseek import checkpoint

@@ -213,8 +213,11 @@ def test_greedy_tokens_are_those_of_an_ordinary_model_and_of_whole_passes(name, 
     completions = Engine(model, unroll=unroll).generate(prompts, GREEDY)
     expected = Engine(ordinary, unroll=False).generate(prompts, GREEDY)
     assert [c.tokens for c in completions] == [c.tokens for c in expected]
-    for prompt, completion in zip(prompts, completions):
-        logits_TV = np.asarray(model(np.array([prompt + completion.tokens])))[0]
+    whole = [prompt + completion.tokens for prompt, completion in zip(prompts, completions)]
+    longest = max(map(len, whole))  # what stands behind a sequence changes nothing before it
+    logits_BTV = np.asarray(model(np.array([row + [0] * (longest - len(row)) for row in whole])))
+    for prompt, completion, logits_TV in zip(prompts, completions, logits_BTV):
+        logits_TV = logits_TV[: len(prompt + completion.tokens)]
         assert completion.tokens == logits_TV.argmax(-1)[len(prompt) - 1 : -1].tolist()
         logprobs_TV = np.asarray(jax.nn.log_softmax(logits_TV))
         chosen = [logprobs_TV[len(prompt) - 1 + i, t] for i, t in enumerate(completion.tokens)]

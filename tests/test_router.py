@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import route, tiny_config
+from oracles import (
+    quick_compilation,  # noqa: F401
+    route,
+    tiny_config,
+)
 
 from jaxseek.layers.moe import choose_experts
 from jaxseek.model import DeepSeek

@@ -21,6 +21,7 @@ from oracles import (
     assert_close,
     quick_compilation,  # noqa: F401
     tiny_config,
+    undrawn,  # noqa: F401
 )
 
 from jaxseek import checkpoint
@@ -207,18 +208,16 @@ def killed_until_done(home, tmp_path, kills, steps):
     """Of the sparse model: a run undisturbed, and one killed at random moments and started again."""
     draw = random.Random(0)
     cache = {"JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir)}
-    environment = os.environ | cache | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-
-    def command(out):
-        config = run(home, out, model=str(home / "sparse"), steps=steps, checkpoint={"every": 2, "keep": 1})
-        return [sys.executable, "-m", "jaxseek.cli", "train", toml(config, tmp_path / f"{out.name}.toml")]
-
-    subprocess.run(command(tmp_path / "whole"), cwd=ROOT, env=environment, check=True, capture_output=True)
+    environment = os.environ | cache | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_NUM_CPU_DEVICES": "8"}
+    whole, config = (
+        run(home, tmp_path / o, model=str(home / "sparse"), steps=steps, checkpoint={"every": 2, "keep": 1})
+        for o in ("whole", "run")
+    )
+    train(whole)
+    command = [sys.executable, "-m", "jaxseek.cli", "train", toml(config, tmp_path / "run.toml")]
     killed = 0
     for attempt in range(kills + 1):
-        process = subprocess.Popen(
-            command(tmp_path / "run"), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
-        )
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
         log = tmp_path / "run/metrics.jsonl"
         at = draw.randint(attempt * steps // (kills + 1), (attempt + 1) * steps // (kills + 1))
         while attempt < kills and process.poll() is None:

@@ -15,12 +15,14 @@ from oracles import (
     tiny_config,
 )
 
+from jaxseek.config import ModelConfig
+from jaxseek.model import DeepSeek
 from jaxseek.run_config import RunConfig
 from jaxseek.sharding import parameters
 from jaxseek.train.batch import make_batch, to_devices
 from jaxseek.train.objectives import Objective
 from jaxseek.train.optimizer import decays, make_optimizer
-from jaxseek.train.step import init_state, make_step
+from jaxseek.train.step import init_state, make_evaluation, make_step
 
 B, T = 8, 16
 DENSE = tiny_config("llama")  # two layers, scanned
@@ -42,6 +44,11 @@ def stepper(dtype="float32", remat="none", adam=True, cfg=SPARSE):
     return optimizer, make_step(Objective(config, jnp.dtype(dtype)), optimizer)
 
 
+@jax.jit
+def copied(model):
+    return jax.tree.map(lambda a: a + 0, model)
+
+
 def rows(seed=0):
     """Tokens, segments (some rows packed, some padded) and weights of a batch."""
     segments = np.ones((B, T), np.int32)
@@ -57,7 +64,7 @@ def stepped(
 ):
     """(losses, metrics of the last step, state) after some steps from the model, on the same rows."""
     optimizer, step = stepper(cfg=model.cfg, **options)
-    model = jax.tree.map(lambda a: a + 0, model)  # the state is donated
+    model = copied(model)  # the state is donated
     state = init_state(model, optimizer)
     arrays = rows() if arrays is None else arrays
     batch = make_batch(*arrays, modules=model.cfg.num_nextn_predict_layers, accumulation=accumulation)
@@ -150,6 +157,23 @@ def test_a_batch_that_is_not_finite_changes_nothing_and_says_so():
     assert int(state.step) == 0
     assert not any(np.asarray(a).any() for a in jax.tree.leaves(state.moments))
     assert stepped(model)[1]["finite"]
+
+
+@pytest.mark.parametrize(
+    "mesh", [None, pytest.param({"expert": 2, "tensor": 2, "fsdp": 2}, marks=pytest.mark.slow)]
+)
+def test_a_step_in_fp8_has_nearly_the_loss_of_one_without(mesh):
+    cfg = ModelConfig.from_preset("tiny-v3").replace(num_hidden_layers=2, vocab_size=256)
+    model = DeepSeek.init(cfg, mesh)
+    tokens, ones = np.random.default_rng(0).integers(3, 256, (4, 32)), np.ones((4, 32))
+    losses = []
+    for fp8 in (False, True):
+        evaluate = make_evaluation(Objective(run(fp8=fp8), jnp.float32))
+        batch = to_devices(make_batch(tokens, ones, ones, cfg.num_nextn_predict_layers), model)
+        with model.on_mesh():
+            losses.append(float(evaluate(model, None, batch, np.float32(0.3))["loss"]))
+    assert losses[0] != losses[1]
+    assert abs(losses[1] / losses[0] - 1) < 2e-3
 
 
 # -------------------------------------------------------------------- meshes

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import statistics
 import time
@@ -134,7 +135,7 @@ def realise(arg: Any, job: Job) -> Any:
             if name in ("tokens_BT", "ahead_BJT"):
                 made[name] = tokens(a, vocab)
             elif name == "positions_BT":
-                made[name] = _made(a, lambda a: jax.lax.broadcasted_iota(a.dtype, a.shape, a.ndim - 1))
+                made[name] = _made(a, _positions, None)
             else:
                 made[name] = constant(a, 1)
         return type(arg)(**made)
@@ -161,25 +162,37 @@ def _position(job: Job, sharding: Any) -> jax.Array:
 
 def constant(a: Any, value: Any) -> jax.Array:
     """An array like the abstract `a`, of one value."""
-    return _made(a, lambda a: jnp.full(a.shape, value, a.dtype))
+    return _made(a, _constant, value)
 
 
 def tokens(a: Any, vocab: int) -> jax.Array:
     """An array like the abstract `a`, of numbers from 0 to below `vocab`."""
-    return _made(a, lambda a: (_hash(a) % jnp.uint32(vocab)).astype(a.dtype))
+    return _made(a, _tokens, vocab)
 
 
 def uniform(a: Any, std: float) -> jax.Array:
     """An array like the abstract `a`, of mean 0 and this standard deviation; whole numbers keep to their
     dtype's range. A hash of every number's place: no buffer of random bits beside the array."""
+    return _made(a, _uniform, std)
 
-    def make(a: Any) -> jax.Array:
-        unit = _hash(a).astype(jnp.int32).astype(jnp.float32) * 2.0**-31  # -1 to 1
-        whole = jnp.issubdtype(a.dtype, jnp.integer)
-        bound = min(std * math.sqrt(3), float(jnp.iinfo(a.dtype).max)) if whole else std * math.sqrt(3)
-        return (jnp.round(unit * bound) if whole else unit * bound).astype(a.dtype)
 
-    return _made(a, make)
+def _constant(a: Any, value: Any) -> jax.Array:
+    return jnp.full(a.shape, value, a.dtype)
+
+
+def _positions(a: Any, _: None) -> jax.Array:
+    return jax.lax.broadcasted_iota(a.dtype, a.shape, a.ndim - 1)
+
+
+def _tokens(a: Any, vocab: int) -> jax.Array:
+    return (_hash(a) % jnp.uint32(vocab)).astype(a.dtype)
+
+
+def _uniform(a: Any, std: float) -> jax.Array:
+    unit = _hash(a).astype(jnp.int32).astype(jnp.float32) * 2.0**-31  # -1 to 1
+    whole = jnp.issubdtype(a.dtype, jnp.integer)
+    bound = min(std * math.sqrt(3), float(jnp.iinfo(a.dtype).max)) if whole else std * math.sqrt(3)
+    return (jnp.round(unit * bound) if whole else unit * bound).astype(a.dtype)
 
 
 def _hash(a: Any) -> jax.Array:
@@ -194,5 +207,14 @@ def _hash(a: Any) -> jax.Array:
     return bits ^ (bits >> jnp.uint32(16))
 
 
-def _made(a: Any, make: Callable[[Any], jax.Array]) -> jax.Array:
-    return jax.jit(lambda: make(a), out_shardings=a.sharding)()
+def _made(a: Any, make: Callable[[Any, Any], jax.Array], given: Any) -> jax.Array:
+    return _program(make, given, a.shape, a.dtype, a.sharding)()
+
+
+@functools.cache
+def _program(
+    make: Callable[[Any, Any], jax.Array], given: Any, shape: tuple[int, ...], dtype: Any, sharding: Any
+) -> Callable[[], jax.Array]:
+    """Compiled once for all arrays that are alike, and not within every timed call."""
+    a = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    return jax.jit(lambda: make(a, given), out_shardings=sharding)

@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
+from jaxseek.checkpoint import orbax_writers
 from jaxseek.directory import CheckpointError
 from jaxseek.run_config import CheckpointConfig
 from jaxseek.train.batch import most
@@ -43,6 +44,10 @@ class Checkpoints:
                 best_mode="min",
                 cleanup_tmp_directories=True,
             ),
+            item_handlers={
+                **{name: _arrays() for name in ("params", "moments")},
+                "run": ocp.JsonCheckpointHandler(),
+            },
         )
 
     def due(self, step: int) -> bool:
@@ -143,6 +148,10 @@ class Checkpoints:
             self.manager.wait_until_finished()
         self.manager.reload()
         return "the start" if self.latest is None else f"step {self.latest}"
+
+
+def _arrays() -> Any:
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=orbax_writers())
 
 
 @dataclass

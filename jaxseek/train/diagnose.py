@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxseek.layers.block import Layer
 from jaxseek.model import DeepSeek
 from jaxseek.sharding import parameters
 from jaxseek.train.batch import Batch
@@ -63,14 +64,18 @@ def where_not_finite(objective: Objective, model: DeepSeek, batch: Batch) -> str
 def _bad(model: DeepSeek, values: dict[str, jax.Array]) -> list[str]:
     """Names of values that are not finite; of a stack, with the number of its first such layer."""
     before = [0, *itertools.accumulate(s.depth for s in model.stacks)]
-    out = []
-    for path, value in values.items():
-        stacked = path.startswith("stacks.")
-        axes = tuple(range(1 if stacked else 0, value.ndim))
-        fine = np.atleast_1d(np.asarray(jnp.isfinite(value).all(axis=axes)))
+
+    @jax.jit
+    def finite(values: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        axes = {path: tuple(range(path.startswith("stacks."), a.ndim)) for path, a in values.items()}
+        return {path: jnp.isfinite(a).all(axis=axes[path]) for path, a in values.items()}
+
+    found, out = jax.device_get(finite(values)), []
+    for path in values:
+        fine = np.atleast_1d(found[path])
         if fine.all():
             continue
-        if stacked:
+        if path.startswith("stacks."):
             _, stack, path = path.split(".", 2)
             path = f"layer {before[int(stack)] + int(np.argmin(fine))}'s {path}"
         out.append(path)
@@ -78,15 +83,22 @@ def _bad(model: DeepSeek, values: dict[str, jax.Array]) -> list[str]:
 
 
 def _first_bad_layer(objective: Objective, model: DeepSeek, batch: Batch) -> str | None:
-    ctx = objective.context(model, batch)
-    x_BTD = model.embed(batch.tokens_BT, ctx)
+    @jax.jit
+    def embed(model: DeepSeek, batch: Batch) -> jax.Array:
+        return model.embed(batch.tokens_BT, objective.context(model, batch))
+
+    @jax.jit
+    def run(model: DeepSeek, batch: Batch, stack: Layer, l: jax.Array, x_BTD: jax.Array) -> jax.Array:
+        layer = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, l, keepdims=False), stack)
+        return layer(x_BTD, None, 0, objective.context(model, batch))[0]
+
+    x_BTD = embed(model, batch)
     if not _finite(x_BTD):
         return "the embedding"
     number = 0
     for stack in model.stacks:
         for l in range(stack.depth):
-            layer = jax.tree.map(lambda a, l=l: a[l], stack)
-            x_BTD, _, _ = layer(x_BTD, None, 0, ctx)
+            x_BTD = run(model, batch, stack, jnp.int32(l), x_BTD)
             if not _finite(x_BTD):
                 return f"layer {number}"
             number += 1
