@@ -168,8 +168,9 @@ def test_experts_compute_with_their_numbers(implementation, rows):
         )
         for shape in ((256, 128), (256, 128), (128, 256))
     ]
-    expected = _tiled_mlp(x, *(dequantize(w, jnp.float32) for w in experts), sizes_E)
-    assert_close(implementation(x, *experts, sizes_E), expected, 1e-5)
+    numbers = [dequantize(w, jnp.float32) for w in experts]
+    expected = jax.jit(_tiled_mlp)(x, *numbers, sizes_E)
+    assert_close(jax.jit(implementation)(x, *experts, sizes_E), expected, 1e-5)
 
 
 def test_in_bfloat16_a_number_is_the_rounded_float32_product():
