@@ -37,7 +37,7 @@ from jaxseek.directory import MANIFEST, PARTIAL, CheckpointError, kind_of, left,
 from jaxseek.kernels import int4
 from jaxseek.layers.quant import MATRICES, Spec, quantization, quantized
 from jaxseek.model import DeepSeek
-from jaxseek.redundancy import has_slots
+from jaxseek.redundancy import raise_slots
 from jaxseek.sharding import fill, parameters
 from jaxseek.store import LAYOUT, Array
 
@@ -90,15 +90,6 @@ def save(
                 tokenizer.save(partial)
             manifest["files"] = file_sizes(partial)
             write_json(partial / MANIFEST, manifest)  # last: it says that all else is there
-
-
-def raise_slots(model: DeepSeek) -> None:
-    """Raise ValueError for a model whose experts are not each there once, which no checkpoint holds."""
-    if has_slots(model):
-        raise ValueError(
-            "the experts of this model are in slots, for serving: to save it, load it with a strategy "
-            "without redundant_experts and placement"
-        )
 
 
 def restore(path: str | Path, mesh: Any = None, dtype: Any = None, mtp: bool = True) -> DeepSeek:

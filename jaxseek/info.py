@@ -13,6 +13,7 @@ from jaxseek import checkpoint
 from jaxseek.config import ConfigError, ModelConfig, presets
 from jaxseek.layers.quant import Spec, quantized
 from jaxseek.model import DeepSeek
+from jaxseek.redundancy import place_experts
 from jaxseek.sharding import Strategy, device_bytes
 
 
@@ -44,6 +45,7 @@ def describe(
     """Counts and bytes of a model in `dtype`, where not quantised, and what one chip of a mesh holds."""
     strategy = Strategy.parse(mesh)
     model = quantized(DeepSeek.abstract(cfg, strategy, jnp.dtype(dtype)), quantization)
+    place_experts(model)
     rules = strategy.decode
     rows = -(-batch // strategy.parts(rules, "batch"))
     slots = -(-context // strategy.parts(rules, "cache_length"))

@@ -58,9 +58,13 @@ def experts_of_slots(cfg: ModelConfig, strategy: Strategy) -> np.ndarray:
     return neighbours(layers, cfg.n_routed_experts, slots, devices).expert_LS
 
 
-def has_slots(model: DeepSeek) -> bool:
-    """Whether `place_experts` has brought its experts into slots."""
-    return any(isinstance(stack.mlp, MoE) and stack.mlp.slots is not None for stack in model.stacks)
+def raise_slots(model: DeepSeek) -> None:
+    """Raise ValueError for a model that `place_experts` has changed, which no checkpoint holds."""
+    if any(isinstance(stack.mlp, MoE) and stack.mlp.slots is not None for stack in model.stacks):
+        raise ValueError(
+            "the experts of this model are in slots, for serving: to save it, load it with a strategy "
+            "without redundant_experts and placement"
+        )
 
 
 def refuse_slots(strategy: Strategy, doing: str) -> None:

@@ -220,6 +220,8 @@ class Strategy:
             )
             if type(extra) is not int or extra < 0:
                 raise ConfigError(f"[weights] redundant_experts is {extra!r}, expected a number of slots")
+            if not isinstance(placement, str | None):
+                raise ConfigError(f"[weights] placement is {placement!r}, expected a file's name")
             if placement is not None:
                 placement = str(path.parent / placement)
             strategy = cls._build(raw.get("mesh", {}) | sizes, tables)

@@ -87,6 +87,25 @@ def test_gathers_of_the_sparse_cores_are_read_and_written_and_an_exchange_sends_
     assert (exchange.kind, exchange.bytes) == ("collective", 4096)  # the room for 48 rows is not all sent
 
 
+def test_a_gather_that_the_compiler_does_not_estimate_is_read_and_written():
+    text = """
+%rows (a: bf16[64,8], at: s32[16]) -> bf16[16,8] {
+  %a = bf16[64,8]{1,0} parameter(0)
+  %at = s32[16]{0} parameter(1)
+  ROOT %found = bf16[16,8]{1,0} gather(%a, %at), offset_dims={1}
+}
+ENTRY %main (x: bf16[64,8], i: s32[16]) -> bf16[16,8] {
+  %x = bf16[64,8]{1,0} parameter(0)
+  %i = s32[16]{0} parameter(1)
+  ROOT %found = bf16[16,8]{1,0} fusion(%x, %i), kind=kCustom, calls=%rows, backend_config={CYCLES}
+}
+"""
+    (found,) = hlo.read_program(text).ops
+    assert (found.kind, found.opcode, found.bytes) == ("pallas", "gather", 2 * 256)
+    (found,) = hlo.read_program(text.replace("CYCLES", '"estimated_cycles":"70"')).ops
+    assert (found.kind, found.cycles) == ("xla", 70)
+
+
 def test_operations_are_attributed_to_named_scopes():
     assert [o.scope for o in ops("collective")] == ["mlp/experts", ""]
     assert [o.scope for o in ops("xla")] == ["", "attention"]
@@ -425,6 +444,10 @@ def test_the_compilers_reasons_are_read_from_its_log():
     found = compile.explain(log)
     assert "needs 17.06 GiB of HBM per device of 15.75" in found["text"]
     assert found["needed"] == pytest.approx(17.06 * 2**30)
+    log = (
+        "x\njax.errors.JaxRuntimeError: INTERNAL: no routes\n\nError encountered while compiling %while.95\n"
+    )
+    assert compile.explain(log)["text"].endswith("JaxRuntimeError: INTERNAL: no routes")
     assert compile.explain("x\nValueError: no such thing\n") == {
         "text": "the TPU compiler failed: ValueError: no such thing", "needed": None,
     }  # fmt: skip

@@ -22,6 +22,7 @@ from jaxseek import checkpoint, cli, loading, placement
 from jaxseek.config import ConfigError
 from jaxseek.generate.engine import Engine
 from jaxseek.generate.sampling import Sampling
+from jaxseek.info import describe
 from jaxseek.lab import analytic
 from jaxseek.lab.chips import Topology
 from jaxseek.lab.job import Job, abstract_model
@@ -179,6 +180,8 @@ def test_plans_count_the_slots(tmp_path):
     given = [analytic.first_pass(j).weights for j in (few, more)]
     assert given[1] - given[0] == 2 * experts[0] / 4
     assert analytic.touched_experts(more)[0] < analytic.touched_experts(few)[0]
+    sizes = [describe(CFG, j.strategy)["weight_bytes_per_chip"] for j in (few, more)]
+    assert sizes[1] - sizes[0] > experts[0] / 4
     with pytest.raises(ConfigError, match="are for serving; training has each expert once"):
         dataclasses.replace(more, workload="train")
 
@@ -191,6 +194,7 @@ def test_what_does_not_fit_says_why(tmp_path):
     refused(r"redundant_experts is 1\.5, expected a number of slots", "redundant_experts = 1.5")
     refused("redundant_experts is -2, expected a number of slots", "redundant_experts = -2")
     refused(r"redundant_experts 3 is not divisible by expert=2 \(\[weights\]", "redundant_experts = 3")
+    refused("placement is 3, expected a file's name", "placement = 3")
     refused(r"nowhere\.npz: no such placement.*--place", 'placement = "nowhere.npz"')
     (tmp_path / "text").write_text("no")
     refused("text: not a placement that", 'placement = "text"')

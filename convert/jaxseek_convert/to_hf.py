@@ -14,12 +14,12 @@ from jaxseek.checkpoint import (
     Savable,
     main_dtype,
     param_dtype,
-    raise_slots,
     same_bits,
     write_json,
 )
 from jaxseek.directory import CheckpointError, new_directory
 from jaxseek.model import DeepSeek
+from jaxseek.redundancy import raise_slots
 from jaxseek.sharding import parameters
 from jaxseek_convert.numbers import Form, Rows, to_blocks
 from jaxseek_convert.safetensors_io import (
