@@ -127,9 +127,12 @@ class DeepSeek(nnx.Module):
         dtype: Any = None,
         remat: str = "none",
         fp8: bool = False,
+        prefix_ids_BT: jax.Array | None = None,
     ) -> Context:
         """What the layers share. Segment 0 is padding; positions count from 0 in every segment unless given.
 
+        `prefix_ids` name, for every token, a segment of its row that it sees besides its own: a prefix that
+        several segments go on from, each at the position after it (its own segment's id where there is none).
         Without `fresh`, queries attend to the caches, whose slots are positions, and need `positions_BT`.
         `dtype` is that of the activations, and of the weights as they are used; the default is the weights'.
         `remat` and `fp8` are for training, see Context. Raises ValueError for `fp8` on quantised weights.
@@ -150,7 +153,8 @@ class DeepSeek(nnx.Module):
         pos_BT, seg_BT, valid_BT = (
             rules.shard(a, "batch", "length") for a in (positions_BT, segment_ids_BT, valid_BT)
         )
-        mask = Mask(pos_BT, seg_BT, kv_pos, kv_seg)
+        prefix_BT = None if prefix_ids_BT is None else rules.shard(prefix_ids_BT, "batch", "length")
+        mask = Mask(pos_BT, seg_BT, kv_pos, kv_seg, q_prefix_BT=prefix_BT)
         dtype = self.embed_VD[...].dtype if dtype is None else dtype
         return Context(
             rules, rope_table(self.cfg, pos_BT), mask, valid_BT, slots_BT, fresh, dtype, remat, fp8

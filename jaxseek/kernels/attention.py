@@ -23,7 +23,8 @@ QUERY_BLOCK = 1024  # queries at a time: scores take B * N * QUERY_BLOCK * S flo
 class Mask:
     """Who attends to whom: the same segment, not later; where `chosen_BTS` is given, only the chosen keys.
 
-    In a cache slot s holds position s and all slots belong to the row, so `kv_seg_BS` is None there.
+    With `q_prefix_BT` also the segment named there, not later: a prefix that several segments share. In a
+    cache slot s holds position s and all slots belong to the row, so `kv_seg_BS` is None there.
     """
 
     q_pos_BT: jax.Array
@@ -31,17 +32,22 @@ class Mask:
     kv_pos_BS: jax.Array
     kv_seg_BS: jax.Array | None
     chosen_BTS: jax.Array | None = None
+    q_prefix_BT: jax.Array | None = None
 
     def laid_out(self, rules: Rules) -> Mask:
         """With the queries' rows as these rules have them."""
-        q_pos_BT, q_seg_BT = (rules.shard(a, "batch", "length") for a in (self.q_pos_BT, self.q_seg_BT))
-        return replace(self, q_pos_BT=q_pos_BT, q_seg_BT=q_seg_BT)
+        names = ("q_pos_BT", "q_seg_BT", "q_prefix_BT")
+        own = {name: a for name in names if (a := getattr(self, name)) is not None}
+        return replace(self, **{name: rules.shard(a, "batch", "length") for name, a in own.items()})
 
     def dense(self) -> jax.Array:
         """The mask as booleans, [B, T, S]."""
         mask_BTS = self.kv_pos_BS[:, None, :] <= self.q_pos_BT[:, :, None]
         if self.kv_seg_BS is not None:
-            mask_BTS &= self.kv_seg_BS[:, None, :] == self.q_seg_BT[:, :, None]
+            same_BTS = self.kv_seg_BS[:, None, :] == self.q_seg_BT[:, :, None]
+            if self.q_prefix_BT is not None:
+                same_BTS |= self.kv_seg_BS[:, None, :] == self.q_prefix_BT[:, :, None]
+            mask_BTS &= same_BTS
         return mask_BTS if self.chosen_BTS is None else mask_BTS & self.chosen_BTS
 
 
@@ -71,11 +77,12 @@ def attend(
 
     @jax.checkpoint
     def block(args):
-        q, q_pos, q_seg, chosen = args
-        part = replace(mask, q_pos_BT=q_pos, q_seg_BT=q_seg, chosen_BTS=chosen)
+        q, q_pos, q_seg, chosen, prefix = args
+        part = replace(mask, q_pos_BT=q_pos, q_seg_BT=q_seg, chosen_BTS=chosen, q_prefix_BT=prefix)
         return _attend(q, k_BKSH, v_BKSH, part, scale, rules, head_axes, key_axis)
 
-    parts = jax.lax.map(block, jax.tree.map(cut, (q_BTKGH, mask.q_pos_BT, mask.q_seg_BT, mask.chosen_BTS)))
+    of_queries = q_BTKGH, mask.q_pos_BT, mask.q_seg_BT, mask.chosen_BTS, mask.q_prefix_BT
+    parts = jax.lax.map(block, jax.tree.map(cut, of_queries))
     out = jnp.moveaxis(parts, 0, 1)
     return out.reshape(out.shape[0], T, *out.shape[3:])
 
@@ -89,7 +96,7 @@ def _flash(q_BTKGH, k_BKSH, v_BKSH, mask, scale, rules, head_axes, interpret=Fal
     rows_BT, rows_BS = rules.spec("batch", "length"), rules.spec("batch", None)
     out_BKGTH = jax.shard_map(
         functools.partial(flash_attention, scale=scale, interpret=interpret),
-        in_specs=(query, keys, keys, rows_BT, rows_BT, rows_BS, rows_BS),
+        in_specs=(query, keys, keys, rows_BT, rows_BT, rows_BS, rows_BS, rows_BT),
         out_specs=query,
         check_vma=False,  # a Pallas call does not declare over which axes its results vary
     )(
@@ -100,6 +107,7 @@ def _flash(q_BTKGH, k_BKSH, v_BKSH, mask, scale, rules, head_axes, interpret=Fal
         mask.q_seg_BT,
         mask.kv_pos_BS,
         mask.kv_seg_BS,
+        mask.q_prefix_BT,
     )
     return jnp.moveaxis(out_BKGTH, 3, 1)
 

@@ -25,7 +25,7 @@ _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # exp(it - it) is a number
 _NN, _NT, _TN = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ()))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
 def flash_attention(
     q_BKGTH: jax.Array,
     k_BKSH: jax.Array,
@@ -34,15 +34,16 @@ def flash_attention(
     q_seg_BT: jax.Array,
     kv_pos_BS: jax.Array,
     kv_seg_BS: jax.Array,
+    q_prefix_BT: jax.Array | None,
     scale: float,
     interpret: bool = False,
 ) -> jax.Array:
     """softmax(scale * q k^T) v over keys of the same segment that are not later: [B, K, G, T, value width].
 
-    Segments are not negative. A query without any key gets some finite result, and gives no gradient. For
-    one device or inside shard_map.
+    With `q_prefix_BT` also over keys of the segment named there. Segments are not negative. A query without
+    any key gets some finite result, and gives no gradient. For one device or inside shard_map.
     """
-    args = (q_BKGTH, k_BKSH, v_BKSH, q_pos_BT, q_seg_BT, kv_pos_BS, kv_seg_BS)
+    args = (q_BKGTH, k_BKSH, v_BKSH, q_pos_BT, q_seg_BT, kv_pos_BS, kv_seg_BS, q_prefix_BT)
     return _fwd(*args, scale, interpret)[0]
 
 
@@ -60,17 +61,23 @@ def _padded(a: jax.Array, axis: int, block: int, value: int = 0) -> jax.Array:
     return jnp.pad(a, pad, constant_values=value)
 
 
-def _runs(pos_BX: jax.Array, seg_BX: jax.Array, block: int) -> list[jax.Array]:
-    """Of every block: least and largest position, least and largest segment, each [B, blocks]."""
-    cut = (a.reshape(a.shape[0], -1, block) for a in (pos_BX, seg_BX))
-    return [f(a, axis=2) for a in cut for f in (jnp.min, jnp.max)]
+def _run(a_BX: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
+    """The least and the largest of every block, each [B, blocks]."""
+    cut = a_BX.reshape(a_BX.shape[0], -1, block)
+    return cut.min(axis=2), cut.max(axis=2)
 
 
-def _seen(q_pos_BT, q_seg_BT, kv_pos_BS, kv_seg_BS, bq: int, bk: int) -> jax.Array:
-    """Whether a query of block i may see a key of block j, [B, i, j]: never false where one does."""
-    _, q_last, q_low, q_high = (a[:, :, None] for a in _runs(q_pos_BT, q_seg_BT, bq))
-    kv_first, _, kv_low, kv_high = (a[:, None, :] for a in _runs(kv_pos_BS, kv_seg_BS, bk))
-    return (kv_first <= q_last) & (kv_low <= q_high) & (q_low <= kv_high)
+def _seen(q_pos_BT, q_segs_BT, kv_pos_BS, kv_seg_BS, bq: int, bk: int) -> jax.Array:
+    """Whether a query of block i may see a key of block j, [B, i, j]: never false where one does.
+
+    `q_segs_BT` are the segments that a query sees: one or two for each.
+    """
+    _, q_last = _run(q_pos_BT, bq)
+    kv_first, _ = _run(kv_pos_BS, bk)
+    kv_low, kv_high = (a[:, None, :] for a in _run(kv_seg_BS, bk))
+    of_segments = ([a[:, :, None] for a in _run(seg_BT, bq)] for seg_BT in q_segs_BT)
+    meet = [(kv_low <= q_high) & (q_low <= kv_high) for q_low, q_high in of_segments]
+    return (kv_first[:, None, :] <= q_last[:, :, None]) & functools.reduce(jnp.logical_or, meet)
 
 
 def _cost(args: tuple, pairs: float, widths: int, vector: int, moved: float) -> pl.CostEstimate:
@@ -100,26 +107,27 @@ def _dot(a: Any, b: Any, dims: Any) -> jax.Array:
 
 def _scores(q_ref: Any, k_ref: Any, masks: Any, scale: float) -> tuple[jax.Array, jax.Array]:
     """Scaled scores of a block, [S, T], and which of them count."""
-    q_pos_ref, q_seg_ref, kv_pos_ref, kv_seg_ref = masks
-    keep_ST = (kv_pos_ref[...] <= q_pos_ref[...]) & (kv_seg_ref[...] == q_seg_ref[...])
-    return scale * _dot(k_ref[...], q_ref[...], _NT), keep_ST
+    kv_pos_ref, kv_seg_ref, q_pos_ref, *q_seg_refs = masks
+    same_ST = functools.reduce(jnp.logical_or, [kv_seg_ref[...] == ref[...] for ref in q_seg_refs])
+    return scale * _dot(k_ref[...], q_ref[...], _NT), (kv_pos_ref[...] <= q_pos_ref[...]) & same_ST
 
 
 class _Call:
     """What both kernels share: operands padded to blocks, where a block's parts lie, which blocks count."""
 
-    def __init__(self, q_BKGTH, k_BKSH, v_BKSH, q_pos_BT, q_seg_BT, kv_pos_BS, kv_seg_BS):
+    def __init__(self, q_BKGTH, k_BKSH, v_BKSH, q_pos_BT, q_seg_BT, kv_pos_BS, kv_seg_BS, q_prefix_BT):
         self.B, self.K, self.G, self.T, self.H = q_BKGTH.shape
         self.S, self.V = v_BKSH.shape[2:]
         self.bq, self.bk = _block(self.T, QUERIES), _block(self.S, KEYS)
         self.N = self.B * self.K * self.G
-        q_pos_BT, q_seg_BT = (_padded(a, 1, self.bq, v) for a, v in ((q_pos_BT, 0), (q_seg_BT, -1)))
+        q_pos_BT = _padded(q_pos_BT, 1, self.bq)
+        q_segs_BT = [_padded(a, 1, self.bq, -1) for a in (q_seg_BT, q_prefix_BT) if a is not None]
         kv_pos_BS, kv_seg_BS = (_padded(a, 1, self.bk, v) for a, v in ((kv_pos_BS, 2**30), (kv_seg_BS, -2)))
         self.nq, self.nk = q_pos_BT.shape[1] // self.bq, kv_pos_BS.shape[1] // self.bk
-        self.seen_Bij = _seen(q_pos_BT, q_seg_BT, kv_pos_BS, kv_seg_BS, self.bq, self.bk)
-        self.queries = q_pos_BT[:, None], q_seg_BT[:, None]  # rows
-        self.keys = kv_pos_BS[..., None], kv_seg_BS[..., None]  # columns
-        self.operands = self.heads(q_BKGTH), self.rows(k_BKSH), self.rows(v_BKSH), *self.queries, *self.keys
+        self.seen_Bij = _seen(q_pos_BT, q_segs_BT, kv_pos_BS, kv_seg_BS, self.bq, self.bk)
+        self.queries = [a[:, None] for a in (q_pos_BT, *q_segs_BT)]  # rows
+        self.keys = [a[..., None] for a in (kv_pos_BS, kv_seg_BS)]  # columns
+        self.operands = self.heads(q_BKGTH), self.rows(k_BKSH), self.rows(v_BKSH), *self.keys, *self.queries
         self.pairs = self.N * _pairs(self.nq * self.bq, self.nk * self.bk, self.bq, self.bk)
 
     def heads(self, a_BKGTX: jax.Array) -> jax.Array:
@@ -137,7 +145,7 @@ class _Call:
             spec((None, self.bq, self.H), lambda n, a, b, *t: (n, i(n, a, b, *t), 0)),
             spec((None, self.bk, self.H), lambda n, a, b, *t: (n // group, j(n, a, b, *t), 0)),
             spec((None, self.bk, self.V), lambda n, a, b, *t: (n // group, j(n, a, b, *t), 0)),
-            q_row, q_row, kv_column, kv_column,
+            kv_column, kv_column, *(q_row for _ in self.queries),
         ]  # fmt: skip
 
     def at(self, n: Any, i: Any, j: Any) -> Any:
@@ -173,8 +181,8 @@ class _Call:
 # -------------------------------------------------------------------- forward
 
 
-def _fwd(q, k, v, q_pos, q_seg, kv_pos, kv_seg, scale, interpret):
-    call = _Call(q, k, v, q_pos, q_seg, kv_pos, kv_seg)
+def _fwd(q, k, v, q_pos, q_seg, kv_pos, kv_seg, q_prefix, scale, interpret):
+    call = _Call(q, k, v, q_pos, q_seg, kv_pos, kv_seg, q_prefix)
     bq, nk, V = call.bq, call.nk, call.V
 
     def kernel(seen_ref, _, q_ref, k_ref, v_ref, *refs):
@@ -228,25 +236,26 @@ def _fwd(q, k, v, q_pos, q_seg, kv_pos, kv_seg, scale, interpret):
     )  # fmt: skip
     out = out[:, : call.T].reshape(*q.shape[:4], V)
     out, lse = (checkpoint_name(a, "attended") for a in (out, lse[:, :, : call.T]))
-    return out, (q, k, v, q_pos, q_seg, kv_pos, kv_seg, out, lse)
+    return out, (q, k, v, q_pos, q_seg, kv_pos, kv_seg, q_prefix, out, lse)
 
 
 # -------------------------------------------------------------------- backward
 
 
 def _bwd(scale, interpret, residuals, dout_BKGTV):
-    q, k, v, q_pos, q_seg, kv_pos, kv_seg, out, lse_N1T = residuals
+    q, k, v, q_pos, q_seg, kv_pos, kv_seg, q_prefix, out, lse_N1T = residuals
     own_BKGT = (out.astype(jnp.float32) * dout_BKGTV.astype(jnp.float32)).sum(-1)
     own_N1T, T = own_BKGT.reshape(lse_N1T.shape), q.shape[3]
     parts, whole = [], T <= QUERIES_BACKWARD
     for t in range(0, T, QUERIES_BACKWARD):
         cut = slice(t, t + QUERIES_BACKWARD)
-        call = _Call(q[..., cut, :], k, v, q_pos[:, cut], q_seg[:, cut], kv_pos, kv_seg)
+        prefix = None if q_prefix is None else q_prefix[:, cut]
+        call = _Call(q[..., cut, :], k, v, q_pos[:, cut], q_seg[:, cut], kv_pos, kv_seg, prefix)
         rows = dout_BKGTV[..., cut, :], lse_N1T[..., cut], own_N1T[..., cut]
         parts.append(_gradients(call, *rows, scale, q.dtype, whole, interpret))
     dqs, dks, dvs = zip(*parts)
     dk, dv = (functools.reduce(jnp.add, grads).astype(k.dtype) for grads in (dks, dvs))
-    return jnp.concatenate(dqs, axis=3), dk, dv, None, None, None, None
+    return jnp.concatenate(dqs, axis=3), dk, dv, None, None, None, None, None
 
 
 def _gradients(call: _Call, dout_BKGTV, lse_N1T, own_N1T, scale, dtype, whole, interpret):

@@ -1,6 +1,7 @@
 """Sampled answers as a batch to learn from: packed into rows, every token with its advantage and its share.
 
-What is known of a token stands where it is predicted, one position before it, as in train/batch.py.
+Answers to one prompt share it: it stands in the row once, and each of them goes on from it. What is known of
+a token stands where it is predicted, one position before it, as in train/batch.py.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ class PolicyBatch(Batch):
     experts_BTLK: Any = None
 
 
+MOST_IN_A_ROW = 16  # answers; the cost of ratios of sequences grows with it
+
+
 @dataclass(frozen=True)
 class Shapes:
     """Of a run's batches, so that one program serves all: microbatches, rows of each, and their length."""
@@ -46,40 +50,81 @@ class Shapes:
     microbatches: int
     rows: int
     length: int
-    segments: int  # answers in a row at most
+    segments: int = MOST_IN_A_ROW  # answers in a row at most
 
     @classmethod
     def of(cls, run: RunConfig, rows_multiple: int, length_multiple: int) -> Shapes:
-        """`multiple`s: what the mesh divides."""
+        """With room for answers that are all of full length. `multiple`s: what the mesh divides."""
         answers = run.rollout.prompts * run.grpo.group_size // run.grpo.minibatches
         answers = -(-answers // run.batch.accumulation)
-        longest = run.rollout.max_prompt_tokens + run.rollout.max_new_tokens
-        side_by_side = 2 if answers % 2 == 0 else 1  # of the longest; packs shorter ones better
-        rows, length = answers // side_by_side, side_by_side * longest
-        step = int(np.lcm(16, length_multiple))
-        return cls(
-            run.batch.accumulation, rows + -rows % rows_multiple, length + -length % step, MOST_IN_A_ROW
-        )
-
-
-MOST_IN_A_ROW = 8  # the cost of ratios of sequences grows with it
-
-
-def pack(lengths: list[int], length: int, segments: int) -> list[list[int]]:
-    """Which answers share a row: longest first, each into the fullest row that has room (best fit)."""
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fits = [r for r in range(len(rows)) if room[r] >= lengths[i] and len(rows[r]) < segments]
-        if fits:
-            best = min(fits, key=lambda r: room[r])
+        prompt, new = run.rollout.max_prompt_tokens, run.rollout.max_new_tokens
+        together = _together(run, answers // rows_multiple)
+        if together > 1:
+            length = prompt - 1 + together * (1 + new)
         else:
-            best = len(rows)
-            rows.append([])
+            together = 2 if answers % 2 == 0 else 1  # of the longest; packs shorter ones better
+            length = together * (prompt + new)
+        rows, step = -(-answers // together), int(np.lcm(16, length_multiple))
+        return cls(run.batch.accumulation, rows + -rows % rows_multiple, length + -length % step)
+
+
+def _together(run: RunConfig, most: int) -> int:
+    """How many answers of a group share a prompt in a row: enough that it is a small part of the row, where
+    groups are not torn by minibatches; no more than `most`, which leaves every device a row."""
+    group, shares = run.grpo.group_size, 4 * run.rollout.max_prompt_tokens / (1 + run.rollout.max_new_tokens)
+    whole = run.grpo.minibatches == 1
+    possible = [n for n in range(1, min(most, MOST_IN_A_ROW) + 1) if whole and group % n == 0]
+    return next((n for n in possible if n >= shares), max(possible, default=1))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an answer is: its row, its segment and where that begins, and the same of its prefix.
+
+    The last token of the prompt, which predicts the first of the answer, belongs to each answer; the prompt
+    before it is the prefix, which answers to one prompt share. It has no tokens where the prompt has one.
+    """
+
+    row: int
+    segment: int
+    begin: int
+    prefix: int
+    prefix_begin: int
+
+
+def pack(prompts: list[tuple[int, ...]], news: list[int], length: int, segments: int) -> list[list[list[int]]]:
+    """Which answers share a prompt, and which of these bundles share a row: rows of bundles of answers."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(i)
+    bundles: list[list[int]] = []
+    for prompt, own in groups.items():
+        room = length - (len(prompt) - 1)
+        parts = _best_fit([1 + news[i] for i in own], [1] * len(own), room, segments)
+        bundles += [[own[j] for j in part] for part in parts]
+    sizes = [len(prompts[own[0]]) - 1 + sum(1 + news[i] for i in own) for own in bundles]
+    rows = _best_fit(sizes, [len(own) for own in bundles], length, segments)
+    return [[bundles[j] for j in row] for row in rows]
+
+
+def _best_fit(sizes: list[int], counts: list[int], length: int, most: int) -> list[list[int]]:
+    """Bins of no more than `length` and `most`: largest first, each into the fullest one that has room."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    left: list[int] = []
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        fits = [b for b in range(len(bins)) if room[b] >= sizes[i] and left[b] >= counts[i]]
+        if fits:
+            best = min(fits, key=lambda b: room[b])
+        else:
+            best = len(bins)
+            bins.append([])
             room.append(length)
-        rows[best].append(i)
-        room[best] -= lengths[i]
-    return rows
+            left.append(most)
+        bins[best].append(i)
+        room[best] -= sizes[i]
+        left[best] -= counts[i]
+    return bins
 
 
 def make_policy_batch(
@@ -97,6 +142,7 @@ def make_policy_batch(
     """
     A, R, T = shapes.microbatches, shapes.rows, shapes.length
     tokens, segments = np.zeros((A * R, T), np.int32), np.zeros((A * R, T), np.int32)
+    prefixes, skipped = np.zeros_like(segments), np.zeros_like(segments)
     wanted = (name for name in ("drawn", "old", "reference") if name in known)
     names = ("weights", "mask", "sampled", "advantage", *wanted)
     table = {name: np.zeros((A * R, T), np.float32) for name in names}
@@ -104,11 +150,18 @@ def make_policy_batch(
     if experts:
         layers, K = model.sparse_layers, model.cfg.num_experts_per_tok
         chosen = np.full((A * R, T, layers, K), -1, np.int32)
-    for i, (r, number, at) in enumerate(places := _places(episodes, shapes)):
-        episode = episodes[i]
-        begin, end = at + len(episode.prompt), at + _length(episode)
-        tokens[r, at:end] = [*episode.prompt, *episode.sampled.tokens]
-        segments[r, at:end] = number
+    places = _places(episodes, shapes)
+    for i, place in enumerate(places):
+        episode, r, at = episodes[i], place.row, place.begin
+        before, end = len(episode.prompt) - 1, at + 1 + len(episode.sampled.tokens)
+        shared = slice(place.prefix_begin, place.prefix_begin + before)
+        tokens[r, shared], tokens[r, at:end] = episode.prompt[:-1], [episode.prompt[-1], *episode.sampled.tokens]
+        segments[r, shared], segments[r, at:end] = place.prefix, place.segment
+        prefixes[r, shared] = prefixes[r, at:end] = place.prefix
+        skipped[r, at:end] = before
+        if chosen is not None and episode.sampled.experts is not None:
+            experts_TLK = episode.sampled.experts.transpose(1, 0, 2)
+            chosen[r, shared], chosen[r, at : end - 1] = experts_TLK[:before], experts_TLK[before:]
         own = {name: lists[i] for name, lists in known.items()}
         own |= {
             "weights": shares_N[i],
@@ -116,11 +169,11 @@ def make_policy_batch(
             "sampled": episode.sampled.tempered,
         }
         for name, value in own.items():
-            table[name][r, begin:end] = value
-        if chosen is not None and episode.sampled.experts is not None:
-            chosen[r, at : end - 1] = episode.sampled.experts.transpose(1, 0, 2)
+            table[name][r, at + 1 : end] = value
     base = make_batch(tokens, segments, table.pop("weights"), model.cfg.num_nextn_predict_layers, A)
     arrays: dict[str, Any] = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
+    arrays["positions_BT"] = base.positions_BT + skipped.reshape(A, R, T)
+    arrays["prefixes_BT"] = prefixes.reshape(A, R, T)
     arrays |= {f"{name}_BT": _ahead(x_BT).reshape(A, R, T) for name, x_BT in table.items()}
     placed: Any = to_devices(_own_rows(PolicyBatch(**arrays)), model)
     if chosen is not None:
@@ -128,31 +181,33 @@ def make_policy_batch(
         own = _own_rows(chosen.reshape(A, R, *chosen.shape[1:]))
         experts_BTLK = jax.make_array_from_process_local_data(NamedSharding(model.mesh, spec), own)
         placed = dataclasses.replace(placed, experts_BTLK=experts_BTLK)
-    count = np.int32(-(-max((1 + r for r, *_ in places), default=0) // R))
+    count = np.int32(-(-max((1 + place.row for place in places), default=0) // R))
     return dataclasses.replace(placed, count=jax.device_put(count, NamedSharding(model.mesh, P())))
 
 
 def answers_of(x_ABT: np.ndarray, episodes: list[Episode], shapes: Shapes) -> list[np.ndarray]:
     """What a batch of these answers made of each of their tokens, such as log-probabilities."""
     x_BT, out = x_ABT.reshape(-1, shapes.length), []
-    for episode, (r, _, at) in zip(episodes, _places(episodes, shapes)):
-        out.append(x_BT[r, at + len(episode.prompt) - 1 : at + _length(episode) - 1])
+    for episode, place in zip(episodes, _places(episodes, shapes)):
+        out.append(x_BT[place.row, place.begin : place.begin + len(episode.sampled.tokens)])
     return out
 
 
-def _places(episodes: list[Episode], shapes: Shapes) -> list[tuple[int, int, int]]:
-    """Of each answer: its row, its number in it (from 1), and where it begins."""
-    places: dict[int, tuple[int, int, int]] = {}
-    for r, row in enumerate(pack([_length(e) for e in episodes], shapes.length, shapes.segments)):
-        at = 0
-        for number, i in enumerate(row, 1):
-            places[i] = (r, number, at)
-            at += _length(episodes[i])
+def _places(episodes: list[Episode], shapes: Shapes) -> list[Place]:
+    """Of each answer. Answers are numbered from 1 in every row, prefixes from `segments` + 1."""
+    places: dict[int, Place] = {}
+    prompts = [tuple(e.prompt) for e in episodes]
+    news = [len(e.sampled.tokens) for e in episodes]
+    for r, row in enumerate(pack(prompts, news, shapes.length, shapes.segments)):
+        at, number = 0, 0
+        for b, bundle in enumerate(row, 1):
+            before = len(prompts[bundle[0]]) - 1
+            prefix_begin, at = at, at + before
+            for i in bundle:
+                number += 1
+                places[i] = Place(r, number, at, shapes.segments + b, prefix_begin)
+                at += 1 + news[i]
     return [places[i] for i in range(len(episodes))]
-
-
-def _length(episode: Episode) -> int:
-    return len(episode.prompt) + len(episode.sampled.tokens)
 
 
 def _ahead(x_BT: np.ndarray) -> np.ndarray:

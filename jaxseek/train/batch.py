@@ -27,7 +27,8 @@ class Batch:
     `weights` how much its prediction counts: 0 for padding, for tokens that are not to be learnt, and where
     the token belongs to another example. `reference_B` is each row's log-probability under the reference
     policy, for preference training, where rows 2i and 2i + 1 are the chosen and the rejected answer. `count`
-    says how many of the microbatches are in use, where the last ones may be blank.
+    says how many of the microbatches are in use, where the last ones may be blank. `prefixes` are segments
+    that others go on from, see DeepSeek.context.
     """
 
     tokens_BT: jax.Array
@@ -37,6 +38,7 @@ class Batch:
     weights_BJT: jax.Array
     reference_B: jax.Array | None = None
     count: jax.Array | None = None
+    prefixes_BT: jax.Array | None = None
 
 
 def make_batch(

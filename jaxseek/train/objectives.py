@@ -62,6 +62,7 @@ class Objective:
             dtype=self.dtype,
             remat=self.run.remat,
             fp8=self.run.fp8,
+            prefix_ids_BT=batch.prefixes_BT,
         )
 
     def _language(self, model, teacher, batch, whole, mtp):
