@@ -61,7 +61,7 @@ def run(mesh, *args, phase="train", key_axis=None):
     def f(q, k, v, mask):
         q = rules.shard(q, "batch", "length", *HEADS, None)
         k, v = (rules.shard(a, "batch", "kv_heads", key_axis, None) for a in (k, v))
-        names = {"q_pos_BT": ("batch", "length"), "q_seg_BT": ("batch", "length")}
+        names = dict.fromkeys(("q_pos_BT", "q_seg_BT", "q_prefix_BT"), ("batch", "length"))
         names |= {"kv_pos_BS": ("batch", key_axis), "kv_seg_BS": ("batch", key_axis)}
         names |= {"chosen_BTS": ("batch", "length", key_axis)}
         given = {n: getattr(mask, n) for n in names if getattr(mask, n) is not None}
@@ -91,6 +91,26 @@ def test_packed_attention_equals_the_formula():
     q, k, v = arrays()
     out, _ = run(None, q, k, v, packed())
     assert_close(out, written(q, k, v, 0.3, may_see()), 1e-6)
+
+
+@pytest.mark.parametrize("block", [attention.QUERY_BLOCK, 4], ids=["whole", "in blocks"])
+@pytest.mark.parametrize("mesh", [None, "data=2,tensor=2"])
+def test_segments_that_go_on_from_a_prefix_see_it_and_not_each_other(monkeypatch, mesh, block):
+    """A prefix of 5 tokens with two answers; and one of 2 with an answer, behind a segment of its own."""
+    monkeypatch.setattr(attention, "QUERY_BLOCK", block)
+    segments = np.array([[8] * 5 + [1] * 4 + [2] * 6 + [0], [1] * 3 + [9] * 2 + [2] * 11], np.int32)
+    prefixes = np.array([[8] * 15 + [0], [1] * 3 + [9] * 13], np.int32)
+    positions = np.array([[*range(5), *range(5, 9), *range(5, 11), 0], [*range(3), *range(13)]], np.int32)
+    seen = {(0, 1): [8, 1], (0, 2): [8, 2], (1, 2): [9, 2]}
+    keep = np.zeros((B, T, S), bool)
+    for b, t, s in np.ndindex(B, T, S):
+        own = segments[b, t]
+        keep[b, t, s] = s <= t and segments[b, s] in seen.get((b, own), [own])
+    a = jnp.asarray
+    mask = Mask(a(positions), a(segments), a(positions), a(segments), None, a(prefixes))
+    np.testing.assert_array_equal(mask.dense(), keep)
+    q, k, v = arrays()
+    assert_close(run(mesh, q, k, v, mask)[0], written(q, k, v, 0.3, keep), 1e-6)
 
 
 @pytest.mark.parametrize("mesh", [None, "data=2,tensor=2"])

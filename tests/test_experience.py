@@ -161,9 +161,7 @@ def test_a_run_has_room_for_answers_that_are_all_of_full_length(group, prompt, n
     base = run()
     config = base.replace(
         grpo=dataclasses.replace(base.grpo, group_size=group, minibatches=minibatches),
-        rollout=dataclasses.replace(
-            base.rollout, prompts=8, max_prompt_tokens=prompt, max_new_tokens=new
-        ),
+        rollout=dataclasses.replace(base.rollout, prompts=8, max_prompt_tokens=prompt, max_new_tokens=new),
         batch=dataclasses.replace(base.batch, accumulation=2),
     )
     shapes = Shapes.of(config, rows_multiple=3, length_multiple=5)
@@ -192,7 +190,8 @@ def test_every_token_stands_where_it_is_predicted_with_what_is_known_of_it(layou
         (at,) = np.nonzero(segments[r] == number)
         n, (prefix,) = len(at), set(prefixes[r, at])
         (before,) = np.nonzero(segments[r] == prefix)
-        assert (np.diff(at) == 1).all() and (np.diff(before) == 1).all()
+        assert (np.diff(at) == 1).all()
+        assert (np.diff(before) == 1).all()
         together = np.concatenate([before, at])
         np.testing.assert_array_equal(positions[r, together], np.arange(len(together)))
         assert (prefixes[r, before] == prefix).all()

@@ -22,7 +22,10 @@ SHAPES = {  # B, K, G, T, width of queries and keys, of values
 
 
 def rows(B, T, kind):
-    """Positions and segments [B, T]: packed rows with padding at the end, padding first, or none of it."""
+    """Positions and segments [B, T]: packed rows with padding at the end, padding first, or none of it; and
+    the segments of prefixes, where segments share one."""
+    if kind == "shared prefix":
+        return shared_prefix(B, T)
     rng, segments = np.random.default_rng(1), np.ones((B, T), np.int32)
     if kind == "packed":
         segments = np.sort(rng.integers(1, 5, (B, T)), axis=1).astype(np.int32)
@@ -33,7 +36,22 @@ def rows(B, T, kind):
     for b, t in np.ndindex(B, T):
         new = t == 0 or segments[b, t] != segments[b, t - 1]
         positions[b, t] = 0 if new else positions[b, t - 1] + 1
-    return positions, segments
+    return positions, segments, None
+
+
+def shared_prefix(B, T):
+    """Segments 1 to 3 go on from 8, segment 4 from 9; padding at the end. Of other lengths in every row."""
+    positions, segments, prefixes = np.zeros((3, B, T), np.int32)
+    for b in range(B):
+        groups = {8: [T // 5 + b, T // 6, T // 8, T // 7], 9: [T // 9, T // 6 - b]}
+        at, number = 0, 0
+        for prefix, (before, *answers) in groups.items():
+            for n, length in enumerate((before, *answers)):
+                here, number = slice(at, at + length), number + (n > 0)
+                positions[b, here] = (before if n else 0) + np.arange(length)
+                segments[b, here], prefixes[b, here] = number if n else prefix, prefix
+                at += length
+    return positions, segments, prefixes
 
 
 def arrays(B, K, G, T, H, V):
@@ -42,22 +60,23 @@ def arrays(B, K, G, T, H, V):
     return [jnp.asarray(rng.standard_normal(s), jnp.float32) for s in shapes]
 
 
-def run(attend, mesh, q, k, v, dy, positions, segments):
+def run(attend, mesh, q, k, v, dy, positions, segments, prefixes=None):
     """Output and gradients of an implementation, on a mesh."""
     strategy = Strategy.parse(mesh)
     rules = strategy.train
 
-    def both(q, k, v, dy, positions, segments):
+    def both(q, k, v, dy, positions, segments, prefixes):
         q, dy = (rules.shard(a, "batch", "length", *HEADS, None) for a in (q, dy))
         k, v = (rules.shard(a, "batch", "kv_heads", None, None) for a in (k, v))
         of_queries = [rules.shard(a, "batch", "length") for a in (positions, segments)]
         of_keys = [rules.shard(a, "batch", None) for a in (positions, segments)]
-        mask = Mask(*of_queries, *of_keys)
+        prefixes = None if prefixes is None else rules.shard(prefixes, "batch", "length")
+        mask = Mask(*of_queries, *of_keys, q_prefix_BT=prefixes)
         out, pull = jax.vjp(lambda *a: attend(*a, mask, SCALE, rules, HEADS), q, k, v)
         return jax.tree.map(lambda a: jax.sharding.reshard(a, jax.P()), (out, pull(dy)))
 
     with jax.set_mesh(strategy.make_mesh()):
-        return jax.tree.map(np.asarray, jax.jit(both)(q, k, v, dy, positions, segments))
+        return jax.tree.map(np.asarray, jax.jit(both)(q, k, v, dy, positions, segments, prefixes))
 
 
 kernel = functools.partial(attention._flash, interpret=True)
@@ -71,28 +90,30 @@ def small_blocks(monkeypatch):
 
 def compare(shape, kind, mesh=None):
     args = arrays(*shape)
-    positions, segments = rows(shape[0], shape[3], kind)
-    out, grads = run(kernel, mesh, *args, positions, segments)
-    expected, expected_grads = run(attention.attend, None, *args, positions, segments)
+    where = rows(shape[0], shape[3], kind)
+    out, grads = run(kernel, mesh, *args, *where)
+    expected, expected_grads = run(attention.attend, None, *args, *where)
     assert_close(out, expected, 1e-5)
     for a, b in zip(grads, expected_grads):
         assert_close(a, b, 1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("kind", ["packed", "padded first", "one sequence"])
+@pytest.mark.parametrize("kind", ["packed", "padded first", "one sequence", "shared prefix"])
 def test_outputs_and_gradients_equal_plain_attention(small_blocks, shape, kind):
     compare(shape, kind)
 
 
-@pytest.mark.parametrize("mesh", ["tensor=2,data=2", "context=2"])
-def test_heads_rows_and_queries_may_be_split_over_devices(small_blocks, mesh):
-    compare((2, 2, 1, 256, 16, 8), "packed", mesh)
+@pytest.mark.parametrize(
+    ("mesh", "kind"), [("tensor=2,data=2", "packed"), ("context=2", "packed"), ("context=2", "shared prefix")]
+)
+def test_heads_rows_and_queries_may_be_split_over_devices(small_blocks, mesh, kind):
+    compare((2, 2, 1, 256, 16, 8), kind, mesh)
 
 
 def test_many_queries_have_their_gradients_made_in_parts(small_blocks, monkeypatch):
     monkeypatch.setattr(flash_attention, "QUERIES_BACKWARD", 128)
-    compare(SHAPES["groups of heads"], "packed")
+    compare(SHAPES["groups of heads"], "shared prefix")
 
 
 def test_blocks_nobody_sees_are_not_read(small_blocks):
@@ -108,12 +129,28 @@ def test_blocks_nobody_sees_are_not_read(small_blocks):
     assert np.isfinite(dv[:, :, 256:]).all()
 
 
+def test_blocks_of_other_answers_are_not_read(small_blocks):
+    """Two answers go on from one prefix: neither reads the other's keys, nor does the prefix any of them."""
+    q, k, v, dy = arrays(1, 1, 1, 384, 8, 8)
+    segments = np.repeat(np.array([[3, 1, 2]], np.int32), 128, axis=1)
+    positions = np.concatenate([np.arange(128), *[np.arange(128, 256)] * 2], dtype=np.int32)[None]
+    for spoil, whole in (
+        (slice(128, 256), (slice(0, 128), slice(256, 384))),
+        (slice(256, 384), (slice(0, 256),)),
+    ):
+        spoiled = (a.at[:, :, spoil].set(jnp.nan) for a in (k, v))
+        out, (dq, _, _) = run(kernel, None, q, *spoiled, dy, positions, segments, np.full_like(segments, 3))
+        for part in whole:
+            assert np.isfinite(out[:, part]).all()
+            assert np.isfinite(dq[:, part]).all()
+
+
 def test_a_query_without_any_key_is_finite_and_gives_no_gradient(small_blocks):
     q, k, v, dy = arrays(1, 1, 1, 256, 8, 8)
     positions, ones = np.zeros((1, 256), np.int32), np.ones((1, 256), np.int32)
 
     def alone(q, k, v):
-        args = (jnp.moveaxis(q, 1, 3), k, v, positions, 3 * ones, positions, ones)
+        args = (jnp.moveaxis(q, 1, 3), k, v, positions, 3 * ones, positions, ones, None)
         return flash_attention.flash_attention(*args, SCALE, True)
 
     out, pull = jax.vjp(alone, q, k, v)
@@ -138,7 +175,7 @@ def test_only_fresh_keys_that_nobody_chose_among_go_to_the_kernel(monkeypatch):
     monkeypatch.setattr(attention, "platform", lambda: "tpu")
     monkeypatch.setattr(attention, "_flash", lambda *a, **_: asked.append(a) or a[0])
     q, k, v, _ = arrays(1, 1, 1, 8, 4, 4)
-    positions, segments = map(jnp.asarray, rows(1, 8, "one sequence"))
+    positions, segments = map(jnp.asarray, rows(1, 8, "one sequence")[:2])
     fresh, cached = Mask(positions, segments, positions, segments), Mask(positions, segments, positions, None)
     chosen = Mask(positions, segments, positions, segments, jnp.ones((1, 8, 8), bool))
     strategy = Strategy.default()

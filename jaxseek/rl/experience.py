@@ -92,7 +92,9 @@ class Place:
     prefix_begin: int
 
 
-def pack(prompts: list[tuple[int, ...]], news: list[int], length: int, segments: int) -> list[list[list[int]]]:
+def pack(
+    prompts: list[tuple[int, ...]], news: list[int], length: int, segments: int
+) -> list[list[list[int]]]:
     """Which answers share a prompt, and which of these bundles share a row: rows of bundles of answers."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, prompt in enumerate(prompts):
@@ -155,7 +157,10 @@ def make_policy_batch(
         episode, r, at = episodes[i], place.row, place.begin
         before, end = len(episode.prompt) - 1, at + 1 + len(episode.sampled.tokens)
         shared = slice(place.prefix_begin, place.prefix_begin + before)
-        tokens[r, shared], tokens[r, at:end] = episode.prompt[:-1], [episode.prompt[-1], *episode.sampled.tokens]
+        tokens[r, shared], tokens[r, at:end] = (
+            episode.prompt[:-1],
+            [episode.prompt[-1], *episode.sampled.tokens],
+        )
         segments[r, shared], segments[r, at:end] = place.prefix, place.segment
         prefixes[r, shared] = prefixes[r, at:end] = place.prefix
         skipped[r, at:end] = before
