@@ -14,9 +14,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Programs compile in half the time with XLA's older way of emitting fused loops on CPU, which later releases
 # do not have, and in a sixth less if they are not split into 32 parts to compile side by side: pytest's
 # workers keep the cores busy already. An unknown flag would end the process.
-_flags = ["--xla_cpu_parallel_codegen_split_count=1"]
-_flags += ["--xla_cpu_use_fusion_emitters=false"] if jaxlib.version.__version_info__ < (0, 11) else []
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_flags])
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_cpu_parallel_codegen_split_count=1"
+    + (" --xla_cpu_use_fusion_emitters=false" if jaxlib.version.__version_info__ < (0, 11) else "")
+)
 
 import jax
 
