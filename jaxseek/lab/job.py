@@ -200,6 +200,7 @@ def _train(job: Job, model: DeepSeek, array: Any, placed: Any) -> tuple[Any, tup
     objective = Objective(run, jnp.dtype(run.compute_dtype))
     if job.workload == "grpo":  # with the log-probabilities that a rollout records, and a reference
         known = ("mask_BT", "advantage_BT", "sampled_BT", "reference_BT")
+        fields = dataclasses.replace(fields, prefixes_BT=fields.segments_BT)
         fields = PolicyBatch(**vars(fields), **dict.fromkeys(known, rows[None].astype(np.float32)))
         objective = PolicyObjective(run, objective.dtype, MOST_IN_A_ROW)
 
