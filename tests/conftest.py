@@ -30,6 +30,19 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_traceback_in_locations_limit", 0)  # of every operation, in the lowered module
 
 
+# pytest's workers take files in this order and then as they come, so that none is left with a long one at the
+# end while the others have nothing to do.
+LONGEST_FIRST = (
+    *("grpo_loop", "train_loop", "meshes", "quant", "train_step", "lab", "convert_stream", "verify"),
+    *("quickstart", "slots", "pipeline", "groups", "engine", "decode_kernels", "rewards", "convert"),
+)
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    order = {f"test_{name}": i for i, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 def pytest_collection_finish() -> None:
     """Tracing makes objects by the million: Python need not look through them, and all modules, as often."""
     gc.freeze()

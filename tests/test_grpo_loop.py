@@ -344,7 +344,7 @@ SLOW = {
     "slots": {"rollout": {"slots": 3}},
     "bfloat16": {"compute_dtype": "bfloat16"},
     "many updates": {"grpo": {"minibatches": 4, "epochs": 3}, "batch": {"accumulation": 1}},
-    "countdown": {"task": {"kind": "countdown", "terms": 3}, "rollout": {"max_prompt_tokens": 40}},
+    "countdown": {"model": "dense", "task": {"kind": "countdown"}, "rollout": {"max_prompt_tokens": 170}},
     "remat": {"remat": "full"},
 }  # fmt: skip
 

@@ -131,7 +131,9 @@ def test_a_checkpoint_that_no_conversion_wrote_has_no_digests(hf, tmp_path, caps
 # ---------------------------------------------------------------- quantize
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize(
+    "kind", ["int8", *(pytest.param(k, marks=pytest.mark.slow) for k in ("int4", "fp8"))]
+)
 def test_quantised_weights_run_as_the_numbers_they_stand_for(kind, hf, tmp_path, capsys):
     code, out, _ = run(capsys, "quantize", hf, tmp_path / "small", "--weights", kind, "--json")
     assert code == 0
