@@ -157,7 +157,7 @@ def test_short_answers_of_a_group_share_one_prompt():
 @pytest.mark.parametrize("group", [2, 3, 4, 6, 7, 16, 64])
 @pytest.mark.parametrize(("prompt", "new"), [(8, 8), (64, 64), (100, 10), (8, 200)])
 @pytest.mark.parametrize("minibatches", [1, 4])
-def test_a_run_has_room_for_answers_that_are_all_of_full_length(group, prompt, new, minibatches):
+def test_a_run_has_room_for_all_its_answers(group, prompt, new, minibatches):
     base = run()
     config = base.replace(
         grpo=dataclasses.replace(base.grpo, group_size=group, minibatches=minibatches),
@@ -166,12 +166,16 @@ def test_a_run_has_room_for_answers_that_are_all_of_full_length(group, prompt, n
     )
     shapes = Shapes.of(config, rows_multiple=3, length_multiple=5)
     assert (shapes.microbatches, shapes.rows % 3, shapes.length % 80) == (2, 0, 0)
-    answers = np.repeat(np.arange(8), group)  # the problem of each
-    if minibatches > 1:
-        answers = np.random.default_rng(0).permutation(answers)[: 8 * group // minibatches]
-    prompts = [(int(p),) * prompt for p in answers]
-    rows = pack(prompts, [new] * len(prompts), shapes.length, shapes.segments)
-    assert len(rows) <= shapes.microbatches * shapes.rows
+    for seed in range(12):
+        draw = np.random.default_rng(seed)
+        answers = np.repeat(np.arange(8), group)  # the problem of each
+        if minibatches > 1:
+            answers = draw.permutation(answers)[: 8 * group // minibatches]
+        lengths = [prompt] * 8 if seed == 0 else draw.integers(1, prompt + 1, 8)
+        prompts = [(int(p),) * int(lengths[p]) for p in answers]
+        news = [new] * len(prompts) if seed < 2 else draw.integers(1, new + 1, len(prompts)).tolist()
+        rows = pack(prompts, news, shapes.length, shapes.segments)
+        assert len(rows) <= shapes.microbatches * shapes.rows
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
