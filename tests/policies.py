@@ -17,7 +17,7 @@ from jaxseek.train.metrics import read_metrics
 # A sixth of the tokens ends an answer: lengths differ, and so do rewards of kind length.
 ENDS = {"vocab_size": 48, "bos_token_id": 1, "eos_token_id": (2, 6, 7, 8, 20, 21, 22, 23)}
 POLICIES = {
-    "dense": tiny_config("llama", num_hidden_layers=1, max_position_embeddings=256, **ENDS),
+    "dense": tiny_config("llama", num_hidden_layers=1, max_position_embeddings=64, **ENDS),
     "sparse": tiny_config(
         "v3",
         num_hidden_layers=1,

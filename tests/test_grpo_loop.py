@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from oracles import quick_compilation, undrawn  # noqa: F401
 from policies import (
+    ENDS,
     SAME,
     answers_in,
     assert_same_bits,
@@ -344,7 +345,8 @@ SLOW = {
     "slots": {"rollout": {"slots": 3}},
     "bfloat16": {"compute_dtype": "bfloat16"},
     "many updates": {"grpo": {"minibatches": 4, "epochs": 3}, "batch": {"accumulation": 1}},
-    "countdown": {"model": "dense", "task": {"kind": "countdown"}, "rollout": {"max_prompt_tokens": 170}},
+    "countdown": {"model": "tiny-llm", "config": ENDS, "task": {"kind": "countdown"},
+                  "rollout": {"max_prompt_tokens": 170}},
     "remat": {"remat": "full"},
 }  # fmt: skip
 
