@@ -230,7 +230,7 @@ is_text = by(lambda: "1.0")
 is_none = by(lambda: None)
 is_complex = by(lambda: 1j)
 is_huge = by(lambda: 10**400)
-closes = by(lambda: os.closerange(0, 100))
+closes = by(lambda: os.closerange(0, 10_000))
 leaves_children = by(orphan)
 
 def short(answers): return [1.0] * sum(a.text != "bad" for a in answers)
