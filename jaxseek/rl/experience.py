@@ -69,12 +69,13 @@ class Shapes:
 
 
 def _together(run: RunConfig, most: int) -> int:
-    """How many answers of a group share a prompt in a row: enough that it is a small part of the row, where
-    groups are not torn by minibatches; no more than `most`, which leaves every device a row."""
-    group, shares = run.grpo.group_size, 4 * run.rollout.max_prompt_tokens / (1 + run.rollout.max_new_tokens)
-    whole = run.grpo.minibatches == 1
-    possible = [n for n in range(1, min(most, MOST_IN_A_ROW) + 1) if whole and group % n == 0]
-    return next((n for n in possible if n >= shares), max(possible, default=1))
+    """How many answers of a group share a prompt in a row: enough that it is a small part of the row; no more
+    than `most`, which leaves every device a row. One where minibatches tear groups apart."""
+    if run.grpo.minibatches > 1:
+        return 1
+    group, enough = run.grpo.group_size, 4 * run.rollout.max_prompt_tokens / (1 + run.rollout.max_new_tokens)
+    possible = [n for n in range(1, min(most, MOST_IN_A_ROW) + 1) if group % n == 0]
+    return next((n for n in possible if n >= enough), max(possible, default=1))
 
 
 @dataclass(frozen=True)
@@ -157,10 +158,8 @@ def make_policy_batch(
         episode, r, at = episodes[i], place.row, place.begin
         before, end = len(episode.prompt) - 1, at + 1 + len(episode.sampled.tokens)
         shared = slice(place.prefix_begin, place.prefix_begin + before)
-        tokens[r, shared], tokens[r, at:end] = (
-            episode.prompt[:-1],
-            [episode.prompt[-1], *episode.sampled.tokens],
-        )
+        tokens[r, shared] = episode.prompt[:-1]
+        tokens[r, at:end] = [episode.prompt[-1], *episode.sampled.tokens]
         segments[r, shared], segments[r, at:end] = place.prefix, place.segment
         prefixes[r, shared] = prefixes[r, at:end] = place.prefix
         skipped[r, at:end] = before
