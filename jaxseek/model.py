@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from jaxseek.cache import Cache, init_cache
 from jaxseek.config import ModelConfig
 from jaxseek.kernels.attention import Mask
+from jaxseek.kernels.few_rows import product_by_output
 from jaxseek.layers.block import Context, Layer, run_stack
 from jaxseek.layers.moe import MoE, Routing
 from jaxseek.layers.norm import RMSNorm
@@ -65,6 +66,8 @@ class DeepSeek(nnx.Module):
         self.stacks = nnx.List([stack(sparse, count) for sparse, count in layer_runs(cfg)])
         self.norm = RMSNorm(D, cfg.rms_norm_eps, init)
         self.head_DV = None if cfg.tie_word_embeddings else init((D, V), ("embed", "vocab"))
+        self.head_VD: nnx.Param | None = nnx.data(None)  # in place of head_DV, see `unroll`
+        self.by_output = False  # whether the head is for `product_by_output`
         self.mtp = nnx.List([MTP(cfg, depth, init) for depth in range(cfg.num_nextn_predict_layers)])
 
     # ---------------------------------------------------------------- the model
@@ -98,8 +101,9 @@ class DeepSeek(nnx.Module):
         return table_VD.at[tokens_BT].get(out_sharding=ctx.rules.spec("batch", "length", None))
 
     def head(self, rules: Rules, dtype: Any) -> jax.Array:
-        """The output head as a phase uses it: [V, D] where tied to the embedding, else [D, V]."""
-        return rules.use(self.embed_VD if self.head_DV is None else self.head_DV, dtype)
+        """The head as a phase uses it: [V, D] where tied to the embedding, or by output, else [D, V]."""
+        own = self.head_VD if self.head_DV is None else self.head_DV
+        return rules.use(self.embed_VD if own is None else own, dtype)
 
     def logits(self, hidden_BTD: jax.Array, rules: Rules, head: jax.Array | None = None) -> jax.Array:
         """float32 logits [B, T, V] of final-norm hidden states, main or multi-token.
@@ -108,6 +112,9 @@ class DeepSeek(nnx.Module):
         """
         with jax.named_scope("head"):
             head = self.head(rules, hidden_BTD.dtype) if head is None else head
+            if self.by_output:
+                B, T, D = hidden_BTD.shape
+                return product_by_output(hidden_BTD.reshape(B * T, D), head).reshape(B, T, -1)
             return jnp.einsum(
                 "BTD,VD->BTV" if self.head_DV is None else "BTD,DV->BTV",
                 hidden_BTD,
@@ -265,13 +272,16 @@ class DeepSeek(nnx.Module):
 
 @functools.partial(jax.jit, static_argnames="join")
 def unroll(model: DeepSeek, join: bool) -> DeepSeek:
-    """See `DeepSeek.unrolled`; with `join`, see `Layer.join`. What is not in a stack is not copied."""
+    """See `DeepSeek.unrolled`; with `join`, see `Layer.join`. Else what is not in a stack is not copied."""
     graph = nnx.clone(model, variables=False)
 
     def cut(stack: Layer, l: int) -> Layer:
         layer = jax.tree.map(lambda a: a[l], stack)
         return jax.tree.map(lambda a: a[None], layer.join() if join else layer)
 
+    graph.by_output = join
+    if join and model.head_DV is not None:
+        graph.head_DV, graph.head_VD = None, nnx.Param(model.head_DV[...].T, axes=("vocab", "embed"))
     graph.stacks = nnx.List([cut(s, l) for s in model.stacks for l in range(s.depth)])
     return graph
 

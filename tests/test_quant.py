@@ -28,7 +28,7 @@ from jaxseek.generate.sampling import Sampling
 from jaxseek.info import describe, read_quantization
 from jaxseek.kernels import int4
 from jaxseek.kernels.grouped_mlp import _gmm_mlp, _tiled_mlp
-from jaxseek.kernels.scaled import Scaled, dequantize, product_of_few
+from jaxseek.kernels.scaled import Scaled, dequantize, few_times_scaled
 from jaxseek.layers.quant import (
     KINDS,
     MATRICES,
@@ -146,14 +146,14 @@ def test_every_matrix_of_every_family_but_the_named_exceptions_is_one_of_matrice
 
 
 @pytest.mark.parametrize("groups", [1, 6])
-def test_the_product_of_few_rows_equals_the_formula(groups, monkeypatch):
+def test_the_few_times_scaled_rows_equals_the_formula(groups, monkeypatch):
     monkeypatch.setattr("jaxseek.kernels.scaled._BLOCK", 40)
     draw = np.random.default_rng(0)
     x = jnp.asarray(draw.standard_normal((3, 24), np.float32))
     value = draw.integers(-127, 128, (2, 24, 10)).astype(np.int8)
     scale = draw.random((2, groups, 10), np.float32)
     expected = np.asarray(x, np.float64) @ (value * scale.repeat(24 // groups, 1).astype(np.float64))[1]
-    assert_close(product_of_few(x, Scaled(jnp.asarray(value), jnp.asarray(scale)), 1), expected, 1e-6)
+    assert_close(few_times_scaled(x, Scaled(jnp.asarray(value), jnp.asarray(scale)), 1), expected, 1e-6)
 
 
 @pytest.mark.parametrize("implementation", [functools.partial(_gmm_mlp, interpret=True), _tiled_mlp])

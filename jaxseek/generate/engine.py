@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxseek.cache import split_layers
 from jaxseek.generate.sampling import Drawn, Mode, Sampling, SamplingArrays, batch_mode, sample
+from jaxseek.kernels import few_rows
 from jaxseek.model import Caches, DeepSeek
 from jaxseek.sharding import parameters
 
@@ -79,7 +80,7 @@ class Engine:
     ):
         self.model = model
         self.cache_dtype = cache_dtype or model.embed_VD[...].dtype
-        platform = model.mesh.devices.flat[0].platform
+        self.platform = platform = model.mesh.devices.flat[0].platform
         self.decoder = model.unrolled() if (platform == "cpu" if unroll is None else unroll) else model
         self.owns, self.weights = owns, jax.tree.leaves(model)
         self._programs: dict[tuple, jax.stages.Compiled] = {}
@@ -154,17 +155,17 @@ class Engine:
         self, state: State, done_B, params, stops_BK, steps, enough, width: int, mode: Mode,
         record: tuple[str, ...] = (),
     ):  # fmt: skip
-        """`decode_steps` with the decoder; what `lay_out` says is done here."""
+        """`_decode_steps` with the decoder; what `lay_out` says is done here."""
         args, static = (done_B, params, stops_BK, np.int32(steps), np.int32(enough)), (width, mode, record)
         with self.decoder.on_mesh():
             if not self.lay_out:
-                return decode_steps(self.decoder, state, *args, *static)
+                return decode_steps(self.platform)(self.decoder, state, *args, *static)
             program = self._program(state, args, static)
             _, cached, *_ = program.input_formats[0]
             return program(self.decoder, jax.device_put(state, cached), *args)
 
     def _program(self, state: State, args: tuple, static: tuple) -> jax.stages.Compiled:
-        """`decode_steps` compiled for weights as they lie; the first one says how that is."""
+        """`_decode_steps` compiled for weights as they lie; the first one says how that is."""
         shapes = (*map(np.shape, jax.tree.leaves((state, args))), static)
         if shapes not in self._programs:
             self._programs[shapes] = self._compiled(state, args, static)
@@ -382,7 +383,15 @@ def _decode_steps(
     return jax.lax.while_loop(going, step, (start, trace, jnp.zeros((), jnp.int32)))
 
 
-decode_steps = jax.jit(_decode_steps, static_argnames=("width", "mode", "record"), donate_argnames="state")
+@functools.cache
+def decode_steps(platform: str) -> Any:
+    """`_decode_steps` compiled for a platform."""
+    return jax.jit(
+        _decode_steps,
+        static_argnames=("width", "mode", "record"),
+        donate_argnames="state",
+        compiler_options=few_rows.OPTIONS if platform == "cpu" else None,
+    )
 
 
 _PROGRAMS: dict[str, jax.stages.Compiled] = {}
@@ -394,7 +403,7 @@ def _abstract(a: Any, laid_out: bool) -> jax.ShapeDtypeStruct:
 
 
 def laid_out_steps(model: DeepSeek, state: State, **static: Any) -> Any:
-    """`decode_steps` jitted for abstract weights and a state, in layouts that the compiler chooses.
+    """`_decode_steps` jitted for abstract weights and a state, in layouts that the compiler chooses.
 
     In the default layout of their shapes it would copy caches, and now and then weights, at every dispatch.
     """

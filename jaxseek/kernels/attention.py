@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
+from jaxseek.kernels.few_rows import FEW, product_of_few
 from jaxseek.kernels.flash_attention import flash_attention
 from jaxseek.sharding import Rules, platform
 
@@ -115,7 +116,10 @@ def _flash(q_BTKGH, k_BKSH, v_BKSH, mask, scale, rules, head_axes, interpret=Fal
 def _attend(q_BTKGH, k_BKSH, v_BKSH, mask, scale, rules, head_axes, key_axis):
     # dot_general, not einsum: with heads before tokens on both sides no operand is transposed for it
     q_BKGTH = jnp.moveaxis(q_BTKGH, 1, 3)
-    if platform() == "cpu" and q_BTKGH.shape[1] == 1:  # with keys first, XLA:CPU does not transpose them
+    _, T, _, G, _ = q_BTKGH.shape
+    if platform() == "cpu" and T == 1 and G <= FEW and jax.sharding.get_abstract_mesh().size == 1:
+        scores_BKGTS = product_of_few(q_BKGTH[..., 0, :], k_BKSH)[..., None, :]
+    elif platform() == "cpu" and T == 1:  # with keys first, XLA:CPU does not transpose them
         scores_BKSGT = jax.lax.dot_general(
             k_BKSH,
             q_BKGTH,

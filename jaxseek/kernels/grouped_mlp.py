@@ -12,16 +12,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxseek.kernels.few_rows import FEW, ByOutput, product_by_output, product_of_few
 from jaxseek.kernels.fp8 import round_gradient, round_tiles
-from jaxseek.kernels.scaled import FEW, Scaled, dequantize, product_of_few
+from jaxseek.kernels.scaled import Scaled, dequantize, few_times_scaled
 from jaxseek.sharding import platform
+
+Experts = jax.Array | Scaled | ByOutput  # a stack of matrices; those quantised or by output only forward
 
 
 def grouped_mlp(
     x_MD: jax.Array,
-    gate_EDF: jax.Array | Scaled,
-    up_EDF: jax.Array | Scaled,
-    down_EFD: jax.Array | Scaled,
+    gate_EDF: Experts,
+    up_EDF: Experts,
+    down_EFD: Experts,
     sizes_E: jax.Array,
     fp8: bool = False,
     clear: bool = True,
@@ -31,7 +34,7 @@ def grouped_mlp(
     Row m belongs to the expert whose run of `sizes_E` rows holds it; rows past `sum(sizes_E)` belong to none
     and come back as zeros, or without `clear` as anything, in gradients too. For one device or inside
     shard_map. With `fp8`, activations and gradients are rounded to FP8 on their way into each matmul; the
-    weights are expected to be so already. Experts may be quantised, for the forward pass.
+    weights are expected to be so already.
     Source: DeepSeekMoE paper, eq. 3-5; the expert MLP of HF DeepseekV3Experts.
     """
     if platform() == "tpu":
@@ -64,6 +67,19 @@ def every_expert_mlp(
     hidden_ENF = (jax.nn.silu(gate_ENF) * up_ENF).astype(x_ND.dtype)
     y_END = product("ENF,EFD->END", hidden_ENF, down_EFD)
     return jnp.einsum("END,NE->ND", y_END, gates_NE).astype(x_ND.dtype)
+
+
+def every_expert_mlp_by_output(
+    x_ND: jax.Array, gates_NE: jax.Array, gate_EDF: ByOutput, up_EDF: ByOutput, down_EFD: ByOutput
+) -> jax.Array:
+    """`every_expert_mlp` for few rows on one CPU device: all experts as one wide SwiGLU."""
+    E, D, F = gate_EDF.shape
+    gate_NFE, up_NFE = (
+        product_of_few(x_ND, w.w_OEI.reshape(F * E, D)).reshape(-1, F, E) for w in (gate_EDF, up_EDF)
+    )
+    hidden_NFE = jax.nn.silu(gate_NFE) * up_NFE * gates_NE[:, None]
+    hidden_NX = hidden_NFE.swapaxes(1, 2).reshape(-1, E * F)
+    return product_of_few(hidden_NX, down_EFD.w_OEI.reshape(D, E * F)).astype(x_ND.dtype)
 
 
 # -------------------------------------------------------------------- TPU
@@ -123,11 +139,13 @@ def _rounded_matmul(a_TK: jax.Array, w_KN: jax.Array) -> jax.Array:
     return round_gradient(y_TN.astype(a_TK.dtype))
 
 
-def _times_expert(matmul: Any, a_TK: jax.Array, w_EKN: jax.Array | Scaled, e: jax.Array) -> jax.Array:
+def _times_expert(matmul: Any, a_TK: jax.Array, w_EKN: Experts, e: jax.Array) -> jax.Array:
+    if isinstance(w_EKN, ByOutput):
+        return product_by_output(a_TK, w_EKN.matrix(e)).astype(a_TK.dtype)
     if not isinstance(w_EKN, Scaled):
         return matmul(a_TK, w_EKN[e])
     if a_TK.shape[0] <= FEW and a_TK.dtype == jnp.float32:
-        return product_of_few(a_TK, w_EKN, e)
+        return few_times_scaled(a_TK, w_EKN, e)
     return matmul(a_TK, dequantize(Scaled(*(a[e] for a in w_EKN)), a_TK.dtype))
 
 
@@ -137,7 +155,7 @@ def _swiglu(gate_TF: jax.Array, up_TF: jax.Array) -> jax.Array:
 
 def _tiles(M: int, E: int, sizes_E: jax.Array):
     """Cut each expert's rows into tiles; returns (expert of a tile, its rows with M for none, tile count)."""
-    tile = 8 if M <= 256 else 64 if M <= 4096 else 128
+    tile = 1 if M <= FEW else 8 if M <= 256 else 64 if M <= 4096 else 128
     n = min(M, M // tile + E)  # the most there can be
     tiles_E = -(-sizes_E // tile)
     last_E, row_end_E = jnp.cumsum(tiles_E), jnp.cumsum(sizes_E)

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-FEW = 8  # rows; for more, XLA:CPU makes the numbers within the product
 _BLOCK = 75_000  # numbers of a matrix at a time: they stay in a core's cache
 
 
@@ -47,7 +46,7 @@ def _numbers(value: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
     return (numbers * scale.reshape([n for k, _ in split for n in (k, 1)])).reshape(value.shape).astype(dtype)
 
 
-def product_of_few(x_MI: jax.Array, w_EIO: Scaled, e: jax.Array | int = 0) -> jax.Array:
+def few_times_scaled(x_MI: jax.Array, w_EIO: Scaled, e: jax.Array | int = 0) -> jax.Array:
     """float32 rows times the matrix e of a stack, [M, O], some inputs at a time; on one device."""
     value_EIO, scale_EkO = w_EIO
     (_, I, O), k = value_EIO.shape, scale_EkO.shape[1]

@@ -83,7 +83,9 @@ class Layer(nnx.Module):
         for _, module in list(nnx.iter_modules(self)):
             if isinstance(module, Quantized):
                 module.widen()
-            elif isinstance(module, MLA) or (isinstance(module, GQA | MLP) and not quantization(module)):
+            elif isinstance(module, MLA | MoE) or (
+                isinstance(module, GQA | MLP) and not quantization(module)
+            ):
                 module.join()
         return self
 

@@ -21,9 +21,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from jaxseek.kernels.chosen_experts import ROWS, chosen_experts_mlp, touched_share
-from jaxseek.kernels.grouped_mlp import every_expert_mlp, grouped_mlp
+from jaxseek.kernels.few_rows import FEW, ByOutput
+from jaxseek.kernels.grouped_mlp import Experts, every_expert_mlp, every_expert_mlp_by_output, grouped_mlp
 from jaxseek.kernels.ragged_all_to_all import ragged_all_to_all
-from jaxseek.kernels.scaled import Scaled
 from jaxseek.kernels.sorted_rows import combine, rows_of, sorted_by_expert
 from jaxseek.layers.slots import slots_of
 from jaxseek.sharding import Rules, platform
@@ -36,7 +36,7 @@ def dispatch(
     ids_BTK: jax.Array,
     gates_BTK: jax.Array,
     valid_BT: jax.Array,
-    experts: Sequence[jax.Array | Scaled],
+    experts: Sequence[Experts],
     rules: Rules,
     fp8: bool = False,
     layer: jax.Array | int | None = None,
@@ -44,10 +44,10 @@ def dispatch(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sum of gate times expert output over each token's experts: ([B, T, D], load [E], dropped []).
 
-    `experts` are gate [E, D, F], up [E, D, F] and down [E, F, D], quantised or not; rows with `valid` false
-    reach none. `fp8` is `grouped_mlp`'s. With a `layer` the experts have a leading axis of layers, and are
-    read in it: see `reads_in_place`. Where they lie in slots, `slots` are how many experts there are, and
-    the table of the slots (layers/slots.py).
+    `experts` are gate [E, D, F], up [E, D, F] and down [E, F, D]; rows with `valid` false reach none. `fp8`
+    is `grouped_mlp`'s. With a `layer` the experts have a leading axis of layers, and are read in it: see
+    `reads_in_place`. Where they lie in slots, `slots` are how many experts there are, and the table of the
+    slots (layers/slots.py).
     """
     S = experts[0].shape[-3]
     E, slots_XS = slots or (S, None)
@@ -131,15 +131,19 @@ def _limit(ids_NK, gates_NK, E, capacity):
     return kept_M.reshape(ids_NK.shape), over_M.sum()
 
 
-def _local(x_ND, ids_NK, gates_NK, experts, expert_axes, fp8, layer, share):
+def _local(x_ND, ids_NK, gates_NK, experts: Any, expert_axes, fp8, layer, share):
     """The part of the experts that this shard holds, for all the tokens it sees."""
     gate_EDF, up_EDF, down_EFD = experts
     E = gate_EDF.shape[-3]
     first = E * jax.lax.axis_index(expert_axes) if expert_axes else 0
-    few = platform() == "tpu" and len(x_ND) <= _FEW and not fp8
-    if few or layer is not None:
+    N, K = ids_NK.shape
+    few = platform() == "tpu" and N <= _FEW and not fp8
+    by_output = isinstance(experts[0], ByOutput) and N <= FEW and N * K >= E
+    if few or by_output or layer is not None:
         mine_NKE = (ids_NK - first)[:, :, None] == jnp.arange(E)[None, None]
         gates_NE = jnp.where(mine_NKE, gates_NK[:, :, None], 0).sum(1)
+        if by_output:
+            return every_expert_mlp_by_output(x_ND, gates_NE, *experts)
         if layer is None:
             return every_expert_mlp(x_ND, gates_NE, *experts)
         return chosen_experts_mlp(x_ND, gates_NE, gate_EDF, up_EDF, down_EFD, layer, E * share)

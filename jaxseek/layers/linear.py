@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxseek.kernels.few_rows import FEW, product_by_output
 from jaxseek.kernels.fp8 import round_blocks, round_gradient, round_tiles
-from jaxseek.kernels.scaled import FEW, Scaled, dequantize, product_of_few
+from jaxseek.kernels.scaled import Scaled, dequantize, few_times_scaled
 from jaxseek.layers.quant import Quantized, matrix
 from jaxseek.sharding import Rules, platform
 
@@ -58,7 +59,7 @@ def _scaled(x: jax.Array, w: Scaled, rules: Rules, axes: tuple[str | None, ...],
     one_device = jax.sharding.get_abstract_mesh().size == 1
     if one_device and platform() == "cpu" and rows <= FEW and x.dtype == jnp.float32:
         w_1IO = Scaled(*(a.reshape(1, -1, math.prod(outputs)) for a in w))
-        return product_of_few(x.reshape(rows, inputs), w_1IO).reshape(*tokens, *outputs)
+        return few_times_scaled(x.reshape(rows, inputs), w_1IO).reshape(*tokens, *outputs)
     if math.prod(w.scale.shape[:contract]) > 1:
         return _tensordot(x, dequantize(w, x.dtype), contract, rules.spec(*axes))
     y = _tensordot(x, w.value.astype(x.dtype), contract, rules.spec(*axes))
@@ -97,11 +98,7 @@ _product.defvjp(_product_fwd, _product_bwd)
 
 
 class Joined(nnx.Module):
-    """Weights of the same input as one matrix, outputs first, on one device: for few rows on CPU.
-
-    XLA:CPU uses a second core only where a product is large, and reads a matrix faster by the rows of its
-    outputs.
-    """
+    """Weights of the same input as one matrix, outputs first: for few rows on one CPU device."""
 
     def __init__(self, *params: Any, contract: int = 1):
         weights = [p[...] for p in params]
@@ -111,10 +108,11 @@ class Joined(nnx.Module):
 
     def __call__(self, x: jax.Array) -> list[jax.Array]:
         """x [B, T, ...] times each of the weights, over all further axes of x."""
-        (B, T), weight_OI = x.shape[:2], self.weight_OI[...].astype(x.dtype)
-        y_OM = jnp.einsum("OI,MI->OM", weight_OI, x.reshape(B * T, -1))
+        B, T = x.shape[:2]
+        y_MO = product_by_output(x.reshape(B * T, -1), self.weight_OI[...])
         ends = list(itertools.accumulate(map(math.prod, self.shapes)))
-        return [y_XM.T.reshape(B, T, *shape) for y_XM, shape in zip(jnp.split(y_OM, ends[:-1]), self.shapes)]
+        parts = jnp.split(y_MO.astype(x.dtype), ends[:-1], axis=1)
+        return [y_MX.reshape(B, T, *shape) for y_MX, shape in zip(parts, self.shapes)]
 
 
 def expand(x_BSC: jax.Array, param_NPC: Any, ctx: Context) -> jax.Array:

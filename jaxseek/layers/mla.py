@@ -18,7 +18,7 @@ from jaxseek.cache import LatentCache, write_slots
 from jaxseek.config import ModelConfig
 from jaxseek.kernels.attention import Mask, attend
 from jaxseek.kernels.decode_attention import attend_cached, serves
-from jaxseek.layers.linear import expand, linear
+from jaxseek.layers.linear import Joined, expand, linear
 from jaxseek.layers.norm import RMSNorm
 from jaxseek.layers.quant import Quantized, matrix
 from jaxseek.layers.rope import rotate
@@ -63,6 +63,9 @@ class MLA(nnx.Module):
         for name in ("k_b_NPC", "v_b_NHC"):
             if isinstance(param := getattr(self, name), Quantized):
                 setattr(self, name, param.numbers())
+        for name, contract in (("q_a_DQ", 1), ("q_b_QNH", 1), ("q_DNH", 1), ("kv_a_DA", 1), ("o_NHD", 2)):
+            if (param := getattr(self, name)) is not None and not isinstance(param, Quantized):
+                setattr(self, name, Joined(param, contract=contract))
 
     def __call__(
         self, x_BTD: jax.Array, cache: LatentCache | None, layer: jax.Array | int, ctx: Context

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxseek.config import ModelConfig
+from jaxseek.kernels.few_rows import ByOutput
 from jaxseek.kernels.fp8 import round_blocks
 from jaxseek.layers.dispatch import dispatch, reads_in_place
 from jaxseek.layers.mlp import MLP
@@ -54,6 +55,7 @@ class MoE(nnx.Module):
         self.gate_EDF = init((E, D, F), ("expert", "embed", "expert_mlp"))
         self.up_EDF = init((E, D, F), ("expert", "embed", "expert_mlp"))
         self.down_EFD = init((E, F, D), ("expert", "expert_mlp", "embed"))
+        self.by_output = False  # whether experts lie as ByOutput says
         self.slots: Slots | None = nnx.data(None)  # where experts lie in slots, see jaxseek/redundancy.py
         self.shared = MLP(D, F * cfg.n_shared_experts, cfg.mlp_bias, init) if cfg.n_shared_experts else None
 
@@ -90,8 +92,17 @@ class MoE(nnx.Module):
                 y_BTD += self.shared(x_BTD, ctx)
         return y_BTD, Routing(ids_BTK, affinity_BE, load_E, dropped, own_BTK)
 
+    def join(self) -> None:
+        """For Layer.join."""
+        if not isinstance(self.gate_EDF, Quantized):
+            for name in EXPERTS:
+                setattr(self, name, nnx.Param(getattr(self, name)[...].transpose(2, 0, 1)))
+            self.by_output = True
+
     def _experts(self, rules: Rules, dtype: Any) -> list[Any]:
-        params = (getattr(self, name) for name in EXPERTS)
+        params = [getattr(self, name) for name in EXPERTS]
+        if self.by_output:
+            return [ByOutput(w[...]) for w in params]
         return [w.laid_out(rules) if isinstance(w, Quantized) else rules.use(w, dtype) for w in params]
 
     def route(
