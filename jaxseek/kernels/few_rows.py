@@ -20,6 +20,7 @@ FEW = 8  # rows; from 16 on XLA:CPU's own products are as fast
 OPTIONS = {"xla_cpu_enable_fast_math": True}
 
 _ROWS, _SUMS = 4, 8  # at a time: AVX2 has registers for no more
+_BLOCK = 500_000  # numbers of a large matrix that all rows are done with before the next: they stay in cache
 
 
 class ByOutput(NamedTuple):
@@ -46,8 +47,18 @@ def product_by_output(x_MI: jax.Array, w_OI: jax.Array) -> jax.Array:
 
 def product_of_few(x_MI: jax.Array, w_OI: jax.Array) -> jax.Array:
     """`product_by_output` for up to some 16 rows; both operands may have leading axes."""
-    *lead, M, _ = x_MI.shape
-    x_MI, w_OI = _made(x_MI.astype(jnp.float32)), w_OI.astype(jnp.float32)
+    (*lead, M, I), O = x_MI.shape, w_OI.shape[-2]
+    x_MI = _made(x_MI.astype(jnp.float32))
+    n = next((n for n in range(1, O // 64) if O % n == 0 and O // n * I <= _BLOCK), 1)
+    if lead or M <= _ROWS or O * I < 8 * _BLOCK or n == 1:
+        return _product(x_MI, w_OI)
+    w_noI = w_OI.reshape(n, -1, I)
+    y_nMo = jax.lax.map(lambda i: _product(x_MI, w_noI[i]), jnp.arange(n))
+    return y_nMo.swapaxes(0, 1).reshape(M, O)
+
+
+def _product(x_MI: jax.Array, w_OI: jax.Array) -> jax.Array:
+    (*lead, M, _), w_OI = x_MI.shape, w_OI.astype(jnp.float32)
     sums = []
     parts = math.gcd(w_OI.shape[-2], _SUMS // min(M, _ROWS))
     for m in range(0, M, _ROWS):
