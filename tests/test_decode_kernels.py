@@ -237,7 +237,7 @@ def small(**fields) -> ModelConfig:
 @pytest.mark.parametrize(
     ("layout", "sizes"),
     [
-        ("deepseek-v3.v5e-8x8.decode", {"data": 2, "tensor": 2}),
+        pytest.param("deepseek-v3.v5e-8x8.decode", {"data": 2, "tensor": 2}, marks=pytest.mark.slow),
         pytest.param("redundant", {"expert": 2, "tensor": 2}, marks=pytest.mark.slow),
         pytest.param("deepseek-v3.v5e-8x8.decode.many", {"expert": 2, "tensor": 2}, marks=pytest.mark.slow),
         pytest.param("spread", {"expert": 2, "context": 2}, marks=pytest.mark.slow),

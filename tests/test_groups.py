@@ -103,7 +103,7 @@ def test_answers_are_those_of_the_engine_for_one_prompt_at_a_time():
     "mesh",
     [
         "data=2,expert=4",
-        "fsdp=4,tensor=2",
+        pytest.param("fsdp=4,tensor=2", marks=pytest.mark.slow),
         pytest.param("context=2,expert=2,data=2", marks=pytest.mark.slow),
         pytest.param("fsdp=8", marks=pytest.mark.slow),
         pytest.param("context=4,tensor=2", marks=pytest.mark.slow),

@@ -227,7 +227,7 @@ def test_a_checkpoint_older_than_the_newest_references_finds_its_own(home, tmp_p
 # -------------------------------------------------------------------- sampler and trainer
 
 
-@pytest.mark.parametrize("model", ["dense", "sparse"])
+@pytest.mark.parametrize("model", ["sparse", pytest.param("dense", marks=pytest.mark.slow)])
 def test_sampler_and_trainer_agree_in_float32(home, tmp_path, model):
     found = trained(home, tmp_path / "run", model, steps=2, rollout={"temperature": 0.6, "top_p": 0.9})
     assert all(r["gap_max"] < 1e-4 for r in found)
@@ -310,8 +310,7 @@ def one_device(home, tmp_path_factory):
 @pytest.mark.parametrize(
     ("model", "mesh", "steps"),
     [
-        ("sparse", "data=2,expert=4", 2),
-        pytest.param("dense", "fsdp=4,tensor=2", 4, marks=pytest.mark.slow),
+        ("dense", "fsdp=4,tensor=2", 2),
         *(pytest.param("sparse", m, 10, marks=pytest.mark.slow) for m in (
             "data=2,expert=4", "fsdp=4,tensor=2", "fsdp=8", "context=2,expert=4", "data=2,context=2,tensor=2"
         )),
@@ -330,11 +329,11 @@ def test_a_mesh_learns_as_one_device_does(home, one_device, tmp_path, model, mes
 
 LORA = {"lora": {"rank": 2}, "reference": {"kind": "base"}}
 QUICK = {
-    "kl in the reward": {"grpo": {"beta": 0.1, "kl_in": "reward", "kl": "k1"}},
     "importance": {"grpo": {"old_logprobs": "trainer", "importance_cap": 1.5}, "rollout": {"top_p": 0.8}},
     "adapters": {"grpo": {"beta": 0.1}, **LORA},
 }
 SLOW = {
+    "kl in the reward": {"grpo": {"beta": 0.1, "kl_in": "reward", "kl": "k1"}},
     **{f"preset {p}": {"grpo": {"preset": p, "group_size": 4}}
        for p in ("r1", "deepseekmath", "dapo", "dr_grpo", "gspo", "cispo")},
     "rloo": {"grpo": {"baseline": "leave_one_out", "scale": "none"}},

@@ -202,7 +202,7 @@ def test_logits_equal_the_formula_with_the_numbers(name, kind):
     [
         ("qwen2", "int4", True),
         ("v3", "float8", True),
-        ("v3.2", "int8", False),
+        slow("v3.2", "int8", False),
         slow("v2-lite", "int8", True),
         slow("v3", "int4", False),
     ],
@@ -229,7 +229,7 @@ def test_greedy_tokens_are_those_of_an_ordinary_model_and_of_whole_passes(name, 
     ("name", "mesh", "kind"),
     [
         ("v3", "fsdp=2,expert=2,tensor=2", "float8"),
-        ("v3", "attention-data-parallel", "int4"),
+        slow("v3", "attention-data-parallel", "int4"),
         ("llama", "data=2,tensor=2", "int8"),
         slow("v3", "fsdp=2,expert=2,tensor=2", "int8"),
         slow("v3", "expert=4,context=2", "int4"),
