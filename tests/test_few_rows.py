@@ -37,6 +37,15 @@ def test_bfloat16_is_multiplied_exactly_and_summed_in_float32():
     assert_close(compiled(x_MI, w_OI), expected, 1e-6)
 
 
+@pytest.mark.parametrize("rows", [3, 6, 8])
+def test_a_large_matrix_is_multiplied_in_blocks(rows, monkeypatch):
+    monkeypatch.setattr("jaxseek.kernels.few_rows._BLOCK", 576)
+    x_MI, w_OI = operands((rows, 8), (576, 8))
+    program = jax.jit(lambda x, w: product_of_few(x, w), compiler_options=OPTIONS)
+    assert ("while" in program.lower(x_MI, w_OI).as_text()) == (rows > 4)
+    assert_close(program(x_MI, w_OI), np.float64(x_MI) @ np.float64(w_OI).T, 1e-6)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_row_that_is_no_number_leaves_the_others_alone(bad):
     x_MI, w_OI = operands((6, 32), (16, 32))

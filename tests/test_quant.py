@@ -146,7 +146,7 @@ def test_every_matrix_of_every_family_but_the_named_exceptions_is_one_of_matrice
 
 
 @pytest.mark.parametrize("groups", [1, 6])
-def test_the_few_times_scaled_rows_equals_the_formula(groups, monkeypatch):
+def test_the_product_of_few_rows_equals_the_formula(groups, monkeypatch):
     monkeypatch.setattr("jaxseek.kernels.scaled._BLOCK", 40)
     draw = np.random.default_rng(0)
     x = jnp.asarray(draw.standard_normal((3, 24), np.float32))

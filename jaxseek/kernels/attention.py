@@ -117,7 +117,8 @@ def _attend(q_BTKGH, k_BKSH, v_BKSH, mask, scale, rules, head_axes, key_axis):
     # dot_general, not einsum: with heads before tokens on both sides no operand is transposed for it
     q_BKGTH = jnp.moveaxis(q_BTKGH, 1, 3)
     _, T, _, G, _ = q_BTKGH.shape
-    if platform() == "cpu" and T == 1 and G <= FEW and jax.sharding.get_abstract_mesh().size == 1:
+    one_device, cached = jax.sharding.get_abstract_mesh().size == 1, key_axis is not None
+    if platform() == "cpu" and T == 1 and G <= FEW and one_device and cached:  # it has no gradient
         scores_BKGTS = product_of_few(q_BKGTH[..., 0, :], k_BKSH)[..., None, :]
     elif platform() == "cpu" and T == 1:  # with keys first, XLA:CPU does not transpose them
         scores_BKSGT = jax.lax.dot_general(
