@@ -216,8 +216,7 @@ class DeepSeek(nnx.Module):
         """Shapes and shardings only: costs nothing at any size, and needs no devices."""
         strategy = Strategy.parse(mesh)
         strategy.check_fits(cfg)
-        with jax.sharding.use_abstract_mesh(strategy.abstract_mesh()):
-            return jax.eval_shape(lambda: cls(cfg, strategy, dtype))
+        return jax.tree.map(lambda a: a, _abstract(cfg, strategy, jnp.dtype(dtype)))  # the caller's own
 
     @classmethod
     def init(cls, cfg: ModelConfig, mesh: Any = None, seed: int = 0, dtype: Any = jnp.float32) -> DeepSeek:
@@ -268,6 +267,13 @@ class DeepSeek(nnx.Module):
             raise ValueError(
                 f"token ids span {low}..{high}, outside the vocabulary 0..{self.cfg.vocab_size - 1}"
             )
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract(cfg: ModelConfig, strategy: Strategy, dtype: np.dtype) -> DeepSeek:
+    """Traced once: opening one checkpoint asks for it several times."""
+    with jax.sharding.use_abstract_mesh(strategy.abstract_mesh()):
+        return jax.eval_shape(lambda: DeepSeek(cfg, strategy, dtype))
 
 
 @functools.partial(jax.jit, static_argnames="join")

@@ -194,6 +194,26 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """What of a run its compiled programs depend on: runs of equal recipes share them within a process."""
+
+    objective: str
+    steps: int
+    fp8: bool
+    remat: str
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    loss: LossConfig
+    dpo: DpoConfig
+    distill: DistillConfig
+    grpo: GrpoConfig
+    temperature: float  # of the rollout
+
+    def __hash__(self) -> int:
+        return hash(repr(self))  # lists have no hash of their own
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A training run. `out` is the run's directory: started again, the run goes on from what is there."""
 
@@ -252,6 +272,12 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """The whole run as nested tables; `from_dict(to_dict())` is the identity."""
         return dataclasses.asdict(self)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The part that the objective, the optimizer and so the compiled step are made of."""
+        shared = [f.name for f in dataclasses.fields(Recipe) if f.name != "temperature"]
+        return Recipe(temperature=self.rollout.temperature, **{name: getattr(self, name) for name in shared})
 
     def replace(self, **changes: Any) -> RunConfig:
         """A copy with some fields changed; validated again."""

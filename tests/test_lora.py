@@ -129,8 +129,8 @@ def test_training_changes_the_adapters_and_nothing_else(mesh):
         {"objective": "sft", "model": "m", "out": "o", "steps": 9, "data": {"train": "d"}, "remat": "none"}
         | {"optimizer": {"learning_rate": 0.01}}
     )
-    optimizer = make_optimizer(config, decays(model))
-    step = make_step(Objective(config, jnp.dtype("float32")), optimizer)
+    optimizer = make_optimizer(config.recipe, decays(model))
+    step = make_step(Objective(config.recipe, jnp.dtype("float32")), optimizer)
     before, state = values(model), init_state(model, optimizer)
     assert changed(model).keys() == trained(model).keys()  # which is what a checkpoint holds
     ones = np.ones_like(TOKENS_BT)

@@ -247,7 +247,7 @@ def test_a_run_killed_ten_times_ends_with_the_same_bits(home, tmp_path):
 @pytest.fixture
 def state(home):
     model = checkpoint.restore(home / "dense")
-    return init_state(model, make_optimizer(run(home, "o"), decays(model)))
+    return init_state(model, make_optimizer(run(home, "o").recipe, decays(model)))
 
 
 def kept(tmp_path, home, state, saves):
@@ -283,7 +283,7 @@ def test_a_checkpoint_is_of_its_step_though_training_goes_on_in_its_memory(home,
     large = with_values(
         state.model, {"embed_VD": jax.device_put(np.zeros((320, 1 << 15), np.float32), sharding)}
     )
-    state = init_state(large, make_optimizer(run(home, "o"), decays(large)))
+    state = init_state(large, make_optimizer(run(home, "o").recipe, decays(large)))
     with state.model.on_mesh():
         checkpoints = Checkpoints(tmp_path, run(home, "o").checkpoint)
         for number in range(1, 5):
@@ -415,7 +415,7 @@ def test_an_exploding_run_names_the_layer_keeps_the_last_good_checkpoint_and_exi
 def exported_step(config, step):
     """The parameters in a checkpoint of a run."""
     model = checkpoint.restore(config.model)
-    state = init_state(model, make_optimizer(config, decays(model)))
+    state = init_state(model, make_optimizer(config.recipe, decays(model)))
     checkpoints = Checkpoints(config.out, config.checkpoint)
     back, _ = checkpoints.restore(step, state)
     checkpoints.close()

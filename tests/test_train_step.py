@@ -40,8 +40,8 @@ def run(**sections):
 def stepper(dtype="float32", remat="none", adam=True, cfg=SPARSE):
     """The optimizer and the compiled step, which tests share."""
     config = run(remat=remat)
-    optimizer = make_optimizer(config, decays(random_model(cfg))) if adam else optax.sgd(1.0)
-    return optimizer, make_step(Objective(config, jnp.dtype(dtype)), optimizer)
+    optimizer = make_optimizer(config.recipe, decays(random_model(cfg))) if adam else optax.sgd(1.0)
+    return optimizer, make_step(Objective(config.recipe, jnp.dtype(dtype)), optimizer)
 
 
 @jax.jit
@@ -168,7 +168,7 @@ def test_a_step_in_fp8_has_nearly_the_loss_of_one_without(mesh):
     tokens, ones = np.random.default_rng(0).integers(3, 256, (4, 32)), np.ones((4, 32))
     losses = []
     for fp8 in (False, True):
-        evaluate = make_evaluation(Objective(run(fp8=fp8), jnp.float32))
+        evaluate = make_evaluation(Objective(run(fp8=fp8).recipe, jnp.float32))
         batch = to_devices(make_batch(tokens, ones, ones, cfg.num_nextn_predict_layers), model)
         with model.on_mesh():
             losses.append(float(evaluate(model, None, batch, np.float32(0.3))["loss"]))

@@ -192,17 +192,17 @@ def train_run(job: Job) -> RunConfig:
 
 def _train(job: Job, model: DeepSeek, array: Any, placed: Any) -> tuple[Any, tuple]:
     run, rules = train_run(job), job.rules
-    optimizer = make_optimizer(run, decays(model))
+    optimizer = make_optimizer(run.recipe, decays(model))
     moments = placed(jax.eval_shape(optimizer.init, trained(model)))
     state = State(model, moments, array((), jnp.int32, P()))
     rows = np.zeros((job.batch, 2), np.int8)  # of any length: only the fields are wanted
     fields = make_batch(rows, rows, rows, job.cfg.num_nextn_predict_layers)
-    objective = Objective(run, jnp.dtype(run.compute_dtype))
+    objective = Objective(run.recipe, jnp.dtype(run.compute_dtype))
     if job.workload == "grpo":  # with the log-probabilities that a rollout records, and a reference
         known = ("mask_BT", "advantage_BT", "sampled_BT", "reference_BT")
         fields = dataclasses.replace(fields, prefixes_BT=fields.segments_BT)
         fields = PolicyBatch(**vars(fields), **dict.fromkeys(known, rows[None].astype(np.float32)))
-        objective = PolicyObjective(run, objective.dtype, MOST_IN_A_ROW)
+        objective = PolicyObjective(run.recipe, objective.dtype, MOST_IN_A_ROW)
 
     def batch(a: np.ndarray) -> jax.ShapeDtypeStruct:
         names = ("batch", *(None,) * (a.ndim - 3), "length")[: a.ndim - 1]

@@ -75,7 +75,7 @@ class _Grpo:
         multiples = (strategy.parts(strategy.train, axis) for axis in ("batch", "length"))
         self.shapes = Shapes.of(run, *multiples)
         updates = run.replace(steps=run.steps * run.grpo.minibatches * run.grpo.epochs)
-        self.objective = PolicyObjective(updates, self.dtype, self.shapes.segments)
+        self.objective = PolicyObjective(updates.recipe, self.dtype, self.shapes.segments)
         self.held_out = HeldOut.of(self.task.held_out, self.sampler, run)
         self.record = run.grpo.routing_replay or run.rollout.record_experts
         if self.record and not cfg.n_routed_experts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from jaxseek.train.objectives import Metrics, Objective, Whole, routing_metrics
 
 @dataclass(frozen=True)
 class PolicyObjective(Objective):
-    """`loss(model, None, PolicyBatch, whole, None)`: the GRPO loss as `run.grpo` has it.
+    """`loss(model, None, PolicyBatch, whole, None)`: the GRPO loss as `recipe.grpo` has it.
 
     The policy is the one at `rollout.temperature`. Multi-token modules are not trained, and the routers'
     biases stay. Metrics are sums, `*_max` maxima; `tokens` and `routed` say what to divide by.
@@ -34,7 +35,7 @@ class PolicyObjective(Objective):
         out, logprob_BT, entropy_BT = self.logprobs(model, batch)
         old_BT = batch.sampled_BT if batch.old_BT is None else batch.old_BT
         loss_BT, sums = policy_loss(
-            self.run.grpo,
+            self.recipe.grpo,
             logprob_BT,
             old_BT,
             batch.advantage_BT,
@@ -54,10 +55,10 @@ class PolicyObjective(Objective):
     def logprobs(self, model: DeepSeek, batch: Any) -> tuple[Any, jax.Array, jax.Array]:
         """The forward pass, log p of every next token, and the entropy of the policy there, [B, T]."""
         ctx = self.context(model, batch)
-        experts_BTLK = batch.experts_BTLK if self.run.grpo.routing_replay else None
+        experts_BTLK = batch.experts_BTLK if self.recipe.grpo.routing_replay else None
         replay_LBTK = None if experts_BTLK is None else jnp.moveaxis(experts_BTLK, 2, 0)
         out = model.forward(batch.tokens_BT, ctx, replay_LBTK=replay_LBTK)
-        targets_BT, temperature = batch.ahead_BJT[:, 0], self.run.rollout.temperature
+        targets_BT, temperature = batch.ahead_BJT[:, 0], self.recipe.temperature
         return out, *logprobs_and_entropy(model, out.hidden_BTD, targets_BT, ctx.rules, temperature)
 
 
@@ -88,6 +89,7 @@ def _routed_elsewhere(routing: tuple[Any, ...], experts_BTLK: jax.Array) -> Metr
     return {"routed": known_BT.sum().astype(jnp.float32), "rerouted": differ_BT.sum().astype(jnp.float32)}
 
 
+@functools.lru_cache(maxsize=8)
 def make_logprobs(objective: PolicyObjective) -> Callable[[DeepSeek, PolicyBatch], jax.Array]:
     """A compiled pass: log p of every next token of a batch under any policy, [A, B, T]; 0 in microbatches
     that are not in use."""

@@ -44,7 +44,7 @@ def where_not_finite(objective: Objective, model: DeepSeek, batch: Batch) -> str
         for part in parts:
             if (where := _first_bad_layer(objective, model, part)) is not None:
                 return f"first after {where}"
-        if objective.run.objective == "distill":
+        if objective.recipe.objective == "distill":
             return "in the loss or its gradient, all layers' outputs are finite"
 
         @jax.jit

@@ -98,7 +98,7 @@ class _Training:
         self.hosts = jax.process_index(), jax.process_count()
         self.rows = _opened(run, tokenizer, "train", self.hosts)
         closing.callback(self.rows.close)
-        self.objective = Objective(run, start.compute_dtype(run))
+        self.objective = Objective(run.recipe, start.compute_dtype(run))
         self.checkpoints = Checkpoints(self.out, run.checkpoint)
         closing.callback(self.checkpoints.close)
         self.modules = cfg.num_nextn_predict_layers

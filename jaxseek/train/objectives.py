@@ -5,6 +5,7 @@ Every metric is a share of the whole batch's, so that microbatches add up to it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxseek.layers.moe import Routing
 from jaxseek.model import DeepSeek
-from jaxseek.run_config import RunConfig
+from jaxseek.run_config import Recipe
 from jaxseek.train.batch import Batch
 from jaxseek.train.loss import balance, divergence, multi_token_logprobs, token_logprobs
 
@@ -43,13 +44,13 @@ class Whole:
 class Objective:
     """`loss(model, teacher, batch, whole, mtp weight)` of one microbatch: (loss, metrics)."""
 
-    run: RunConfig
+    recipe: Recipe
     dtype: Any
 
     def __call__(
         self, model: DeepSeek, teacher: DeepSeek | None, batch: Batch, whole: Whole, mtp: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        loss = {"dpo": self._dpo, "distill": self._distill}.get(self.run.objective, self._language)
+        loss = {"dpo": self._dpo, "distill": self._distill}.get(self.recipe.objective, self._language)
         return loss(model, teacher, batch, whole, mtp)
 
     def context(self, model: DeepSeek, batch: Batch):
@@ -60,8 +61,8 @@ class Objective:
             batch.positions_BT,
             batch.segments_BT,
             dtype=self.dtype,
-            remat=self.run.remat,
-            fp8=self.run.fp8,
+            remat=self.recipe.remat,
+            fp8=self.recipe.fp8,
             prefix_ids_BT=batch.prefixes_BT,
         )
 
@@ -76,7 +77,7 @@ class Objective:
 
     def _distill(self, model, teacher, batch, whole, mtp):
         """KL from the teacher's distribution at every position that counts, mixed with the usual loss."""
-        ctx, weight = self.context(model, batch), self.run.distill.weight
+        ctx, weight = self.context(model, batch), self.recipe.distill.weight
         out = model.forward(batch.tokens_BT, ctx)
         taught = jax.lax.stop_gradient(teacher.forward(batch.tokens_BT, self.context(teacher, batch)))
         kl_BT = divergence(
@@ -85,7 +86,7 @@ class Objective:
             taught.hidden_BTD,
             out.hidden_BTD,
             ctx.rules,
-            self.run.distill.temperature,
+            self.recipe.distill.temperature,
         )
         kl = (batch.weights_BJT[:, 0] * kl_BT).sum() / whole.weight
         logprob_BT = token_logprobs(model, out.hidden_BTD, batch.ahead_BJT[:, 0], ctx.rules)
@@ -98,7 +99,7 @@ class Objective:
 
     def _dpo(self, model, teacher, batch, whole, mtp):
         """-log sigmoid(beta (log ratio of chosen - log ratio of rejected)) (DPO paper, eq. 7)."""
-        ctx, run = self.context(model, batch), self.run.dpo
+        ctx, run = self.context(model, batch), self.recipe.dpo
         out = model.forward(batch.tokens_BT, ctx)
         logprob_BT = token_logprobs(model, out.hidden_BTD, batch.ahead_BJT[:, 0], ctx.rules)
         ratio_B = row_logprobs(logprob_BT, batch, ctx.rules) - batch.reference_B
@@ -125,13 +126,13 @@ class Objective:
     def _routers(self, model, out, batch, whole, mtp, ctx):
         """Multi-token loss (where a weight is given) and balance losses, and what the routers did."""
         extra, metrics, routing = jnp.zeros(()), {}, out.routing
-        if model.mtp and mtp is not None and self.run.loss.mtp != 0:
+        if model.mtp and mtp is not None and self.recipe.loss.mtp != 0:
             logprobs, routed = multi_token_logprobs(model, out.hidden_BTD, batch, ctx)
             routing = (*routing, *routed)
             nll = sum(-(batch.weights_BJT[:, k + 1] * lp).sum() for k, lp in enumerate(logprobs))
             metrics["mtp_loss"] = nll / (len(logprobs) * whole.weight)
             extra += mtp * metrics["mtp_loss"]
-        loss = self.run.loss
+        loss = self.recipe.loss
         if routing and (
             loss.sequence_balance or loss.expert_balance or loss.device_balance or loss.communication_balance
         ):
@@ -157,6 +158,7 @@ def row_logprobs(logprob_BT: jax.Array, batch: Batch, rules: Any) -> jax.Array:
     return rules.shard((batch.weights_BJT[:, 0] * logprob_BT).sum(axis=1), "batch")
 
 
+@functools.lru_cache(maxsize=8)
 def logprobs_of_rows(objective: Objective) -> Callable[[DeepSeek, Batch], jax.Array]:
     """A compiled pass that gives log p of each row, for the reference policy."""
 

@@ -7,6 +7,7 @@ moments, which lie as their parameters do. Clipping belongs to the step, which r
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -14,18 +15,19 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jaxseek.run_config import RunConfig
+from jaxseek.run_config import Recipe
 from jaxseek.sharding import parameters
 from jaxseek.train.schedule import learning_rate
 
 
-def decays(model: nnx.Module) -> dict[str, bool]:
-    """By dotted path, whether a parameter decays: what is drawn at random does, what starts constant not."""
-    return {path: param.get_metadata("fill") is None for path, param in parameters(model).items()}
+def decays(model: nnx.Module) -> frozenset[str]:
+    """Dotted paths of the parameters that decay: what is drawn at random does, what starts constant not."""
+    return frozenset(p for p, param in parameters(model).items() if param.get_metadata("fill") is None)
 
 
-def make_optimizer(cfg: RunConfig, decay: dict[str, bool]) -> optax.GradientTransformation:
-    """AdamW for trees {dotted path: array}, each of which `decay` knows; `update` gives float32 changes.
+@functools.lru_cache(maxsize=8)
+def make_optimizer(cfg: Recipe, decay: frozenset[str]) -> optax.GradientTransformation:
+    """AdamW for trees {dotted path: array}, of which those in `decay` decay; `update` gives float32 changes.
 
     The moments rest in `optimizer.moments` (both in bfloat16: DeepSeek-V3 paper, section 3.3.2); all is
     computed in float32.
@@ -33,7 +35,7 @@ def make_optimizer(cfg: RunConfig, decay: dict[str, bool]) -> optax.GradientTran
     given, moments = cfg.optimizer, jnp.dtype(cfg.optimizer.moments)
 
     def matrices(params: Any) -> dict[str, bool]:
-        return {path: decay[path] for path in params}
+        return {path: path in decay for path in params}
 
     adamw = optax.chain(
         optax.scale_by_adam(given.b1, given.b2, given.eps),

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxseek.config import ConfigError
-from jaxseek.run_config import RunConfig
+from jaxseek.run_config import Recipe, RunConfig
 
 RAMP_SIZES = 8  # a program is compiled for each size of the batch
 
 
-def learning_rate(cfg: RunConfig) -> Callable[[ArrayLike], jax.Array]:
+def learning_rate(cfg: Recipe) -> Callable[[ArrayLike], jax.Array]:
     """The float32 learning rate of step s = 0, 1, ..., which may be traced.
 
     `optimizer.learning_rate` times (s + 1) / warmup during the warm-up, times the factor of `schedule.kind`;

@@ -221,11 +221,11 @@ def first_state(
     if step is None or run.lora.rank:  # a checkpoint of adapters holds no base
         model = open_model(run, cfg, strategy)
         model = lora.adapt(model, run.lora, run.seed) if run.lora.rank else model
-        optimizer = make_optimizer(run, decays(model))
+        optimizer = make_optimizer(run.recipe, decays(model))
         state = init_state(model, optimizer)
     else:
         model = DeepSeek.abstract(cfg, strategy, jnp.float32)
-        optimizer = make_optimizer(run, decays(model))
+        optimizer = make_optimizer(run.recipe, decays(model))
         with jax.sharding.use_abstract_mesh(strategy.abstract_mesh()):
             state = jax.eval_shape(lambda m: init_state(m, optimizer), model)
     if step is None:

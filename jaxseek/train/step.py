@@ -61,12 +61,13 @@ def init_state(model: DeepSeek, optimizer: optax.GradientTransformation) -> Stat
         return State(model, jax.jit(optimizer.init)(trained(model)), jnp.zeros((), jnp.int32))
 
 
+@functools.lru_cache(maxsize=8)
 def make_step(
     objective: Objective, optimizer: optax.GradientTransformation
 ) -> Callable[..., tuple[State, Metrics]]:
     """`step(state, teacher, batch, mtp weight, bias speed)`: the next state and the metrics of the batch."""
 
-    rate = learning_rate(objective.run)
+    rate = learning_rate(objective.recipe)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: State, teacher: DeepSeek | None, batch: Batch, mtp: Any, bias_speed: Any):
@@ -77,7 +78,7 @@ def make_step(
 
         grads, metrics = accumulate(jax.grad(loss, has_aux=True), params, batch)
         norm = optax.tree.norm(grads)
-        clip = objective.run.optimizer.clip
+        clip = objective.recipe.optimizer.clip
         scale = jnp.minimum(1, clip / (norm + 1e-6)) if clip else 1.0
         grads = jax.tree.map(lambda g: g * scale, grads)
         updates: Any
@@ -93,6 +94,7 @@ def make_step(
     return step
 
 
+@functools.lru_cache(maxsize=8)
 def make_evaluation(objective: Objective) -> Callable[..., Metrics]:
     """`evaluate(model, teacher, batch, mtp weight)`: a batch's metrics; weight None leaves that loss out."""
 
