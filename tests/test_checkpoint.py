@@ -73,8 +73,9 @@ def same_model(a, b):
 # ---------------------------------------------------------------- save and restore
 
 
-@pytest.mark.parametrize("onto", [None, WIDE, "tensor=4", "data=2,expert=4"])
-@pytest.mark.parametrize("given", [None, WIDE])
+@pytest.mark.parametrize(
+    ("given", "onto"), [(None, WIDE), (None, "tensor=4"), (WIDE, None), (WIDE, "data=2,expert=4")]
+)
 def test_a_checkpoint_is_restored_onto_any_mesh(given, onto, tmp_path):
     model = DeepSeek.init(ModelConfig.from_hf(RAW), given, dtype=jnp.bfloat16)
     save(model, tmp_path / "model", check=True)

@@ -98,10 +98,20 @@ def compare(shape, kind, mesh=None):
         assert_close(a, b, 1e-5)
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("kind", ["packed", "padded first", "one sequence", "shared prefix"])
+KINDS = "packed", "padded first", "one sequence", "shared prefix"
+QUICK = {"latent attention": KINDS[::3], "groups of heads": KINDS[1::2], "short": KINDS[:3]}
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [
+        pytest.param(shape, kind, marks=[] if kind in QUICK[shape] else [pytest.mark.slow])
+        for shape in SHAPES
+        for kind in KINDS
+    ],
+)
 def test_outputs_and_gradients_equal_plain_attention(small_blocks, shape, kind):
-    compare(shape, kind)
+    compare(SHAPES[shape], kind)
 
 
 @pytest.mark.parametrize(

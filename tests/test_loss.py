@@ -201,20 +201,13 @@ def compiled(objective, model, teacher, batch, mtp):
     return total, metrics, grads
 
 
-class Hashable(Objective):
-    """By what it is made of, so that its programs are shared between tests."""
-
-    def __hash__(self):
-        return hash(str(self.run))
-
-
 def computed(config, model, tokens, segments, targets, reference=None, teacher=None, mtp=0.0):
     modules = model.cfg.num_nextn_predict_layers
     batch = make_batch(tokens, segments, targets, modules, reference=reference)
     with model.on_mesh():
         batch = to_devices(batch, model)
         total, metrics, grads = compiled(
-            Hashable(config, jnp.float32), model, teacher, batch, np.float32(mtp)
+            Objective(config.recipe, jnp.float32), model, teacher, batch, np.float32(mtp)
         )
     floats = {p: np.asarray(v[...]) for p, v in parameters(grads).items() if "bias_E" not in p}
     return float(total), {k: np.asarray(v) for k, v in metrics.items()}, floats

@@ -36,9 +36,7 @@ CONFIGS = {
     "v3.2": tiny_config("v3.2", num_hidden_layers=1, first_k_dense_replace=0),
 }
 COVERING = [
-    ("v3", "data=2,fsdp=2,expert=2"),
-    ("v3", "data=2,tensor=2,context=2"),
-    ("v3", "fsdp=2,tensor=2,context=2"),
+    ("v3", "data=2,fsdp=2,context=2"),
     ("v3", "expert=2,tensor=2,context=2"),
     ("v2", "data=4,expert=2"),
     ("v3.2", "tensor=2,context=4"),

@@ -88,7 +88,7 @@ def test_a_dispatch_to_slots_is_the_dense_loop_over_experts(phase, mesh):
 # -------------------------------------------------------------------- models
 
 
-CFG = tiny_config("v3", num_nextn_predict_layers=0)
+CFG = tiny_config("v3", num_hidden_layers=2, first_k_dense_replace=0, num_nextn_predict_layers=0)
 GREEDY = Sampling(4, temperature=0.0)
 PROMPTS = [[5, 6, 7], [8, 9], [3, 1, 4, 1], [2]]
 
@@ -109,13 +109,13 @@ def check(model):
 def test_a_placed_model_gives_what_it_gave_before(tmp_path):
     model = random_model(CFG, strategy_file(tmp_path, "redundant_experts = 4"))
     experts = CFG.n_routed_experts
-    before = np.asarray(model.stacks[1].mlp.up_EDF[...])
+    before = np.asarray(model.stacks[0].mlp.up_EDF[...])
     place_experts(model)
     expert_LS = experts_of_slots(model.cfg, model.strategy)
     assert expert_LS.shape == (model.sparse_layers, experts + 4)
     half = experts // 2
     assert expert_LS[0].tolist() == [*range(half), half, half + 1, *range(half, experts), 0, 1]
-    after = np.asarray(model.stacks[1].mlp.up_EDF[...])
+    after = np.asarray(model.stacks[0].mlp.up_EDF[...])
     assert (after == before[:, expert_LS[0]]).all()
     check(model)
     with pytest.raises(ValueError, match=r"experts of this model are in slots.*without redundant_experts"):
@@ -141,7 +141,7 @@ def test_quantised_experts_are_placed_with_their_scales(tmp_path, kind):
     parts = [(name, part) for name in EXPERTS for part in ("value", "scale")]
 
     def arrays():
-        return [np.asarray(getattr(getattr(model.stacks[1].mlp, n), p)[...]) for n, p in parts]
+        return [np.asarray(getattr(getattr(model.stacks[0].mlp, n), p)[...]) for n, p in parts]
 
     before = arrays()
     place_experts(model)
