@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import assert_close
+from oracles import assert_close, quick_compilation  # noqa: F401
 
 from jaxseek.kernels.few_rows import FEW, OPTIONS, ByOutput, product_by_output, product_of_few
 from jaxseek.kernels.grouped_mlp import every_expert_mlp_by_output, grouped_mlp

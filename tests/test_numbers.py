@@ -66,7 +66,7 @@ def weights(shape, seed=0):
     return w.astype(np.float32)
 
 
-@pytest.fixture(params=[(1, 1), (3, 128), (128, 130), (300, 200), (129, 513)], ids=str)
+@pytest.fixture(params=[(1, 1), (3, 128), (128, 130), (129, 513)], ids=str)
 def w(request):
     return weights(request.param)
 
@@ -187,7 +187,7 @@ def test_numbers_too_small_for_a_scale_are_off_by_no_more_than_the_smallest(form
 @pytest.mark.parametrize("form", [INT8, INT4, FLOAT8, float8({"scale_fmt": "ue8m0"})], ids=str)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_number_that_is_not_finite_shows_in_the_scale_of_its_group_alone(form, bad):
-    w = weights((256, 256))
+    w = weights((130, 256))
     w[7, 200] = bad
     scale = encode(w, form).scale
     wrong = np.zeros(scale.shape, bool)
