@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles import (
+    assert_close,
     log_softmax,
     quick_compilation,  # noqa: F401
     random_model,
@@ -196,6 +197,15 @@ def free(count=10):
     """Greedy answers of two equal requests for each prompt, that nothing ends."""
     greedy = Sampling(max_new_tokens=count, temperature=0)
     return [[a.tokens for a in g] for g in sample_groups(engine("dense"), PROMPTS, [[greedy] * 2] * 5)[0]]
+
+
+def test_a_greedy_answer_is_the_same_in_the_program_that_draws():
+    some = [[Sampling(max_new_tokens=10, temperature=0)] * 2] * 5
+    own, other = (flat(sample_groups(engine("dense"), PROMPTS, some, mode=m)[0]) for m in (None, "plain"))
+    for a, b in zip(own, other):
+        assert a.tokens == b.tokens
+        assert_close(b.tempered, a.tempered, 1e-5)
+        assert not any(a.drawn + b.drawn)
 
 
 def test_a_stop_token_ends_an_answer_and_is_kept_even_as_the_first():

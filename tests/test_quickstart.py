@@ -27,10 +27,11 @@ def smaller(tmp_path_factory):
     """The shipped file with another model."""
     directory = tmp_path_factory.mktemp("configs")
     text = (configs_dir() / "runs" / "quickstart.toml").read_text("utf-8")
+    small = "num_hidden_layers = 1, first_k_dense_replace = 0, num_nextn_predict_layers = 0"
     for old, new in (
         (
             'model = "tiny-r1"',
-            'model = "tiny-r1"\nconfig = { num_hidden_layers = 2, num_nextn_predict_layers = 0 }',
+            f'model = "tiny-r1"\nconfig = {{ {small} }}',
         ),
         ("held_out = 500", f"held_out = {PROBLEMS}"),
         ('kind = "cosine"', 'kind = "constant"'),  # so that two stages have one program

@@ -204,13 +204,13 @@ def test_a_run_killed_while_it_exports_exports_when_started_again(home, whole, t
     assert_same_bits(tmp_path / "run", whole)
 
 
-def killed_until_done(home, tmp_path, kills, steps):
-    """Of the sparse model: a run undisturbed, and one killed at random moments and started again."""
+def killed_until_done(home, tmp_path, kills, steps, model):
+    """A run undisturbed, and one killed at random moments and started again."""
     draw = random.Random(0)
     cache = {"JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir)}
     environment = os.environ | cache | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_NUM_CPU_DEVICES": "8"}
     whole, config = (
-        run(home, tmp_path / o, model=str(home / "sparse"), steps=steps, checkpoint={"every": 2, "keep": 1})
+        run(home, tmp_path / o, model=str(home / model), steps=steps, checkpoint={"every": 2, "keep": 1})
         for o in ("whole", "run")
     )
     train(whole)
@@ -233,12 +233,12 @@ def killed_until_done(home, tmp_path, kills, steps):
 
 
 def test_a_run_killed_at_a_random_moment_ends_with_the_same_bits(home, tmp_path):
-    killed_until_done(home, tmp_path, kills=1, steps=8)
+    killed_until_done(home, tmp_path, 1, STEPS, "dense")
 
 
 @pytest.mark.slow
 def test_a_run_killed_ten_times_ends_with_the_same_bits(home, tmp_path):
-    killed_until_done(home, tmp_path, kills=10, steps=80)
+    killed_until_done(home, tmp_path, 10, 80, "sparse")
 
 
 # -------------------------------------------------------------------- checkpoints

@@ -63,20 +63,22 @@ def sample_groups(
     record_experts: bool = False,
     ended: Ended | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
+    mode: Mode | None = None,
 ) -> tuple[list[list[Sampled]], GroupTiming]:
     """Answers to every prompt, one per request of its group (of equal size for all).
 
     `slots` sequences decode at a time (0: all); `capacity` tokens fit in each (0: the longest that can come).
+    `mode` names the program that draws, which several calls may so share (None: the cheapest that serves).
     An answer is a function of the prompt, the request and the weights alone. Raises ValueError for an empty
     prompt, or one that leaves no room in the context.
     """
-    return _Groups(engine, prompts, requests, slots, capacity, record_experts).run(ended, progress)
+    return _Groups(engine, prompts, requests, slots, capacity, record_experts, mode).run(ended, progress)
 
 
 class _Groups:
     """One call of `sample_groups`."""
 
-    def __init__(self, engine, prompts, requests, slots, capacity, record_experts):
+    def __init__(self, engine, prompts, requests, slots, capacity, record_experts, mode):
         self.engine, self.model = engine, engine.model
         self.prompts, self.requests = prompts, requests
         self.record = ("logprobs", "experts") if record_experts else ("logprobs",)
@@ -108,7 +110,7 @@ class _Groups:
         capacity = max(need, capacity, self.T)
         self.capacity = capacity + -capacity % step
         self.prompt_capacity = self.capacity if max(splits) > 1 else self.T  # split alike, or cut short
-        self.mode = batch_mode([r for g in requests for r in g])
+        self.mode = mode or batch_mode([r for g in requests for r in g])
         width = max(1, *(len(r.stop_ids) for g in requests for r in g))
         self.blank_stops = np.full(width, -1, np.int32)
         self.experts: dict[tuple[int, int], list[np.ndarray]] = {}

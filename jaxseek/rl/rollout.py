@@ -79,7 +79,9 @@ class Sampler:
         """An answer per problem and seed; temperature 0 is greedy, and knows no other filters."""
         engine, rollout = self._engine, self.run.rollout
         assert engine is not None, "load comes first"
-        filters = (rollout.top_k, rollout.top_p, rollout.min_p) if temperature else (0, 1.0, 0.0)
+        filters = (rollout.top_k, rollout.top_p, rollout.min_p)
+        mode = Sampling(1, rollout.temperature, *filters).mode  # for evaluations too: one program serves both
+        filters = filters if temperature else (0, 1.0, 0.0)
         requests = [
             [
                 Sampling(rollout.max_new_tokens, temperature, *filters, seed=s, stop_ids=self.eos_ids)
@@ -96,6 +98,7 @@ class Sampler:
             record_experts=record_experts,
             ended=self._ended if rollout.stop else None,
             progress=progress,
+            mode=mode,
         )
         return [
             [self._episode(problem, prompt, sampled) for sampled in group]
