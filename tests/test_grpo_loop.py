@@ -329,10 +329,10 @@ def test_a_mesh_learns_as_one_device_does(home, one_device, tmp_path, model, mes
 
 LORA = {"lora": {"rank": 2}, "reference": {"kind": "base"}}
 QUICK = {
-    "importance": {"grpo": {"old_logprobs": "trainer", "importance_cap": 1.5}, "rollout": {"top_p": 0.8}},
     "adapters": {"grpo": {"beta": 0.1}, **LORA},
 }
 SLOW = {
+    "importance": {"grpo": {"old_logprobs": "trainer", "importance_cap": 1.5}, "rollout": {"top_p": 0.8}},
     "kl in the reward": {"grpo": {"beta": 0.1, "kl_in": "reward", "kl": "k1"}},
     **{f"preset {p}": {"grpo": {"preset": p, "group_size": 4}}
        for p in ("r1", "deepseekmath", "dapo", "dr_grpo", "gspo", "cispo")},

@@ -234,7 +234,7 @@ def test_greedy_tokens_are_those_of_an_ordinary_model_and_of_whole_passes(name, 
     [
         ("v3", "fsdp=2,expert=2,tensor=2", "float8"),
         slow("v3", "attention-data-parallel", "int4"),
-        ("llama", "data=2,tensor=2", "int8"),
+        slow("llama", "data=2,tensor=2", "int8"),
         slow("v3", "fsdp=2,expert=2,tensor=2", "int8"),
         slow("v3", "expert=4,context=2", "int4"),
         slow("v3.2", "fsdp=4,tensor=2", "float8"),
