@@ -199,13 +199,21 @@ def free(count=10):
     return [[a.tokens for a in g] for g in sample_groups(engine("dense"), PROMPTS, [[greedy] * 2] * 5)[0]]
 
 
-def test_a_greedy_answer_is_the_same_in_the_program_that_draws():
+def test_a_greedy_answer_is_the_same_in_the_program_that_draws(monkeypatch):
+    decode, modes = Engine.decode, []
+
+    def seen(self, *args):
+        modes.append(args[7])
+        return decode(self, *args)
+
+    monkeypatch.setattr(Engine, "decode", seen)
     some = [[Sampling(max_new_tokens=10, temperature=0)] * 2] * 5
     own, other = (flat(sample_groups(engine("dense"), PROMPTS, some, mode=m)[0]) for m in (None, "plain"))
     for a, b in zip(own, other):
         assert a.tokens == b.tokens
         assert_close(b.tempered, a.tempered, 1e-5)
         assert not any(a.drawn + b.drawn)
+    assert set(modes) == {"greedy", "plain"}
 
 
 def test_a_stop_token_ends_an_answer_and_is_kept_even_as_the_first():

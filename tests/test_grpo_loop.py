@@ -30,6 +30,7 @@ from policies import (
 
 from jaxseek import checkpoint
 from jaxseek.config import ConfigError
+from jaxseek.generate.engine import Engine
 from jaxseek.rl import loop
 from jaxseek.rl.evaluate import Marking
 from jaxseek.rl.loop import train_grpo
@@ -262,11 +263,18 @@ def test_a_bfloat16_rollout_routes_some_tokens_elsewhere_and_replay_brings_the_t
     assert 1e-4 < replayed["gap_max"] < own["gap_max"]
 
 
-def test_importance_weights_are_against_what_was_drawn_from_and_the_gap_is_not(home, tmp_path):
+def test_importance_weights_are_against_what_was_drawn_from_and_the_gap_is_not(home, tmp_path, monkeypatch):
     """With top-p 0.5 the policy gives a drawn token at least half of the probability that it was drawn with,
-    and less than all of it; without filters both are the same."""
+    and less than all of it; without filters both are the same, and evaluations share the rollout's program.
+    """
     grpo = {"old_logprobs": "trainer", "importance_cap": 2.0}
-    weights = {}
+    weights, decode, modes = {}, Engine.decode, {}
+
+    def seen(self, *args):
+        modes.setdefault(top_p, set()).add(args[7])
+        return decode(self, *args)
+
+    monkeypatch.setattr(Engine, "decode", seen)
     for top_p in (0.5, 1.0):
         rollout = {"top_p": top_p}
         (found,) = trained(home, tmp_path / f"{top_p}", "dense", grpo=grpo, rollout=rollout, steps=1)
@@ -274,6 +282,7 @@ def test_importance_weights_are_against_what_was_drawn_from_and_the_gap_is_not(h
         weights[top_p] = found["importance"]
     assert 0.5 <= weights[0.5] < 0.9
     np.testing.assert_allclose(weights[1.0], 1, atol=1e-4)
+    assert modes == {0.5: {"filtered", "greedy"}, 1.0: {"plain"}}
 
 
 def test_noise_differs_at_every_step(home, tmp_path, seen):

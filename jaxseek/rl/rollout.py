@@ -80,7 +80,8 @@ class Sampler:
         engine, rollout = self._engine, self.run.rollout
         assert engine is not None, "load comes first"
         filters = (rollout.top_k, rollout.top_p, rollout.min_p)
-        mode = Sampling(1, rollout.temperature, *filters).mode  # for evaluations too: one program serves both
+        # An evaluation shares the rollout's program, unless that has filters: they sort the vocabulary.
+        plain = Sampling(1, rollout.temperature, *filters).mode == "plain"
         filters = filters if temperature else (0, 1.0, 0.0)
         requests = [
             [
@@ -98,7 +99,7 @@ class Sampler:
             record_experts=record_experts,
             ended=self._ended if rollout.stop else None,
             progress=progress,
-            mode=mode,
+            mode="plain" if plain else None,
         )
         return [
             [self._episode(problem, prompt, sampled) for sampled in group]

@@ -150,11 +150,8 @@ def losses_of_jaxseek(folder, accumulation: int, packed: bool) -> list[float]:
     )
     model, _ = jaxseek.load(folder)
     optimizer = make_optimizer(run.recipe, decays(model))
-    step, state, losses = (
-        make_step(Objective(run.recipe, np.float32), optimizer),
-        init_state(model, optimizer),
-        [],
-    )
+    step = make_step(Objective(run.recipe, np.float32), optimizer)
+    state, losses = init_state(model, optimizer), []
     for rows in rows_of_steps(packed):
         batch = to_devices(make_batch(*rows, modules=0, accumulation=accumulation), state.model)
         with state.model.on_mesh():
