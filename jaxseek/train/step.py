@@ -115,21 +115,23 @@ def accumulate(f: Callable[..., tuple[Any, Metrics]], params: Any, batch: Batch)
     """
     whole, count, batch = Whole.of(batch), batch.count, dataclasses.replace(batch, count=None)
 
-    def part(i: Any) -> Any:
+    @functools.partial(jax.jit, inline=True)  # so that it is traced once, for shapes and for the loop
+    def part(i: Any, params: Any, batch: Batch, whole: Whole) -> Any:
         return f(params, jax.tree.map(lambda a: a[i], batch), whole)
 
+    given = params, batch, whole
     if batch.tokens_BT.shape[0] == 1:
-        return part(0)
+        return part(0, *given)
 
     def add(i: Any, total: Any) -> Any:
-        (sums, metrics), (more, news) = total, part(i)
+        (sums, metrics), (more, news) = total, part(jax.lax.convert_element_type(i, jnp.int32), *given)
         metrics = {
             name: (jnp.maximum if name.endswith("_max") else jnp.add)(value, news[name])
             for name, value in metrics.items()
         }
         return jax.tree.map(jnp.add, sums, more), metrics
 
-    shapes = jax.eval_shape(lambda: part(0))
+    shapes = jax.eval_shape(part, jnp.int32(0), *given)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding.spec), shapes)
     return jax.lax.fori_loop(0, batch.tokens_BT.shape[0] if count is None else count, add, zeros)
 
