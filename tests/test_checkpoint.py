@@ -74,7 +74,12 @@ def same_model(a, b):
 
 
 @pytest.mark.parametrize(
-    ("given", "onto"), [(None, WIDE), (None, "tensor=4"), (WIDE, None), (WIDE, "data=2,expert=4")]
+    ("given", "onto"),
+    [
+        *(pytest.param(*p, marks=pytest.mark.slow) for p in ((None, "tensor=4"), (WIDE, None))),
+        (None, WIDE),
+        (WIDE, "data=2,expert=4"),
+    ],
 )
 def test_a_checkpoint_is_restored_onto_any_mesh(given, onto, tmp_path):
     model = DeepSeek.init(ModelConfig.from_hf(RAW), given, dtype=jnp.bfloat16)

@@ -32,6 +32,7 @@ CASES = (
     + [("decode", m) for m in REPLICATED]
     + [("prefill", m) for m in ALL_LOCAL]
 )
+QUICK = ["", "expert=4", "data=2,fsdp=2,expert=2", "expert=2,context=2,tensor=2", "expert=2,tensor=2,data=2"]
 
 
 def strategy_of(mesh, folder=None, **train):
@@ -148,7 +149,11 @@ def check(strategy, phase, routing):
     return y, grads
 
 
-@pytest.mark.parametrize(("phase", "mesh"), CASES, ids=lambda v: v or "one device")
+@pytest.mark.parametrize(
+    ("phase", "mesh"),
+    [pytest.param(p, m, marks=[] if m in QUICK else [pytest.mark.slow]) for p, m in CASES],
+    ids=lambda v: v or "one device",
+)
 def test_sums_gradients_and_loads_equal_the_dense_loop(phase, mesh):
     strategy = strategy_of(mesh)
     assert getattr(strategy, phase).dispatch == ("all_to_all" if phase == "train" else "replicated")
@@ -242,7 +247,11 @@ def kept_by_room(ids, valid, room_factor, expert, shards):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "expert", "shards"), [("expert=4", 4, 4), ("fsdp=2,expert=2,tensor=2", 2, 4)]
+    ("mesh", "expert", "shards"),
+    [
+        ("expert=4", 4, 4),
+        pytest.param("fsdp=2,expert=2,tensor=2", 2, 4, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("routing", ["padded", "skewed"])
 def test_what_finds_no_room_on_a_shard_is_dropped_and_counted(tmp_path, mesh, expert, shards, routing):

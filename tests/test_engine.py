@@ -296,7 +296,7 @@ def test_an_empty_stop_string_is_refused():
         Sampling(stop=("",))
 
 
-@pytest.mark.parametrize("mesh", [None, "data=2,tensor=2"])
+@pytest.mark.parametrize("mesh", [pytest.param(None, marks=pytest.mark.slow), "data=2,tensor=2"])
 def test_weights_laid_out_by_the_compiler_give_the_same(mesh):
     model, sampling = DeepSeek.init(tiny_config("llama"), mesh), Sampling(temperature=0.0, max_new_tokens=6)
     prompts = PROMPTS[:2]

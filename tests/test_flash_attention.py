@@ -99,7 +99,7 @@ def compare(shape, kind, mesh=None):
 
 
 KINDS = "packed", "padded first", "one sequence", "shared prefix"
-QUICK = {"latent attention": KINDS[::3], "groups of heads": KINDS[1::2], "short": KINDS[:3]}
+QUICK = {"latent attention": KINDS[3:], "groups of heads": KINDS[1:2], "short": KINDS[:3:2]}
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,12 @@ def test_outputs_and_gradients_equal_plain_attention(small_blocks, shape, kind):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "kind"), [("tensor=2,data=2", "packed"), ("context=2", "packed"), ("context=2", "shared prefix")]
+    ("mesh", "kind"),
+    [
+        ("tensor=2,data=2", "packed"),
+        ("context=2", "shared prefix"),
+        pytest.param("context=2", "packed", marks=pytest.mark.slow),
+    ],
 )
 def test_heads_rows_and_queries_may_be_split_over_devices(small_blocks, mesh, kind):
     compare((2, 2, 1, 256, 16, 8), kind, mesh)

@@ -653,8 +653,14 @@ def test_presets_build_and_what_is_given_overrides_them(preset):
 # -------------------------------------------------------------------- layout
 
 
-@pytest.mark.parametrize("normalization", ["token", "sequence", "constant"])
-@pytest.mark.parametrize("kind", [*EACH_RATIO, "cispo"])
+@pytest.mark.parametrize(
+    ("kind", "normalization"),
+    [
+        pytest.param(kind, normalization, marks=[] if (i + 2 * j) % 3 == 0 else [pytest.mark.slow])
+        for i, kind in enumerate([*EACH_RATIO, "cispo"])
+        for j, normalization in enumerate(("token", "sequence", "constant"))
+    ],
+)
 def test_packing_padding_order_and_microbatches_change_nothing(kind, normalization):
     ratio, surrogate = ("token", "cispo") if kind == "cispo" else (kind, "clip")
     cfg = GrpoConfig(
@@ -684,7 +690,9 @@ def test_per_sequence_sums_what_belongs_together():
 
 
 @pytest.mark.parametrize("spec", [P(("rows", "length"), None), P("rows", "length")], ids=str)
-@pytest.mark.parametrize("kind", ["sequence_mean", "sequence", "cispo"])
+@pytest.mark.parametrize(
+    "kind", ["sequence_mean", *(pytest.param(k, marks=pytest.mark.slow) for k in ("sequence", "cispo"))]
+)
 def test_a_mesh_gives_what_one_device_gives(kind, spec):
     ratio, surrogate = ("token", "cispo") if kind == "cispo" else (kind, "clip")
     cfg = GrpoConfig(ratio=ratio, surrogate=surrogate, dual_clip=2.0, beta=0.1, importance_cap=2.0)

@@ -59,7 +59,9 @@ def drawn(model):
     return with_values(model, new)
 
 
-@pytest.mark.parametrize("name", ["v3", "v2-lite", pytest.param("v1", marks=pytest.mark.slow), "llama"])
+@pytest.mark.parametrize(
+    "name", ["v3", "llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("v1", "v2-lite"))]
+)
 def test_an_adapted_model_is_its_base_until_trained_and_merges_into_base_plus_change(name, tmp_path):
     base = random_model(CONFIGS[name])
     adapted = lora.adapt(base, LORA, seed=0)

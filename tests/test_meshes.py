@@ -38,7 +38,7 @@ CONFIGS = {
 COVERING = [
     ("v3", "data=2,fsdp=2,context=2"),
     ("v3", "expert=2,tensor=2,context=2"),
-    ("v2", "data=4,expert=2"),
+    ("v3", "data=4,expert=2"),
     ("v3.2", "tensor=2,context=4"),
     ("llama", "fsdp=4,tensor=2"),
 ]

@@ -167,7 +167,7 @@ def test_experts_are_placed_by_the_first_half_and_served_the_second():
 
 
 def test_a_recorded_trace_is_what_the_routers_choose(tmp_path):
-    cfg = tiny_config("v3", num_hidden_layers=2, first_k_dense_replace=1, num_nextn_predict_layers=0)
+    cfg = tiny_config("v3", num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
     model, prompts = random_model(cfg), [[5, 6, 7], [8, 9], [3, 1, 4, 1]]
     greedy = Sampling(6, temperature=0.0)
     load = replay.record(model, prompts, greedy, str(tmp_path / "trace.npz"))

@@ -153,7 +153,10 @@ def test_quantised_weights_run_as_the_numbers_they_stand_for(kind, hf, tmp_path,
 
 @pytest.mark.parametrize(
     ("kind", "mesh"),
-    [("int8", "fsdp=2,tensor=2"), ("int4", "tensor=2,expert=4"), ("float8", "tensor=2,expert=4")],
+    [
+        ("int8", "fsdp=2,tensor=2"),
+        *(pytest.param(k, "tensor=2,expert=4", marks=pytest.mark.slow) for k in ("int4", "float8")),
+    ],
 )
 def test_a_quantised_store_is_restored_onto_any_mesh(kind, mesh, hf, tmp_path):
     convert(hf, tmp_path / "small", dtype=kind, progress=False)
@@ -164,7 +167,7 @@ def test_a_quantised_store_is_restored_onto_any_mesh(kind, mesh, hf, tmp_path):
         np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4", "float8"])
+@pytest.mark.parametrize("kind", ["int8", "float8", pytest.param("int4", marks=pytest.mark.slow)])
 def test_a_saved_quantised_model_is_converted_like_the_store_it_came_from(kind, hf, tmp_path):
     convert(hf, tmp_path / "small", dtype=kind, progress=False)
     checkpoint.save(checkpoint.restore(tmp_path / "small"), tmp_path / "saved")
