@@ -364,8 +364,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("shard", [(0, 1), (1, 3)])
+@pytest.mark.parametrize(
+    ("shard", "case"),
+    [
+        *(((0, 1), case) for case in CASES),
+        ((1, 3), "fitted with some dropped"),
+        *(pytest.param((1, 3), c, marks=pytest.mark.slow) for c in CASES if c != "fitted with some dropped"),
+    ],
+)
 def test_resuming_anywhere_equals_never_having_stopped(write, tokenizer, case, shard, monkeypatch):
     monkeypatch.setattr("jaxseek.data.rows.WINDOW", 3)
     objective, records, data = CASES[case]

@@ -117,7 +117,10 @@ def test_attention_sees_each_row_up_to_its_position(parts, own_values, slots):
         close(got[b], np.einsum("kgs,ksc->kgc", score / score.sum(-1, keepdims=True), value))
 
 
-@pytest.mark.parametrize("preset", ["deepseek-v3", "deepseek-v2", "deepseek-v2-lite"])
+@pytest.mark.parametrize(
+    "preset",
+    ["deepseek-v3", *(pytest.param(p, marks=pytest.mark.slow) for p in ("deepseek-v2", "deepseek-v2-lite"))],
+)
 def test_router_chooses_as_the_papers_say(preset):
     cfg = ModelConfig.from_preset(preset)
     draw, (B, D, E, K) = Draw(2, False), (5, 128, cfg.n_routed_experts, cfg.num_experts_per_tok)

@@ -316,11 +316,12 @@ def one_device(home, tmp_path_factory):
     return tmp_path_factory.mktemp("one")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "mesh", "steps"),
     [
-        ("dense", "fsdp=4,tensor=2", 2),
-        *(pytest.param("sparse", m, 10, marks=pytest.mark.slow) for m in (
+        ("dense", "fsdp=4,tensor=2", 4),
+        *(("sparse", m, 10) for m in (
             "data=2,expert=4", "fsdp=4,tensor=2", "fsdp=8", "context=2,expert=4", "data=2,context=2,tensor=2"
         )),
     ],
@@ -338,9 +339,10 @@ def test_a_mesh_learns_as_one_device_does(home, one_device, tmp_path, model, mes
 
 LORA = {"lora": {"rank": 2}, "reference": {"kind": "base"}}
 QUICK = {
-    "adapters": {"grpo": {"beta": 0.1}, **LORA},
+    "adapters on a mesh": {"model": "dense", "mesh": "fsdp=4,tensor=2", "grpo": {"beta": 0.1}, **LORA},
 }
 SLOW = {
+    "adapters": {"grpo": {"beta": 0.1}, **LORA},
     "importance": {"grpo": {"old_logprobs": "trainer", "importance_cap": 1.5}, "rollout": {"top_p": 0.8}},
     "kl in the reward": {"grpo": {"beta": 0.1, "kl_in": "reward", "kl": "k1"}},
     **{f"preset {p}": {"grpo": {"preset": p, "group_size": 4}}

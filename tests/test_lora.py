@@ -26,6 +26,9 @@ LORA = LoraConfig(rank=3, alpha=6.0)
 TOKENS_BT = random_tokens(4, 8)
 CONFIGS = {
     "v3": tiny_config("v3", num_nextn_predict_layers=1, num_hidden_layers=2),
+    "v3, one layer": tiny_config(
+        "v3", num_nextn_predict_layers=0, num_hidden_layers=1, first_k_dense_replace=0
+    ),
     "v2-lite": tiny_config("v2-lite"),
     "v1": tiny_config("v1"),
     "llama": tiny_config("llama"),
@@ -124,9 +127,16 @@ def test_on_a_mesh_adapters_compute_and_merge_the_same(name):
         assert_close(merged[path], value, 1e-6)
 
 
-@pytest.mark.parametrize("mesh", [None, pytest.param("fsdp=2,expert=2,tensor=2", marks=pytest.mark.slow)])
-def test_training_changes_the_adapters_and_nothing_else(mesh):
-    model = lora.adapt(random_model(CONFIGS["v3"], mesh), LORA, seed=0)
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        ("v3, one layer", None),
+        pytest.param("v3", None, marks=pytest.mark.slow),
+        pytest.param("v3", "fsdp=2,expert=2,tensor=2", marks=pytest.mark.slow),
+    ],
+)
+def test_training_changes_the_adapters_and_nothing_else(name, mesh):
+    model = lora.adapt(random_model(CONFIGS[name], mesh), LORA, seed=0)
     config = RunConfig.from_dict(
         {"objective": "sft", "model": "m", "out": "o", "steps": 9, "data": {"train": "d"}, "remat": "none"}
         | {"optimizer": {"learning_rate": 0.01}}
@@ -137,7 +147,9 @@ def test_training_changes_the_adapters_and_nothing_else(mesh):
     assert changed(model).keys() == trained(model).keys()  # which is what a checkpoint holds
     ones = np.ones_like(TOKENS_BT)
     with model.on_mesh():
-        batch = to_devices(make_batch(TOKENS_BT, ones, ones.astype(np.float32), modules=1), model)
+        batch = to_devices(
+            make_batch(TOKENS_BT, ones, ones.astype(np.float32), model.cfg.num_nextn_predict_layers), model
+        )
         losses = []
         for _ in range(4):
             state, metrics = step(state, None, batch, np.float32(0.3), np.float32(0.1))
