@@ -34,6 +34,7 @@ def tiny(tmp_path_factory):
     return str(folder)
 
 
+@pytest.mark.slow
 def test_training_steps_are_timed_beside_the_peak(capsys, tiny):
     argv = ["bench", tiny, "--train", "--rows", "2", "--length", "8", "--repeats", "3", "--json"]
     assert main(argv) == 0

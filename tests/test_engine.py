@@ -59,7 +59,7 @@ def greedy_as_written(cfg, w, prompt, count):
 # -------------------------------------------------------------------- what is generated
 
 
-@pytest.mark.parametrize("name", ["v3", "v3.2"])
+@pytest.mark.parametrize("name", ["v3", pytest.param("v3.2", marks=pytest.mark.slow)])
 def test_greedy_tokens_are_the_argmax_of_full_forward_passes(name):
     """Of a batch of prompts, through prefill and decode: so each row also equals the prompt alone."""
     model, w = tiny_model(name), tiny_weights(name)

@@ -39,7 +39,7 @@ COVERING = [
     ("v3", "data=2,fsdp=2,context=2"),
     ("v3", "expert=2,tensor=2,context=2"),
     ("v3", "data=4,expert=2"),
-    ("v3.2", "tensor=2,context=4"),
+    ("v3", "tensor=2,context=4"),
     ("llama", "fsdp=4,tensor=2"),
 ]
 FILED = {"fsdp": 2, "expert": 4}  # with a shipped file's rules: batch over experts in decode, too

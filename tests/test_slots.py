@@ -106,6 +106,7 @@ def check(model):
     assert [c.tokens for c in Engine(model, unroll=False).generate(PROMPTS, GREEDY)] == tokens
 
 
+@pytest.mark.slow
 def test_a_placed_model_gives_what_it_gave_before(tmp_path):
     model = random_model(CFG, strategy_file(tmp_path, "redundant_experts = 4"))
     experts = CFG.n_routed_experts
