@@ -275,6 +275,11 @@ def predict_ahead(cfg, w, tokens_T, depth=0):
 # -------------------------------------------------------------------- tiny models
 
 
+def slow(*values):
+    """A case of a parametrized test that is left out of the default run."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation():
     """For modules whose time is compilation: what they compare does not depend on optimised programs."""

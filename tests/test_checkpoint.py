@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles import slow
 
 from jaxseek import checkpoint
 from jaxseek.checkpoint import CheckpointError, restore, same_bits, save
@@ -76,7 +77,7 @@ def same_model(a, b):
 @pytest.mark.parametrize(
     ("given", "onto"),
     [
-        *(pytest.param(*p, marks=pytest.mark.slow) for p in ((None, "tensor=4"), (WIDE, None))),
+        *(slow(*p) for p in ((None, "tensor=4"), (WIDE, None))),
         (None, WIDE),
         (WIDE, "data=2,expert=4"),
     ],

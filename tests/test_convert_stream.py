@@ -17,7 +17,10 @@ import pytest
 import tensorstore
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from oracles import quick_compilation  # noqa: F401
+from oracles import (
+    quick_compilation,  # noqa: F401
+    slow,
+)
 from safetensors.numpy import save_file
 from test_convert import MODELS, random_tensors, read_with_safetensors, same_model, values, write_hf
 
@@ -143,7 +146,7 @@ def test_bfloat16_comes_back_bit_for_bit_by_many_pieces(name, pieces, tmp_path):
         ((128, 128), True, np.float32),
         ((5, 3), False, BF16),
         ((128, 128), True, E8M0),
-        pytest.param((64, 32), False, np.float32, marks=pytest.mark.slow),
+        slow((64, 32), False, np.float32),
     ],
 )
 def test_fp8_and_its_scales_come_back_bit_for_bit(block, powers, scale_dtype, pieces, tmp_path):
@@ -251,9 +254,7 @@ def test_the_dtype_that_is_asked_for_wins_over_the_sources(to, tmp_path):
         assert tensor.dtype == (np.float32 if name.endswith("correction_bias") else BF16), name
 
 
-@pytest.mark.parametrize(
-    "dtype", ["int8", *(pytest.param(d, marks=pytest.mark.slow) for d in ("int4", "fp8"))]
-)
+@pytest.mark.parametrize("dtype", ["int8", *(slow(d) for d in ("int4", "fp8"))])
 def test_a_quantised_store_holds_the_same_whichever_way_it_is_made(dtype, tmp_path):
     src = write_hf(tmp_path / "hf", ODD, random_tensors(ODD))
     run(src, tmp_path / "direct", dtype=dtype, verify=True)
@@ -305,7 +306,7 @@ def test_a_store_is_read_in_the_chunks_that_it_was_written_in(hf, tmp_path, monk
     assert read_with_safetensors(tmp_path / "back") == read_with_safetensors(hf)
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", pytest.param("llama, all biases", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["deepseek_v3", slow("llama, all biases")])
 def test_what_orbax_wrote_is_converted_by_parts_of_its_chunks(name, pieces, tmp_path, monkeypatch):
     src = write_hf(tmp_path / "hf", MODELS[name], random_tensors(MODELS[name]))
     monkeypatch.setattr(checkpoint, "_CHUNK_BYTES", 1 << 9)

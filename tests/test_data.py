@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from oracles import slow
 
 from jaxseek import chat
 from jaxseek.config import ConfigError
@@ -369,7 +370,7 @@ CASES = {
     [
         *(((0, 1), case) for case in CASES),
         ((1, 3), "fitted with some dropped"),
-        *(pytest.param((1, 3), c, marks=pytest.mark.slow) for c in CASES if c != "fitted with some dropped"),
+        *(slow((1, 3), c) for c in CASES if c != "fitted with some dropped"),
     ],
 )
 def test_resuming_anywhere_equals_never_having_stopped(write, tokenizer, case, shard, monkeypatch):

@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from oracles import quick_compilation  # noqa: F401
+from oracles import (
+    quick_compilation,  # noqa: F401
+    slow,
+)
 
 from jaxseek import cache
 from jaxseek.config import ModelConfig, configs_dir
@@ -119,7 +122,7 @@ def test_attention_sees_each_row_up_to_its_position(parts, own_values, slots):
 
 @pytest.mark.parametrize(
     "preset",
-    ["deepseek-v3", *(pytest.param(p, marks=pytest.mark.slow) for p in ("deepseek-v2", "deepseek-v2-lite"))],
+    ["deepseek-v3", *(slow(p) for p in ("deepseek-v2", "deepseek-v2-lite"))],
 )
 def test_router_chooses_as_the_papers_say(preset):
     cfg = ModelConfig.from_preset(preset)
@@ -240,10 +243,10 @@ def small(**fields) -> ModelConfig:
 @pytest.mark.parametrize(
     ("layout", "sizes"),
     [
-        pytest.param("deepseek-v3.v5e-8x8.decode", {"data": 2, "tensor": 2}, marks=pytest.mark.slow),
-        pytest.param("redundant", {"expert": 2, "tensor": 2}, marks=pytest.mark.slow),
-        pytest.param("deepseek-v3.v5e-8x8.decode.many", {"expert": 2, "tensor": 2}, marks=pytest.mark.slow),
-        pytest.param("spread", {"expert": 2, "context": 2}, marks=pytest.mark.slow),
+        slow("deepseek-v3.v5e-8x8.decode", {"data": 2, "tensor": 2}),
+        slow("redundant", {"expert": 2, "tensor": 2}),
+        slow("deepseek-v3.v5e-8x8.decode.many", {"expert": 2, "tensor": 2}),
+        slow("spread", {"expert": 2, "context": 2}),
     ],
 )
 def test_a_step_in_kernels_is_the_step_in_plain_jax(monkeypatch, tmp_path, layout, sizes):
@@ -261,7 +264,7 @@ def test_a_step_in_kernels_is_the_step_in_plain_jax(monkeypatch, tmp_path, layou
     jax.clear_caches()  # programs compiled as for a TPU
 
 
-@pytest.mark.parametrize("mesh", [None, pytest.param("data=2,tensor=2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mesh", [None, slow("data=2,tensor=2")])
 def test_keys_and_values_are_written_and_read_in_place(monkeypatch, mesh):
     sizes = {"num_hidden_layers": 2, "hidden_size": 64, "vocab_size": 128, "initializer_range": 0.3}
     cfg = dataclasses.replace(ModelConfig.from_preset("tiny-llm"), **sizes)

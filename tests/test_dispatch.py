@@ -12,6 +12,7 @@ from oracles import (
     assert_close,
     expert,
     quick_compilation,  # noqa: F401
+    slow,
 )
 
 from jaxseek.layers.dispatch import dispatch
@@ -250,7 +251,7 @@ def kept_by_room(ids, valid, room_factor, expert, shards):
     ("mesh", "expert", "shards"),
     [
         ("expert=4", 4, 4),
-        pytest.param("fsdp=2,expert=2,tensor=2", 2, 4, marks=pytest.mark.slow),
+        slow("fsdp=2,expert=2,tensor=2", 2, 4),
     ],
 )
 @pytest.mark.parametrize("routing", ["padded", "skewed"])

@@ -13,6 +13,7 @@ from oracles import (
     quick_compilation,  # noqa: F401
     random_model,
     random_tokens,
+    slow,
     softmax,
     tiny_config,
     tiny_model,
@@ -59,7 +60,7 @@ def greedy_as_written(cfg, w, prompt, count):
 # -------------------------------------------------------------------- what is generated
 
 
-@pytest.mark.parametrize("name", ["v3", pytest.param("v3.2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["v3", slow("v3.2")])
 def test_greedy_tokens_are_the_argmax_of_full_forward_passes(name):
     """Of a batch of prompts, through prefill and decode: so each row also equals the prompt alone."""
     model, w = tiny_model(name), tiny_weights(name)
@@ -296,7 +297,7 @@ def test_an_empty_stop_string_is_refused():
         Sampling(stop=("",))
 
 
-@pytest.mark.parametrize("mesh", [pytest.param(None, marks=pytest.mark.slow), "data=2,tensor=2"])
+@pytest.mark.parametrize("mesh", [slow(None), "data=2,tensor=2"])
 def test_weights_laid_out_by_the_compiler_give_the_same(mesh):
     model, sampling = DeepSeek.init(tiny_config("llama"), mesh), Sampling(temperature=0.0, max_new_tokens=6)
     prompts = PROMPTS[:2]

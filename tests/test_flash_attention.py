@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import assert_close, quick_compilation  # noqa: F401
+from oracles import assert_close, quick_compilation, slow  # noqa: F401
 
 from jaxseek.kernels import attention, flash_attention
 from jaxseek.kernels.attention import Mask
@@ -119,7 +119,7 @@ def test_outputs_and_gradients_equal_plain_attention(small_blocks, shape, kind):
     [
         ("tensor=2,data=2", "packed"),
         ("context=2", "shared prefix"),
-        pytest.param("context=2", "packed", marks=pytest.mark.slow),
+        slow("context=2", "packed"),
     ],
 )
 def test_heads_rows_and_queries_may_be_split_over_devices(small_blocks, mesh, kind):

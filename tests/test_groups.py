@@ -12,6 +12,7 @@ from oracles import (
     quick_compilation,  # noqa: F401
     random_model,
     random_tokens,
+    slow,
     tiny_config,
 )
 
@@ -75,7 +76,7 @@ def assert_same(got, expected):
 # -------------------------------------------------------------------- the same whatever is around it
 
 
-@pytest.mark.parametrize("slots", [7, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4))])
+@pytest.mark.parametrize("slots", [7, *(slow(n) for n in (1, 4))])
 def test_answers_do_not_depend_on_the_number_of_slots(slots):
     got, timing = sample_groups(engine("sparse"), PROMPTS, REQUESTS, slots=slots, record_experts=True)
     assert_same(got, whole("sparse"))
@@ -104,10 +105,10 @@ def test_answers_are_those_of_the_engine_for_one_prompt_at_a_time():
     "mesh",
     [
         "data=2,expert=4",
-        pytest.param("fsdp=4,tensor=2", marks=pytest.mark.slow),
-        pytest.param("context=2,expert=2,data=2", marks=pytest.mark.slow),
-        pytest.param("fsdp=8", marks=pytest.mark.slow),
-        pytest.param("context=4,tensor=2", marks=pytest.mark.slow),
+        slow("fsdp=4,tensor=2"),
+        slow("context=2,expert=2,data=2"),
+        slow("fsdp=8"),
+        slow("context=4,tensor=2"),
     ],
 )
 def test_answers_do_not_depend_on_the_mesh(mesh):

@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from oracles import quick_compilation  # noqa: F401
+from oracles import (
+    quick_compilation,  # noqa: F401
+    slow,
+)
 
 from jaxseek.config import ConfigError
 from jaxseek.rl import grpo
@@ -690,9 +693,7 @@ def test_per_sequence_sums_what_belongs_together():
 
 
 @pytest.mark.parametrize("spec", [P(("rows", "length"), None), P("rows", "length")], ids=str)
-@pytest.mark.parametrize(
-    "kind", ["sequence_mean", *(pytest.param(k, marks=pytest.mark.slow) for k in ("sequence", "cispo"))]
-)
+@pytest.mark.parametrize("kind", ["sequence_mean", *(slow(k) for k in ("sequence", "cispo"))])
 def test_a_mesh_gives_what_one_device_gives(kind, spec):
     ratio, surrogate = ("token", "cispo") if kind == "cispo" else (kind, "clip")
     cfg = GrpoConfig(ratio=ratio, surrogate=surrogate, dual_clip=2.0, beta=0.1, importance_cap=2.0)

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from oracles import quick_compilation, undrawn  # noqa: F401
+from oracles import quick_compilation, slow, undrawn  # noqa: F401
 from policies import (
     ENDS,
     SAME,
@@ -228,7 +228,7 @@ def test_a_checkpoint_older_than_the_newest_references_finds_its_own(home, tmp_p
 # -------------------------------------------------------------------- sampler and trainer
 
 
-@pytest.mark.parametrize("model", ["sparse", pytest.param("dense", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model", ["sparse", slow("dense")])
 def test_sampler_and_trainer_agree_in_float32(home, tmp_path, model):
     found = trained(home, tmp_path / "run", model, steps=2, rollout={"temperature": 0.6, "top_p": 0.9})
     assert all(r["gap_max"] < 1e-4 for r in found)
@@ -361,7 +361,7 @@ SLOW = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.parametrize("variant", [*QUICK, *(slow(name) for name in SLOW)])
 def test_a_variant_learns_something_finite(home, tmp_path, variant):
     found = trained(home, tmp_path / "run", **{"steps": 2, **(QUICK | SLOW)[variant]})
     assert len(found) == 2

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
-from oracles import quick_compilation, random_model, random_tokens, tiny_config  # noqa: F401
+from oracles import quick_compilation, random_model, random_tokens, slow, tiny_config  # noqa: F401
 
 from jaxseek import cli
 from jaxseek.config import ConfigError, ModelConfig, configs_dir
@@ -541,7 +541,7 @@ def test_a_sweep_leaves_out_what_cannot_fit_or_is_slow_and_what_is_the_same():
     assert [e.name for e in given] == ["tensor=8", "expert=8"]
 
 
-@pytest.mark.parametrize(("note", "batch"), [("", 8), pytest.param(".many", 128, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("note", "batch"), [("", 8), slow(".many", 128)])
 def test_what_ships_is_among_the_layouts_of_a_sweep_and_not_left_out(note, batch):
     given = (ModelConfig.from_preset("deepseek-r1"), Topology.parse("v5e:8x8"), "decode", batch, 2048, "int8")
     (ours,) = sweep.layouts(*given, [f"deepseek-v3.v5e-8x8.decode{note}"])

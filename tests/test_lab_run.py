@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from oracles import quick_compilation, tiny_config  # noqa: F401
+from oracles import quick_compilation, slow, tiny_config  # noqa: F401
 
 from jaxseek import cli
 from jaxseek.config import ConfigError
@@ -38,10 +38,10 @@ def real(*args, **more):
     ("workload", "mesh", "more"),
     [
         ("decode", "expert=4,tensor=2", {"weights": "int8"}),
-        pytest.param("rollout", "expert=4,context=2", {}, marks=pytest.mark.slow),
-        pytest.param("prefill", "fsdp=2,expert=4", {"weights": "int4"}, marks=pytest.mark.slow),
-        pytest.param("train", "fsdp=2,expert=4", {}, marks=pytest.mark.slow),
-        pytest.param("grpo", "fsdp=2,expert=4", {"lora": 2}, marks=pytest.mark.slow),
+        slow("rollout", "expert=4,context=2", {}),
+        slow("prefill", "fsdp=2,expert=4", {"weights": "int4"}),
+        slow("train", "fsdp=2,expert=4", {}),
+        slow("grpo", "fsdp=2,expert=4", {"lora": 2}),
     ],
 )
 def test_every_workload_runs_and_is_timed(workload, mesh, more, tmp_path):

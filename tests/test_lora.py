@@ -9,6 +9,7 @@ from oracles import (
     quick_compilation,  # noqa: F401
     random_model,
     random_tokens,
+    slow,
     tiny_config,
 )
 
@@ -62,9 +63,7 @@ def drawn(model):
     return with_values(model, new)
 
 
-@pytest.mark.parametrize(
-    "name", ["v3", "llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("v1", "v2-lite"))]
-)
+@pytest.mark.parametrize("name", ["v3", "llama", *(slow(n) for n in ("v1", "v2-lite"))])
 def test_an_adapted_model_is_its_base_until_trained_and_merges_into_base_plus_change(name, tmp_path):
     base = random_model(CONFIGS[name])
     adapted = lora.adapt(base, LORA, seed=0)
@@ -115,7 +114,7 @@ def test_targets_choose_the_parts_and_must_name_one_that_the_model_has():
         lora.adapt(random_model(CONFIGS["llama"]), LoraConfig(rank=2, targets=["experts"]), seed=0)
 
 
-@pytest.mark.parametrize("name", ["v3", pytest.param("v1", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["v3", slow("v1")])
 def test_on_a_mesh_adapters_compute_and_merge_the_same(name):
     mesh = "fsdp=2,expert=2,tensor=2"
     expected, split = (drawn(lora.adapt(random_model(CONFIGS[name], m), LORA, 0)) for m in (None, mesh))
@@ -131,8 +130,8 @@ def test_on_a_mesh_adapters_compute_and_merge_the_same(name):
     ("name", "mesh"),
     [
         ("v3, one layer", None),
-        pytest.param("v3", None, marks=pytest.mark.slow),
-        pytest.param("v3", "fsdp=2,expert=2,tensor=2", marks=pytest.mark.slow),
+        slow("v3", None),
+        slow("v3", "fsdp=2,expert=2,tensor=2"),
     ],
 )
 def test_training_changes_the_adapters_and_nothing_else(name, mesh):

@@ -16,6 +16,7 @@ from oracles import (
     quick_compilation,  # noqa: F401
     random_model,
     random_tokens,
+    slow,
     tiny_config,
     weights,
 )
@@ -51,10 +52,6 @@ LARGEST = {"int8": 127, "int4": 7, "float8_e4m3fn": 448}
 SPECS = {"int8": Spec("int8", None), "int4": Spec("int4", 12), "float8": Spec("float8_e4m3fn", 12)}
 TOKENS_BT = random_tokens(2, 12)
 GREEDY = Sampling(max_new_tokens=6, temperature=0)
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 # -------------------------------------------------------------------- a quantiser, in numpy

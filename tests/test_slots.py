@@ -134,7 +134,8 @@ def test_every_layer_has_its_own_placement(tmp_path):
     check(model)
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_quantised_experts_are_placed_with_their_scales(tmp_path, kind):
     model = quantized_model(CFG, kind, strategy_file(tmp_path, "redundant_experts = 4"))
     parts = [(name, part) for name in EXPERTS for part in ("value", "scale")]

@@ -12,6 +12,7 @@ from oracles import (
     quick_compilation,  # noqa: F401
     random_model,
     random_tokens,
+    slow,
     tiny_config,
 )
 
@@ -141,9 +142,7 @@ def test_biases_move_by_the_sign_of_the_load_of_the_whole_batch_and_by_nothing_e
     assert not any("router_bias" in str(path) for path, _ in jax.tree.flatten_with_path(state.moments)[0])
 
 
-@pytest.mark.parametrize(
-    "cfg", [DENSE, pytest.param(SPARSE, marks=pytest.mark.slow)], ids=["dense", "sparse"]
-)
+@pytest.mark.parametrize("cfg", [DENSE, slow(SPARSE)], ids=["dense", "sparse"])
 def test_master_weights_stay_float32_where_activations_are_bfloat16(cfg):
     model = random_model(cfg)
     (exact,), _, _ = stepped(model)
@@ -167,9 +166,7 @@ def test_a_batch_that_is_not_finite_changes_nothing_and_says_so():
     assert stepped(model)[1]["finite"]
 
 
-@pytest.mark.parametrize(
-    "mesh", [None, pytest.param({"expert": 2, "tensor": 2, "fsdp": 2}, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("mesh", [None, slow({"expert": 2, "tensor": 2, "fsdp": 2})])
 def test_a_step_in_fp8_has_nearly_the_loss_of_one_without(mesh):
     layers = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
     cfg = ModelConfig.from_preset("tiny-v3").replace(vocab_size=256, **layers)
@@ -196,7 +193,7 @@ def curve(mesh):
     return stepped(random_model(SPARSE, mesh), steps=CURVE)[0]
 
 
-@pytest.mark.parametrize("mesh", [*QUICK, *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in SLOW)])
+@pytest.mark.parametrize("mesh", [*QUICK, *(slow(mesh) for mesh in SLOW)])
 def test_a_mesh_trains_as_one_device_does(mesh):
     losses = curve(None)
     assert losses[-1] < 0.8 * losses[0]

@@ -7,7 +7,10 @@ import fsspec
 import ml_dtypes
 import numpy as np
 import pytest
-from oracles import quick_compilation  # noqa: F401
+from oracles import (
+    quick_compilation,  # noqa: F401
+    slow,
+)
 from safetensors.numpy import load_file, save_file
 from test_convert import MODELS, random_tensors, read_with_safetensors, to_fp8, write_hf
 from test_tokenizer import train_sentencepiece
@@ -131,9 +134,7 @@ def test_a_checkpoint_that_no_conversion_wrote_has_no_digests(hf, tmp_path, caps
 # ---------------------------------------------------------------- quantize
 
 
-@pytest.mark.parametrize(
-    "kind", ["int8", *(pytest.param(k, marks=pytest.mark.slow) for k in ("int4", "fp8"))]
-)
+@pytest.mark.parametrize("kind", ["int8", *(slow(k) for k in ("int4", "fp8"))])
 def test_quantised_weights_run_as_the_numbers_they_stand_for(kind, hf, tmp_path, capsys):
     code, out, _ = run(capsys, "quantize", hf, tmp_path / "small", "--weights", kind, "--json")
     assert code == 0
@@ -155,7 +156,7 @@ def test_quantised_weights_run_as_the_numbers_they_stand_for(kind, hf, tmp_path,
     ("kind", "mesh"),
     [
         ("int8", "fsdp=2,tensor=2"),
-        *(pytest.param(k, "tensor=2,expert=4", marks=pytest.mark.slow) for k in ("int4", "float8")),
+        *(slow(k, "tensor=2,expert=4") for k in ("int4", "float8")),
     ],
 )
 def test_a_quantised_store_is_restored_onto_any_mesh(kind, mesh, hf, tmp_path):
@@ -167,7 +168,7 @@ def test_a_quantised_store_is_restored_onto_any_mesh(kind, mesh, hf, tmp_path):
         np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
 
 
-@pytest.mark.parametrize("kind", ["int8", "float8", pytest.param("int4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["int8", "float8", slow("int4")])
 def test_a_saved_quantised_model_is_converted_like_the_store_it_came_from(kind, hf, tmp_path):
     convert(hf, tmp_path / "small", dtype=kind, progress=False)
     checkpoint.save(checkpoint.restore(tmp_path / "small"), tmp_path / "saved")
