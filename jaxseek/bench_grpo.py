@@ -138,7 +138,7 @@ def _jaxseek(task: dict[str, Any], turns: _Turns) -> None:
 
     from jaxseek.generate.groups import sample_groups
     from jaxseek.generate.sampling import Sampling
-    from jaxseek.host_memory import keep_freed_memory
+    from jaxseek.host_memory import keep_freed_memory, release_freed_memory
     from jaxseek.rl import grpo
     from jaxseek.rl.experience import Shapes, make_policy_batch
     from jaxseek.rl.objective import PolicyObjective
@@ -185,6 +185,7 @@ def _jaxseek(task: dict[str, Any], turns: _Turns) -> None:
         ]
         groups, _ = sample_groups(engine, prompts, requests)
         del engine
+        release_freed_memory()
         rollout = time.perf_counter() - begin
         rewards_PG = np.array([[a.tokens[0] % 7 for a in group] for group in groups], np.float64)
         episodes = [Episode(p, a, nothing, 0) for p, group in zip(prompts, groups) for a in group]

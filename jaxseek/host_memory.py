@@ -7,22 +7,57 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 # <malloc.h> of glibc; a threshold of -1 is none
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+
+_COMPILED = "/jax/core/compile/backend_compile_duration"  # what JAX says after every compilation
+_LONG = 1.0  # seconds of a compilation that leaves much memory behind
+_MORE = 32 << 20  # bytes that are worth it
+_most = 0
 
 
 def keep_freed_memory() -> None:
     """Have glibc keep what is freed for the next step; for a process that trains, before JAX starts threads.
 
     XLA:CPU allocates its temporary memory for every step. Returned to the kernel in between, it comes back as
-    pages to be zeroed: a sixth of a small model's step. Only one arena can keep blocks this large. Elsewhere
-    than under glibc, and where there is a TPU, this does nothing.
+    pages to be zeroed: a sixth of a small model's step. Only one arena can keep blocks this large. What the
+    compiler leaves, in pieces, is not kept. Elsewhere than under glibc, and where there is a TPU, this does
+    nothing.
     """
+    if (libc := _glibc()) is None:
+        return
+    from jax import monitoring
+
+    for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
+        libc.mallopt(option, value)
+
+    def compiled(event: str, seconds: float, **_: Any) -> None:
+        if event == _COMPILED and seconds > _LONG:
+            libc.malloc_trim(0)
+
+    monitoring.register_event_duration_secs_listener(compiled)
+
+
+def release_freed_memory() -> None:
+    """Give freed memory back to the kernel after all, where the process has more than ever when this is called.
+
+    For between two programs that take turns: each wants its memory in one block, and once anything small came
+    to lie in the block of the last turn there are two. To have pages back costs time, so they are kept again
+    when all has its place.
+    """
+    global _most
+    if (libc := _glibc()) is not None and (now := resident()) > _most + _MORE:
+        libc.malloc_trim(0)
+        _most = now
+
+
+def _glibc() -> Any:
+    """The C library, where it is glibc and computation is on the CPU."""
     on_cpu = os.environ.get("JAX_PLATFORMS") == "cpu" or importlib.util.find_spec("libtpu") is None
-    if on_cpu and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
-            libc.mallopt(option, value)
+    libc = ctypes.CDLL(None) if on_cpu and sys.platform == "linux" else None
+    return libc if hasattr(libc, "malloc_trim") else None
 
 
 def resident() -> int:

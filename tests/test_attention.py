@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from oracles import assert_close, quick_compilation, softmax  # noqa: F401
 
-from jaxseek.kernels import attention
+from jaxseek.kernels import attention, causal_attention
 from jaxseek.kernels.attention import Mask, attend
 from jaxseek.sharding import Strategy
 
@@ -124,6 +124,34 @@ def test_blocks_of_queries_change_neither_outputs_nor_gradients(monkeypatch, mes
     assert_close(blocks, written(*args[:3], 0.3, may_see() & (some_keys() if chosen else True)), 1e-6)
     for a, b in zip(blocks_grads, whole_grads):
         assert_close(a, b, 1e-6)
+
+
+@pytest.mark.parametrize("mesh", [None, "data=2,tensor=2", "context=2"])
+@pytest.mark.parametrize("least", [16, 5, 4], ids=["whole", "three blocks", "four blocks"])
+def test_outputs_and_gradients_on_cpu_are_those_of_the_plain_softmax(monkeypatch, mesh, least):
+    monkeypatch.setattr(causal_attention, "LEAST", least)
+    q, k, v = arrays()
+
+    def plain(q, k, v):
+        scores = 0.3 * jnp.einsum("BTKGH,BKSH->BKGTS", q, k)
+        weights = jax.nn.softmax(scores, where=may_see()[:, None, None])
+        return jnp.einsum("BKGTS,BKSV->BTKGV", weights, v)
+
+    out, grads = run(mesh, q, k, v, packed())
+    assert_close(out, written(q, k, v, 0.3, may_see()), 1e-6)
+    expected, pull = jax.vjp(plain, q, k, v)
+    for got, wanted in zip(grads, pull(jnp.cos(expected))):
+        assert_close(got, wanted, 2e-6)
+
+
+def test_no_block_of_queries_reads_keys_after_it(monkeypatch):
+    monkeypatch.setattr(causal_attention, "LEAST", 4)
+    q, k, v = (jnp.moveaxis(a, 1, 3) if a.ndim == 5 else a for a in arrays())
+    late = jnp.arange(S)[:, None] >= 12
+    spoilt = (jnp.where(late, jnp.nan, a) for a in (k, v))
+    out = causal_attention.causal_attention(q, *spoilt, jnp.asarray(may_see()))
+    assert np.isfinite(out[:, :, :, :12]).all()
+    assert np.isnan(out[:, :, :, 12:]).any()
 
 
 def test_many_queries_are_computed_in_blocks(monkeypatch):

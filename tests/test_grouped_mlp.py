@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import assert_close, expert, quick_compilation  # noqa: F401
 
+from jaxseek.kernels import grouped_mlp as module
 from jaxseek.kernels.grouped_mlp import (
     _gmm_mlp,
     _tiled_mlp,
@@ -83,11 +84,20 @@ def test_rows_reach_their_expert_and_gradients_return(sizes):
     check(sizes, 48, 8, 12, 4)
 
 
-@given(st.lists(st.integers(0, 48), min_size=5, max_size=5))
+@pytest.mark.parametrize("experts", [4, 3], ids=["in tiles", "at once and in tiles"])
+@given(cuts=st.lists(st.integers(0, 48), min_size=4, max_size=4))
 @settings(max_examples=30, deadline=None)
-def test_any_sizes_equal_the_dense_loop(cuts):
-    *ends, total = sorted(cuts)
-    check(np.diff([0, *ends, total])[:4].tolist(), 48, 8, 12, 4)
+def test_any_sizes_equal_the_dense_loop(experts, cuts):
+    check(np.diff([0, *sorted(cuts)])[:experts].tolist(), 48, 8, 12, experts)
+
+
+def test_all_experts_compute_their_first_rows_at_once(monkeypatch):
+    """Where loads are near even, no tile is left: the products of tiles, spoilt, change nothing."""
+    monkeypatch.setattr(module, "_times_expert", lambda matmul, e, a, w: jnp.nan * matmul(a, w[e]))
+    *args, _ = arrays(64, 8, 12, 4)
+    for sizes, left in (((20, 12, 16, 16), False), ((21, 11, 16, 16), True)):
+        y = _tiled_mlp(*args, jnp.array(sizes, jnp.int32))
+        assert bool(jnp.isnan(y).any()) is left
 
 
 @pytest.mark.parametrize(("M", "sizes"), [(1, (0, 1, 0)), (300, (70, 1, 150)), (4200, (4000, 3, 150))])
@@ -96,9 +106,9 @@ def test_fewer_rows_than_a_tile_and_wider_tiles_give_the_same(M, sizes):
 
 
 def test_bfloat16_gradients_of_weights_do_not_lose_rows_as_tiles_add_up():
-    *args, _ = arrays(4096, 4, 4, 1)
+    *args, _ = arrays(4096, 4, 4, 2)
     low = tuple(a.astype(jnp.bfloat16) for a in args)
-    dy, sizes = jnp.ones((4096, 4)), jnp.array([4096], jnp.int32)
+    dy, sizes = jnp.ones((4096, 4)), jnp.array([4096, 0], jnp.int32)
     _, got = value_and_grads(low, dy.astype(jnp.bfloat16), sizes)
     _, expected = value_and_grads(tuple(a.astype(jnp.float32) for a in low), dy, sizes)
     assert got[1].dtype == jnp.bfloat16

@@ -110,11 +110,14 @@ def sample(logits_BV: jax.Array, position_B: jax.Array, params: SamplingArrays, 
     if mode == "filtered":
         kept_BV = jnp.where(tempered_BV >= _threshold(tempered_BV, params)[:, None], tempered_BV, -jnp.inf)
 
-    def draw(key, position, logits_V):
+    def noise(key, position):
         key = jax.random.fold_in(jax.random.wrap_key_data(key), position)
-        return jax.random.categorical(key, logits_V)
+        return jax.random.gumbel(key, logits_BV.shape[1:], logits_BV.dtype)
 
-    token_B = jax.vmap(draw)(params.key_B, position_B, kept_BV).astype(jnp.int32)
+    # as `jax.random.categorical`, but for the barrier: XLA:CPU would make the noise within the comparisons of
+    # the maximum, one number at a time
+    noisy_BV = jax.lax.optimization_barrier(kept_BV + jax.vmap(noise)(params.key_B, position_B))
+    token_B = jnp.argmax(noisy_BV, axis=-1).astype(jnp.int32)
     token_B = jnp.where(warm_B, token_B, greedy_B)
     drawn_B = jnp.where(warm_B, _logprob(kept_BV, token_B), 0.0)
     return Drawn(token_B, _logprob(logits_BV, token_B), _logprob(tempered_BV, token_B), drawn_B)

@@ -1,7 +1,8 @@
 """Softmax attention with a mask made from positions and segments.
 
-On TPU fresh keys are read by a kernel that writes no scores to memory (flash_attention.py), unless queries
-have keys chosen for them. Otherwise XLA writes scores, of a block of queries at a time when they are many.
+On TPU fresh keys are read by a kernel that writes no scores to memory (flash_attention.py), on CPU by products
+that leave out what is above the diagonal (causal_attention.py), unless queries have keys chosen for them.
+Otherwise XLA writes scores, of a block of queries at a time when they are many.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
+from jaxseek.kernels.causal_attention import causal_attention
 from jaxseek.kernels.few_rows import FEW, product_of_few
 from jaxseek.kernels.flash_attention import flash_attention
 from jaxseek.sharding import Rules, platform
@@ -24,8 +26,9 @@ QUERY_BLOCK = 1024  # queries at a time: scores take B * N * QUERY_BLOCK * S flo
 class Mask:
     """Who attends to whom: the same segment, not later; where `chosen_BTS` is given, only the chosen keys.
 
-    With `q_prefix_BT` also the segment named there, not later: a prefix that several segments share. In a
-    cache slot s holds position s and all slots belong to the row, so `kv_seg_BS` is None there.
+    With `q_prefix_BT` also the segment named there, not later: a prefix that several segments share, and that
+    stands before them; a segment's tokens stand in order. In a cache slot s holds position s and all slots
+    belong to the row, so `kv_seg_BS` is None there.
     """
 
     q_pos_BT: jax.Array
@@ -67,10 +70,14 @@ def attend(
     `head_axes` are the logical names of K and G, `key_axis` that of S: over a split S, maximum and sums are
     reduced across the shards (a log-sum-exp combine).
     """
-    if platform() == "tpu" and key_axis is None and mask.kv_seg_BS is not None and mask.chosen_BTS is None:
-        return _flash(q_BTKGH, k_BKSH, v_BKSH, mask, scale, rules, head_axes)
     T, blocks = q_BTKGH.shape[1], q_BTKGH.shape[1] // QUERY_BLOCK
-    if blocks < 2 or T % QUERY_BLOCK or rules.axes("length"):
+    whole = blocks < 2 or T % QUERY_BLOCK != 0 or bool(rules.axes("length"))
+    if key_axis is None and mask.kv_seg_BS is not None and mask.chosen_BTS is None:
+        if platform() == "tpu":
+            return _flash(q_BTKGH, k_BKSH, v_BKSH, mask, scale, rules, head_axes)
+        if platform() == "cpu" and whole:
+            return _causal(q_BTKGH, k_BKSH, v_BKSH, mask, scale, rules, head_axes)
+    if whole:
         return _attend(q_BTKGH, k_BKSH, v_BKSH, mask, scale, rules, head_axes, key_axis)
 
     def cut(x):
@@ -110,6 +117,18 @@ def _flash(q_BTKGH, k_BKSH, v_BKSH, mask, scale, rules, head_axes, interpret=Fal
         mask.kv_seg_BS,
         mask.q_prefix_BT,
     )
+    return jnp.moveaxis(out_BKGTH, 3, 1)
+
+
+def _causal(q_BTKGH, k_BKSH, v_BKSH, mask, scale, rules, head_axes):
+    query = rules.spec("batch", *head_axes, "length", None)
+    keys, keep = rules.spec("batch", head_axes[0], None, None), rules.spec("batch", "length", None)
+    out_BKGTH = jax.shard_map(
+        causal_attention,
+        in_specs=(query, keys, keys, keep),
+        out_specs=query,
+        check_vma=False,  # nor does a function with a derivative of its own
+    )(jnp.moveaxis(scale * q_BTKGH, 1, 3), k_BKSH, v_BKSH, mask.dense())
     return jnp.moveaxis(out_BKGTH, 3, 1)
 
 

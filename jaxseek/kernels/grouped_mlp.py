@@ -7,7 +7,8 @@ all experts on TPU; both are tens to hundreds of times slower than the work that
 from __future__ import annotations
 
 import functools
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,9 @@ from jaxseek.kernels.scaled import Scaled, dequantize, few_times_scaled
 from jaxseek.sharding import platform
 
 Experts = jax.Array | Scaled | ByOutput  # a stack of matrices; those quantised or by output only forward
+
+SHARE = 1.25  # of an even share of the rows is computed for all experts at once, on CPU
+LEAST = 16  # rows in an even share for that
 
 
 def grouped_mlp(
@@ -116,7 +120,8 @@ def _tile_sizes(m: int, k: int, n: int) -> tuple[int, int, int]:
 
 @jax.custom_vjp
 def _matmul(a_TK: jax.Array, w_KN: jax.Array) -> jax.Array:
-    """Their product. Backward the left operand is transposed apart: XLA:CPU does it slowly in the product."""
+    """Their product, E leading or not. Backward the left operand of a single one is transposed apart: XLA:CPU
+    does it slowly in the product."""
     return a_TK @ w_KN
 
 
@@ -128,7 +133,8 @@ def _matmul_bwd(operands, dy_TN):
     barrier = jax.lax.optimization_barrier
     a_TK, w_KN = operands
     a_TK, dy_TN = barrier((a_TK, dy_TN))  # else what makes them is computed again in each product
-    return dy_TN @ w_KN.T, barrier(a_TK.T) @ dy_TN
+    a_KT = a_TK.mT if a_TK.ndim > 2 else barrier(a_TK.mT)
+    return dy_TN @ w_KN.mT, a_KT @ dy_TN
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
@@ -139,7 +145,12 @@ def _rounded_matmul(a_TK: jax.Array, w_KN: jax.Array) -> jax.Array:
     return round_gradient(y_TN.astype(a_TK.dtype))
 
 
-def _times_expert(matmul: Any, a_TK: jax.Array, w_EKN: Experts, e: jax.Array) -> jax.Array:
+def _swiglu_mlp(matmul: Any, x: jax.Array, gate: Any, up: Any, down: Any) -> jax.Array:
+    """Of one expert, or of all with E leading."""
+    return matmul(jax.nn.silu(matmul(x, gate)) * matmul(x, up), down)
+
+
+def _times_expert(matmul: Any, e: jax.Array, a_TK: jax.Array, w_EKN: Experts) -> jax.Array:
     if isinstance(w_EKN, ByOutput):
         return product_by_output(a_TK, w_EKN.matrix(e)).astype(a_TK.dtype)
     if not isinstance(w_EKN, Scaled):
@@ -149,21 +160,50 @@ def _times_expert(matmul: Any, a_TK: jax.Array, w_EKN: Experts, e: jax.Array) ->
     return matmul(a_TK, dequantize(Scaled(*(a[e] for a in w_EKN)), a_TK.dtype))
 
 
-def _swiglu(gate_TF: jax.Array, up_TF: jax.Array) -> jax.Array:
-    return jax.nn.silu(gate_TF) * up_TF
+class _Tiles(NamedTuple):
+    """Runs of at most `size` rows of one expert: the expert of each, where its rows start and end, how many
+    tiles there are."""
+
+    expert_I: jax.Array
+    start_I: jax.Array
+    end_I: jax.Array
+    count: jax.Array
+    size: int
+
+    def read(self, a_MX: jax.Array, i: jax.Array) -> jax.Array:
+        """The tile's rows, and zeros for those that are not its own."""
+        start, own_T1 = self._window(a_MX, i)
+        return jnp.where(own_T1, jax.lax.dynamic_slice_in_dim(a_MX, start, self.size), 0)
+
+    def write(self, a_MX: jax.Array, i: jax.Array, new_TX: jax.Array) -> jax.Array:
+        start, own_T1 = self._window(a_MX, i)
+        old_TX = jax.lax.dynamic_slice_in_dim(a_MX, start, self.size)
+        return jax.lax.dynamic_update_slice_in_dim(a_MX, jnp.where(own_T1, new_TX, old_TX), start, 0)
+
+    def _window(self, a_MX, i):
+        start = jnp.minimum(self.start_I[i], len(a_MX) - self.size)
+        row_T = start + jnp.arange(self.size)
+        return start, ((row_T >= self.start_I[i]) & (row_T < self.end_I[i]))[:, None]
 
 
-def _tiles(M: int, E: int, sizes_E: jax.Array):
-    """Cut each expert's rows into tiles; returns (expert of a tile, its rows with M for none, tile count)."""
-    tile = 1 if M <= FEW else 8 if M <= 256 else 64 if M <= 4096 else 128
-    n = min(M, M // tile + E)  # the most there can be
-    tiles_E = -(-sizes_E // tile)
-    last_E, row_end_E = jnp.cumsum(tiles_E), jnp.cumsum(sizes_E)
-    i = jnp.arange(n)
+def _split(M: int, sizes_E: jax.Array, batched: bool) -> tuple[jax.Array, _Tiles]:
+    """The rows [E, C] that all experts compute at once, M for none, and the tiles of what an expert has more.
+
+    One product over all experts uses all cores, those of a tile only one; but its shape cannot follow the
+    loads, so C is little more than an even share. Nothing is batched where the shares are small.
+    """
+    E = len(sizes_E)
+    C = min(M, math.ceil(SHARE * M / E)) if batched and M >= LEAST * E else 0
+    end_E = jnp.cumsum(sizes_E)
+    row_EC = (end_E - sizes_E)[:, None] + jnp.arange(C)[None]
+    size = 1 if M <= FEW else 8 if M <= 256 else 64 if M <= 4096 else 128
+    more_E = jnp.maximum(sizes_E - C, 0)
+    tiles_E = -(-more_E // size)
+    last_E = jnp.cumsum(tiles_E)
+    i = jnp.arange(min(M, M // size + E))  # the most there can be
     e = jnp.minimum(jnp.searchsorted(last_E, i, side="right", method="compare_all"), E - 1)
-    first_row = (row_end_E - sizes_E)[e] + (i - (last_E - tiles_E)[e]) * tile
-    rows = first_row[:, None] + jnp.arange(tile)[None]
-    return e, jnp.where(rows < row_end_E[e][:, None], rows, M), last_E[-1]
+    start_I = (end_E - more_E)[e] + (i - (last_E - tiles_E)[e]) * size
+    return jnp.where(row_EC < end_E[:, None], row_EC, M), _Tiles(e, start_I, end_E[e], last_E[-1], size)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -172,43 +212,40 @@ def _tiled_mlp(x_MD, gate_EDF, up_EDF, down_EFD, sizes_E, fp8=False):
 
 
 def _tiled_fwd(x_MD, gate_EDF, up_EDF, down_EFD, sizes_E, fp8):
-    matmul = _rounded_matmul if fp8 else _matmul
-    e, rows, count = _tiles(x_MD.shape[0], gate_EDF.shape[0], sizes_E)
-    x_ITD = x_MD.at[rows].get(mode="fill", fill_value=0)
+    matmul, weights = _rounded_matmul if fp8 else _matmul, (gate_EDF, up_EDF, down_EFD)
+    plain = all(isinstance(w, jax.Array) for w in weights)
+    row_EC, tiles = _split(len(x_MD), sizes_E, plain)
+    y_MD, pull = jnp.zeros_like(x_MD), None
+    if row_EC.size:
+        x_ECD = x_MD.at[row_EC].get(mode="fill", fill_value=0)
+        y_ECD, pull = jax.vjp(functools.partial(_swiglu_mlp, matmul), x_ECD, *weights)
+        y_MD = y_MD.at[row_EC].set(y_ECD, mode="drop")
 
-    def body(i, tiles):
-        y_ITD, gate_ITF, up_ITF = tiles  # a tile of y takes the place of x's
-        gate_TF, up_TF = (_times_expert(matmul, y_ITD[i], w, e[i]) for w in (gate_EDF, up_EDF))
-        y_TD = _times_expert(matmul, _swiglu(gate_TF, up_TF), down_EFD, e[i])
-        return y_ITD.at[i].set(y_TD), gate_ITF.at[i].set(gate_TF), up_ITF.at[i].set(up_TF)
+    def body(i, y_MD):
+        times = functools.partial(_times_expert, matmul, tiles.expert_I[i])
+        return tiles.write(y_MD, i, _swiglu_mlp(times, tiles.read(x_MD, i), *weights))
 
-    hidden = [jnp.zeros((*rows.shape, gate_EDF.shape[2]), x_MD.dtype)] * 2
-    y_ITD, *hidden = jax.lax.fori_loop(0, count, body, (x_ITD, *hidden))
-    residuals = (x_ITD, *hidden, gate_EDF, up_EDF, down_EFD, e, rows, count)
-    return jnp.zeros_like(x_MD).at[rows].set(y_ITD, mode="drop"), residuals
+    return jax.lax.fori_loop(0, tiles.count, body, y_MD), (x_MD, weights, pull, row_EC, tiles)
 
 
 def _tiled_bwd(fp8, residuals, dy_MD):
     matmul = _rounded_matmul if fp8 else _matmul
-    x_ITD, gate_ITF, up_ITF, *weights, e, rows, count = residuals
-    dy_ITD = dy_MD.at[rows].get(mode="fill", fill_value=0)
+    x_MD, weights, pull, row_EC, tiles = residuals
+    dx_MD, dws = jnp.zeros_like(dy_MD), (jnp.zeros(w.shape, jnp.float32) for w in weights)
+    if pull is not None:
+        dx_ECD, *dws = pull(dy_MD.at[row_EC].get(mode="fill", fill_value=0))
+        dx_MD = dx_MD.at[row_EC].set(dx_ECD, mode="drop")
 
     def body(i, grads):
-        dx_ITD, *dws = grads  # a tile of dx takes the place of dy's
-        gate_DF, up_DF, down_FD = (w[e[i]] for w in weights)
-        hidden_TF, pull_swiglu = jax.vjp(_swiglu, gate_ITF[i], up_ITF[i])
-        dhidden_TF, ddown_FD = jax.vjp(matmul, hidden_TF, down_FD)[1](dx_ITD[i])
-        dgate_TF, dup_TF = pull_swiglu(dhidden_TF)
-        dx_TD, dgate_DF = jax.vjp(matmul, x_ITD[i], gate_DF)[1](dgate_TF)
-        dx2_TD, dup_DF = jax.vjp(matmul, x_ITD[i], up_DF)[1](dup_TF)
-        new = (dgate_DF, dup_DF, ddown_FD)
-        dws = (a.at[e[i]].add(d.astype(a.dtype)) for a, d in zip(dws, new))
-        return dx_ITD.at[i].set(dx_TD + dx2_TD), *dws
+        (dx_MD, *dws), e = grads, tiles.expert_I[i]
+        mine = (w[e] for w in weights)
+        _, pull = jax.vjp(functools.partial(_swiglu_mlp, matmul), tiles.read(x_MD, i), *mine)
+        dx_TD, *new = pull(tiles.read(dy_MD, i))
+        return tiles.write(dx_MD, i, dx_TD), *(a.at[e].add(d.astype(a.dtype)) for a, d in zip(dws, new))
 
     # float32: a bfloat16 sum over many tiles loses the later ones
-    zeros = (jnp.zeros(w.shape, jnp.float32) for w in weights)
-    dx_ITD, *dws = jax.lax.fori_loop(0, count, body, (dy_ITD, *zeros))
-    dx_MD = jnp.zeros_like(dy_MD).at[rows].set(dx_ITD, mode="drop")
+    grads = dx_MD, *(d.astype(jnp.float32) for d in dws)
+    dx_MD, *dws = jax.lax.fori_loop(0, tiles.count, body, grads)
     return dx_MD, *(d.astype(w.dtype) for d, w in zip(dws, weights)), None
 
 

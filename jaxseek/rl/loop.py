@@ -19,6 +19,7 @@ import numpy as np
 from jaxseek import checkpoint
 from jaxseek.config import ConfigError
 from jaxseek.generate.engine import fetch
+from jaxseek.host_memory import release_freed_memory
 from jaxseek.model import DeepSeek
 from jaxseek.rl import grpo
 from jaxseek.rl.evaluate import HeldOut, Marking, evaluate, of_answers
@@ -151,6 +152,7 @@ class _Grpo:
         values: dict[str, float] = {"layout_seconds": self.loaded}
         groups, rewards_PG, valid_PG = self._rollout(step, values, clock)
         self.sampler.free()
+        release_freed_memory()
         episodes = [e for group in groups for e in group]
         cut_N = np.array([e.sampled.finish_reason == "length" for e in episodes])
         counted_N = valid_PG.reshape(-1) & ~(cfg.overlong_mask & cut_N)
