@@ -28,20 +28,19 @@ def keep_freed_memory() -> None:
     """
     if (libc := _glibc()) is None:
         return
-    from jax import monitoring
-
     for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
         libc.mallopt(option, value)
+    from jax import monitoring
 
-    def compiled(event: str, seconds: float, **_: Any) -> None:
-        if event == _COMPILED and seconds > _LONG:
+    def compiled(event: str, duration_secs: float, **_: Any) -> None:
+        if event == _COMPILED and duration_secs > _LONG:
             libc.malloc_trim(0)
 
     monitoring.register_event_duration_secs_listener(compiled)
 
 
 def release_freed_memory() -> None:
-    """Give freed memory back to the kernel after all, where the process has more than ever when this is called.
+    """Give freed memory back to the kernel after all, where the process has more than at any call before.
 
     For between two programs that take turns: each wants its memory in one block, and once anything small came
     to lie in the block of the last turn there are two. To have pages back costs time, so they are kept again

@@ -1,8 +1,8 @@
 """Softmax attention with a mask made from positions and segments.
 
-On TPU fresh keys are read by a kernel that writes no scores to memory (flash_attention.py), on CPU by products
-that leave out what is above the diagonal (causal_attention.py), unless queries have keys chosen for them.
-Otherwise XLA writes scores, of a block of queries at a time when they are many.
+On TPU fresh keys are read by a kernel that writes no scores to memory (flash_attention.py), on CPU by
+products that leave out what is above the diagonal (causal_attention.py), unless queries have keys chosen for
+them. Otherwise XLA writes scores, of a block of queries at a time when they are many.
 """
 
 from __future__ import annotations

@@ -167,7 +167,7 @@ class _Tiles(NamedTuple):
     expert_I: jax.Array
     start_I: jax.Array
     end_I: jax.Array
-    count: jax.Array
+    how_many: jax.Array
     size: int
 
     def read(self, a_MX: jax.Array, i: jax.Array) -> jax.Array:
@@ -225,7 +225,7 @@ def _tiled_fwd(x_MD, gate_EDF, up_EDF, down_EFD, sizes_E, fp8):
         times = functools.partial(_times_expert, matmul, tiles.expert_I[i])
         return tiles.write(y_MD, i, _swiglu_mlp(times, tiles.read(x_MD, i), *weights))
 
-    return jax.lax.fori_loop(0, tiles.count, body, y_MD), (x_MD, weights, pull, row_EC, tiles)
+    return jax.lax.fori_loop(0, tiles.how_many, body, y_MD), (x_MD, weights, pull, row_EC, tiles)
 
 
 def _tiled_bwd(fp8, residuals, dy_MD):
@@ -245,7 +245,7 @@ def _tiled_bwd(fp8, residuals, dy_MD):
 
     # float32: a bfloat16 sum over many tiles loses the later ones
     grads = dx_MD, *(d.astype(jnp.float32) for d in dws)
-    dx_MD, *dws = jax.lax.fori_loop(0, tiles.count, body, grads)
+    dx_MD, *dws = jax.lax.fori_loop(0, tiles.how_many, body, grads)
     return dx_MD, *(d.astype(w.dtype) for d, w in zip(dws, weights)), None
 
 
