@@ -18,6 +18,14 @@ from jaxseek.kernels.grouped_mlp import (
 from jaxseek.kernels.scaled import Scaled
 
 
+@pytest.fixture(autouse=True, scope="module")
+def small_shares_too():
+    """Three experts share 48 rows at once and in tiles, four in tiles alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "LEAST", 16)
+        yield
+
+
 def arrays(M, D, F, E, dtype=np.float32, seed=0):
     """x [M, D], gate and up [E, D, F], down [E, F, D], and the gradient of the output [M, D]."""
     rng = np.random.default_rng(seed)

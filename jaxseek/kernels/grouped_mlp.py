@@ -21,7 +21,7 @@ from jaxseek.sharding import platform
 Experts = jax.Array | Scaled | ByOutput  # a stack of matrices; those quantised or by output only forward
 
 SHARE = 1.25  # of an even share of the rows is computed for all experts at once, on CPU
-LEAST = 16  # rows in an even share for that
+LEAST = 64  # rows in an even share for that: with fewer, it is not worth the second form to compile
 
 
 def grouped_mlp(
