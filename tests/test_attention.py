@@ -98,6 +98,7 @@ def test_packed_attention_equals_the_formula():
 def test_segments_that_go_on_from_a_prefix_see_it_and_not_each_other(monkeypatch, mesh, block):
     """A prefix of 5 tokens with two answers; and one of 2 with an answer, behind a segment of its own."""
     monkeypatch.setattr(attention, "QUERY_BLOCK", block)
+    monkeypatch.setattr(causal_attention, "LEAST", 4)
     segments = np.array([[8] * 5 + [1] * 4 + [2] * 6 + [0], [1] * 3 + [9] * 2 + [2] * 11], np.int32)
     prefixes = np.array([[8] * 15 + [0], [1] * 3 + [9] * 13], np.int32)
     positions = np.array([[*range(5), *range(5, 9), *range(5, 11), 0], [*range(3), *range(13)]], np.int32)

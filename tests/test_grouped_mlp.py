@@ -114,14 +114,14 @@ def test_fewer_rows_than_a_tile_and_wider_tiles_give_the_same(M, sizes):
 
 
 def test_bfloat16_gradients_of_weights_do_not_lose_rows_as_tiles_add_up():
-    *args, _ = arrays(4096, 4, 4, 2)
+    *args, _ = arrays(4096, 4, 4, 16)
     low = tuple(a.astype(jnp.bfloat16) for a in args)
-    dy, sizes = jnp.ones((4096, 4)), jnp.array([4096, 0], jnp.int32)
+    dy, sizes = jnp.ones((4096, 4)), jnp.array([4096] + [0] * 15, jnp.int32)
     _, got = value_and_grads(low, dy.astype(jnp.bfloat16), sizes)
     _, expected = value_and_grads(tuple(a.astype(jnp.float32) for a in low), dy, sizes)
     assert got[1].dtype == jnp.bfloat16
     for a, b in zip(got[1:], expected[1:]):
-        assert_close(a.astype(jnp.float32), b, 0.01)
+        assert_close(a.astype(jnp.float32), b, 0.006)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
