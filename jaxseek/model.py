@@ -31,7 +31,7 @@ from jaxseek.layers.norm import RMSNorm
 from jaxseek.layers.quant import quantization
 from jaxseek.layers.rope import rope_table
 from jaxseek.mtp import MTP
-from jaxseek.sharding import Init, Rules, Strategy, fill, random_values
+from jaxseek.sharding import Init, Rules, Strategy, fill, jit_sharing, random_values
 
 Caches = tuple[Cache, ...]  # one per stack
 
@@ -276,7 +276,7 @@ def _abstract(cfg: ModelConfig, strategy: Strategy, dtype: np.dtype) -> DeepSeek
         return jax.eval_shape(lambda: DeepSeek(cfg, strategy, dtype))
 
 
-@functools.partial(jax.jit, static_argnames="join")
+@jit_sharing
 def unroll(model: DeepSeek, join: bool) -> DeepSeek:
     """See `DeepSeek.unrolled`; with `join`, see `Layer.join`. Else what is not in a stack is not copied."""
     graph = nnx.clone(model, variables=False)

@@ -95,8 +95,10 @@ class Rules:
         return replace(self, table=tuple((dict(self.table) | moved).items()))
 
     def shard(self, x: jax.Array, *names: str | None) -> jax.Array:
-        """Move `x` to the layout of these logical names (no operation where it already is)."""
-        return jax.sharding.reshard(x, self.spec(*names))
+        """Move `x` to the layout of these logical names; `x` itself where it is there already."""
+        spec = self.spec(*names)
+        there = NamedSharding(jax.sharding.get_abstract_mesh(), spec)
+        return x if jax.typeof(x).sharding == there else jax.sharding.reshard(x, spec)
 
     def use(self, param: Any, dtype: Any, *axes: str | None) -> jax.Array:
         """A parameter as this phase computes with it, or by other `axes` than its own: cast first, so that a
@@ -352,6 +354,38 @@ def parameters(model: nnx.Module) -> dict[str, nnx.Variable]:
         ".".join(str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in path): v
         for path, v in flat
     }
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _Form:
+    """Of a tree: its structure, and which of the given arrays each leaf is (None: a new one)."""
+
+    structure: Any
+    given: tuple[int | None, ...]
+
+
+def jit_sharing(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`jax.jit` of a function of a tree of arrays (its other arguments are static), without its copies.
+
+    What `f` returns as it was given is the very array, which jit would copy: a model's weights, say, that need
+    no move.
+    """
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def new(tree: Any, static: tuple) -> tuple[list[jax.Array], _Form]:
+        index = {id(a): i for i, a in enumerate(jax.tree.leaves(tree))}
+        leaves, structure = jax.tree.flatten(f(tree, *static))
+        given = tuple(index.get(id(a)) for a in leaves)
+        return [a for a, i in zip(leaves, given) if i is None], _Form(structure, given)
+
+    @functools.wraps(f)
+    def call(tree: Any, *static: Any) -> Any:
+        made, form = new(tree, static)
+        old, made = jax.tree.leaves(tree), iter(made)
+        return jax.tree.unflatten(form.structure, [next(made) if i is None else old[i] for i in form.given])
+
+    return call
 
 
 def fill(model: Any, mesh: Mesh, make: Callable[[str, nnx.Variable, NamedSharding], jax.Array]) -> Any:

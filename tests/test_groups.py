@@ -19,7 +19,8 @@ from oracles import (
 from jaxseek.generate.engine import Engine
 from jaxseek.generate.groups import sample_groups
 from jaxseek.generate.sampling import Sampling
-from jaxseek.rl.rollout import seed_of
+from jaxseek.rl.rollout import as_engine, seed_of
+from jaxseek.sharding import parameters
 
 CONTEXT = 40
 CFG = {
@@ -115,6 +116,20 @@ def test_answers_do_not_depend_on_the_mesh(mesh):
     """Prompts and slots do not fill the mesh's parts."""
     got, _ = sample_groups(engine("sparse", mesh), PROMPTS, REQUESTS, slots=9, record_experts=True)
     assert_same(got, whole("sparse"))
+
+
+def test_weights_that_decoding_uses_as_they_rest_are_the_policys_own():
+    def moved(name, mesh, dtype="float32"):
+        policy = random_model(CFG[name], mesh)
+        own, used = (parameters(m) for m in (policy, as_engine(policy, dtype).model))
+        return {path for path in own if used[path].get_value() is not own[path].get_value()}, own
+
+    assert moved("sparse", None)[0] == set()
+    assert moved("sparse", {"expert": 2, "tensor": 2})[0] == set()
+    gathered, all = moved("sparse", {"fsdp": 2})
+    assert {"embed_VD", "stacks.0.mlp.gate_EDF"} <= gathered < set(all)
+    cast, all = moved("sparse", None, "bfloat16")
+    assert set(all) - cast == {path for path in all if "router_" in path}
 
 
 def test_seeds_differ_for_every_step_problem_and_answer_and_so_do_answers():

@@ -76,6 +76,7 @@ def test_an_adapted_model_is_its_base_until_trained_and_merges_into_base_plus_ch
     assert np.abs(changed_logits - expected).max() > 0.01
     merged = lora.merge(adapted)
     assert not lora.is_adapted(merged)
+    assert merged.embed_VD.get_value() is adapted.embed_VD.get_value()  # only what has adapters is made
     assert_close(merged(TOKENS_BT), changed_logits, 1e-5)
 
     checkpoint.save(merged, tmp_path / "model")

@@ -158,6 +158,7 @@ def test_the_unrolled_model_equals_the_stacked_one(name):
     model = tiny_model(name)
     unrolled = model.unrolled()
     assert len(unrolled.stacks) == model.cfg.num_hidden_layers
+    assert unrolled.embed_VD.get_value() is model.embed_VD.get_value()
     assert_close(unrolled(TOKENS_BT), model(TOKENS_BT), 2e-6)
     assert len(model.stacks) == len(layer_runs(model.cfg))
 

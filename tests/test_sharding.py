@@ -1,13 +1,14 @@
 """Strategies: what a user may write for a mesh, and what is refused with both numbers in the message."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from oracles import random_model, tiny_config
 
 from jaxseek.config import ConfigError, ModelConfig, configs_dir
-from jaxseek.sharding import MESH_AXES, PHASES, Strategy, parameters
+from jaxseek.sharding import MESH_AXES, PHASES, Strategy, jit_sharing, parameters
 
 DENSE, V3 = tiny_config("llama"), tiny_config("v3")
 
@@ -218,3 +219,21 @@ def test_one_axis_cannot_split_two_of_an_array(tmp_path):
     with pytest.raises(ConfigError, match=r"cache_batch and cache_heads .* both split over data"):
         Strategy.from_toml(toml(tmp_path, text)).check_fits(V3)
     Strategy.from_toml(toml(tmp_path, text + 'cache_heads = "tensor"')).check_fits(V3)
+
+
+def test_what_a_function_returns_as_given_is_no_copy_and_the_rest_is_computed():
+    calls = []
+
+    @jit_sharing
+    def f(tree, times, name):
+        calls.append(times)
+        return {name: tree["b"], "more": [tree["a"] * times, tree["b"]]}
+
+    tree = {"a": jnp.arange(3.0), "b": jnp.ones(2)}
+    for _ in range(2):
+        out = f(tree, 2, "same")
+        assert out["same"] is tree["b"]
+        assert out["more"][1] is tree["b"]
+        np.testing.assert_array_equal(out["more"][0], [0, 2, 4])
+    np.testing.assert_array_equal(f(tree, 3, "same")["more"][0], [0, 3, 6])
+    assert calls == [2, 3]

@@ -209,5 +209,5 @@ def _train(job: Job, model: DeepSeek, array: Any, placed: Any) -> tuple[Any, tup
         return array((*a.shape[:-1], job.context), a.dtype, P(None, *rules.spec(*names)))
 
     weight = np.float32(0.3 if job.cfg.num_nextn_predict_layers else 0)
-    step = make_step(objective, optimizer)
+    step = make_step(objective, optimizer, "tpu")
     return step, (state, None, jax.tree.map(batch, fields), weight, np.float32(0.001))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from jaxseek.layers.quant import quantization
 from jaxseek.model import DeepSeek
 from jaxseek.rl.problem import Answer, Problem
 from jaxseek.run_config import RunConfig
-from jaxseek.sharding import parameters
+from jaxseek.sharding import jit_sharing, parameters
 from jaxseek.tokenizer import Tokenizer
 from jaxseek.train import lora
 
@@ -151,7 +150,7 @@ def seed_of(*parts: int) -> int:
     return (int(high) << 31) ^ int(low)
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
+@jit_sharing
 def _as_in_decode(model: DeepSeek, dtype: str) -> DeepSeek:
     """The model without adapters, cast, and laid out as decoding uses it, so that no step moves weights."""
     model = cast(lora.merged(model) if lora.is_adapted(model) else model, dtype)

@@ -23,7 +23,7 @@ from jaxseek.layers.mlp import MLP
 from jaxseek.layers.moe import MoE
 from jaxseek.model import DeepSeek
 from jaxseek.run_config import LoraConfig
-from jaxseek.sharding import parameters
+from jaxseek.sharding import jit_sharing, parameters
 
 # By target: matrix, how many of its axes stand before the two factors' (experts), and how many are left's.
 _ATTENTION = {
@@ -131,12 +131,15 @@ def merge(model: DeepSeek) -> DeepSeek:
     if not is_adapted(model):
         return model
     with model.on_mesh():
-        return jax.jit(merged)(model)
+        return _merge(model)
 
 
 def merged(model: DeepSeek) -> DeepSeek:
     """`merge`, within a compiled function."""
     return _without_adapters(model, lambda adapted: adapted[...].astype(adapted.base[...].dtype))
+
+
+_merge = jit_sharing(merged)
 
 
 def base(model: DeepSeek) -> DeepSeek:

@@ -61,15 +61,23 @@ def init_state(model: DeepSeek, optimizer: optax.GradientTransformation) -> Stat
         return State(model, jax.jit(optimizer.init)(trained(model)), jnp.zeros((), jnp.int32))
 
 
+# Else XLA:CPU copies the moments first: it does not see that a parameter can move before its moments change.
+_ON_CPU = {"xla_cpu_copy_insertion_use_region_analysis": True}
+
+
 @functools.lru_cache(maxsize=8)
 def make_step(
-    objective: Objective, optimizer: optax.GradientTransformation
+    objective: Objective, optimizer: optax.GradientTransformation, platform: str = ""
 ) -> Callable[..., tuple[State, Metrics]]:
-    """`step(state, teacher, batch, mtp weight, bias speed)`: the next state and the metrics of the batch."""
+    """`step(state, teacher, batch, mtp weight, bias speed)`: the next state and the metrics of the batch.
+
+    `platform` is that of the devices it is compiled for, by default this process's.
+    """
 
     rate = learning_rate(objective.recipe)
+    options = _ON_CPU if (platform or jax.default_backend()) == "cpu" else None
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=options)
     def step(state: State, teacher: DeepSeek | None, batch: Batch, mtp: Any, bias_speed: Any):
         params = trained(state.model)
 
