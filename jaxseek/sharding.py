@@ -368,8 +368,7 @@ class _Form:
 def jit_sharing(f: Callable[..., Any]) -> Callable[..., Any]:
     """`jax.jit` of a function of a tree of arrays (its other arguments are static), without its copies.
 
-    What `f` returns as it was given is the very array, which jit would copy: a model's weights, say, that need
-    no move.
+    What `f` returns as it was given is the very array, which jit would copy: weights that need no move, say.
     """
 
     @functools.partial(jax.jit, static_argnums=1)
