@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxseek.cli_shared import table
+from jaxseek.cli.shared import table
 from jaxseek.config import ModelConfig
 from jaxseek_convert.files import Writer
 from jaxseek_convert.numbers import BF16, F32

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from jaxseek import bench_convert
-from jaxseek.cli import main
+from jaxseek.cli.main import main
 from jaxseek.config import ModelConfig
 from jaxseek.model import DeepSeek
 from jaxseek.train.metrics import train_flops

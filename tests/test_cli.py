@@ -6,7 +6,7 @@ import pytest
 from oracles import quick_compilation  # noqa: F401
 
 import jaxseek
-from jaxseek.cli import main
+from jaxseek.cli.main import main
 from jaxseek.config import ModelConfig
 from jaxseek.generate.engine import Engine
 from jaxseek.generate.sampling import Sampling

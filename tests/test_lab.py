@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from oracles import quick_compilation, random_model, random_tokens, slow, tiny_config  # noqa: F401
 
-from jaxseek import cli
+from jaxseek.cli import main as cli
 from jaxseek.config import ConfigError, ModelConfig, configs_dir
 from jaxseek.generate.engine import Engine
 from jaxseek.generate.sampling import Sampling

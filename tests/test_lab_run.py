@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from oracles import quick_compilation, slow, tiny_config  # noqa: F401
 
-from jaxseek import cli
+from jaxseek.cli import main as cli
 from jaxseek.config import ConfigError
 from jaxseek.lab import analytic, plan, run
 from jaxseek.lab.chips import Topology

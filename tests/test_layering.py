@@ -29,9 +29,8 @@ TIERS = [
     {"rl"},
     {"eval", "serve", "info", "quantize", "bench_worker"},
     {"bench", "bench_train", "bench_grpo", "lab"},
-    {"cli_shared"},
-    {"cli_convert", "cli_lab", "bench_convert"},
     {"cli"},
+    {"bench_convert"},
 ]
 LEVEL = {name: level for level, names in enumerate(TIERS) for name in names}
 SOURCES = [*sorted((ROOT / "jaxseek").rglob("*.py")), *sorted((ROOT / "convert").rglob("*.py"))]

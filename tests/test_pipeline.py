@@ -15,7 +15,7 @@ from oracles import quick_compilation, undrawn  # noqa: F401
 from policies import make_home, values_of
 
 from jaxseek import checkpoint
-from jaxseek.cli import main
+from jaxseek.cli.main import main
 from jaxseek.config import ConfigError, ModelConfig, configs_dir
 from jaxseek.rl import pipeline as pipelines
 from jaxseek.rl.pipeline import Pipeline, run_pipeline, table
@@ -386,7 +386,7 @@ def written(raw, directory):
 # Kills itself, as nothing else could be as punctual, once `number` times the place was come to.
 KILLED = """
 import os, signal, sys
-from jaxseek.cli import main
+from jaxseek.cli.main import main
 from jaxseek.rl import pipeline
 from jaxseek.train import metrics
 stage, place, number = sys.argv[1], sys.argv[2], int(sys.argv[3])

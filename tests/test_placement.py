@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import forward, quick_compilation, random_model, tiny_config, weights  # noqa: F401
 
-from jaxseek import cli
+from jaxseek.cli import main as cli
 from jaxseek.config import ConfigError
 from jaxseek.generate.engine import Engine
 from jaxseek.generate.sampling import Sampling

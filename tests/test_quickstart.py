@@ -11,7 +11,7 @@ from oracles import quick_compilation  # noqa: F401
 
 import jaxseek
 from jaxseek import checkpoint
-from jaxseek.cli import main
+from jaxseek.cli.main import main
 from jaxseek.config import configs_dir
 from jaxseek.rl import quickstart as quick
 from jaxseek.rl.quickstart import Quickstart, quickstart

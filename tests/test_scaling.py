@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jaxseek.cli import main
+from jaxseek.cli.main import main
 from jaxseek.config import ConfigError, ModelConfig, presets
 from jaxseek.train.scaling import flops_per_token, nearest_preset, propose
 

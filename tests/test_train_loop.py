@@ -26,7 +26,7 @@ from oracles import (
 
 from jaxseek import checkpoint
 from jaxseek.checkpoint import CheckpointError
-from jaxseek.cli import main
+from jaxseek.cli.main import main
 from jaxseek.config import ConfigError
 from jaxseek.model import DeepSeek
 from jaxseek.run_config import RunConfig

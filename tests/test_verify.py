@@ -16,7 +16,7 @@ from test_convert import MODELS, random_tensors, read_with_safetensors, to_fp8, 
 from test_tokenizer import train_sentencepiece
 
 from jaxseek import checkpoint
-from jaxseek.cli import main
+from jaxseek.cli.main import main
 from jaxseek.config import ModelConfig
 from jaxseek.layers.quant import MATRICES
 from jaxseek.loading import load

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import jaxseek
-from jaxseek.cli import main
+from jaxseek.cli.main import main
 from jaxseek.run_config import RunConfig
 from jaxseek.train.batch import make_batch, to_devices
 from jaxseek.train.objectives import Objective

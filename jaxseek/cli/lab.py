@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from jaxseek.cli_shared import WrongUse, load_model, read_prompts
+from jaxseek.cli.shared import WrongUse, load_model, read_prompts
 
 
 def add_lab_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:

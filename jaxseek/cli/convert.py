@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jaxseek.cli_shared import WrongUse, table
+from jaxseek.cli.shared import WrongUse, table
 
 
 def add_conversion_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jaxseek.cli_convert import add_conversion_verbs
-from jaxseek.cli_lab import add_lab_verbs
-from jaxseek.cli_shared import WrongUse, load_model, read_prompts, table
+from jaxseek.cli.convert import add_conversion_verbs
+from jaxseek.cli.lab import add_lab_verbs
+from jaxseek.cli.shared import WrongUse, load_model, read_prompts, table
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -449,7 +449,3 @@ def _bench(args: argparse.Namespace) -> None:
 
     sizes = {"prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens}
     bench(args.model, batches=args.batch, **sizes, **common)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

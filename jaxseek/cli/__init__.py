@@ -1,0 +1,1 @@
+"""The command line: `main` parses and dispatches, a file for each group of verbs declares and runs them."""
