@@ -33,16 +33,17 @@ from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from jaxseek.config import ModelConfig, presets
-from jaxseek.directory import MANIFEST, PARTIAL, CheckpointError, kind_of, left, new_directory
+from jaxseek.directory import MANIFEST, PARTIAL, CheckpointError, kind_of, left, new_directory, orbax_writes
 from jaxseek.kernels import int4
 from jaxseek.layers.quant import MATRICES, Spec, quantization, quantized
 from jaxseek.model import DeepSeek
 from jaxseek.redundancy import raise_slots
 from jaxseek.sharding import fill, parameters
+from jaxseek.storage.hub import HUB, hub_hint, model_place
+from jaxseek.storage.place import Place, Remote, file_sizes, local_tree, place, write_text
 from jaxseek.store import LAYOUT, Array
 
 FORMAT = 1
-_HUB = "huggingface.co/deepseek-ai"
 DTYPES = ("bfloat16", "float16", "float32")
 _CHUNK_BYTES = 64 << 20  # of storage: the least that is read at a time, and that replicas share in writing
 
@@ -55,7 +56,7 @@ class Savable(Protocol):
 
 def save(
     model: DeepSeek,
-    path: str | Path,
+    path: str | Place,
     tokenizer: Savable | None = None,
     origin: Mapping[str, Any] | None = None,
     overwrite: bool = False,
@@ -80,25 +81,27 @@ def save(
     if specs:
         manifest["quantization"] = {p: spec.group for p, spec in specs.items()}
     arrays = {p: _as_stored(p, a, model.mesh) for p, a in arrays.items()}
+    path = place(path)
     with new_directory(path, sum(a.nbytes for a in arrays.values()), overwrite) as partial:
-        _orbax_save(partial / "params", arrays)
+        weights = path if isinstance(path, Remote) and orbax_writes(path) else partial
+        _orbax_save(weights / "params", arrays)
         if check:
-            _check(partial / "params", arrays)
+            _check(weights / "params", arrays)
         if jax.process_index() == 0:
             write_json(partial / "config.json", model.cfg.replace(dtype=stored_dtype(model)).to_hf())
             if tokenizer is not None:
                 tokenizer.save(partial)
-            manifest["files"] = file_sizes(partial)
+            manifest["files"] = file_sizes(weights) | file_sizes(partial)
             write_json(partial / MANIFEST, manifest)  # last: it says that all else is there
 
 
-def restore(path: str | Path, mesh: Any = None, dtype: Any = None, mtp: bool = True) -> DeepSeek:
+def restore(path: str | Place, mesh: Any = None, dtype: Any = None, mtp: bool = True) -> DeepSeek:
     """The model of a checkpoint, on any mesh; `dtype` casts all but what is float32 by design or quantised.
 
     Without `mtp` the multi-token module is left out. Raises CheckpointError where the directory is no
     checkpoint, an interrupted or a newer one, or does not fit its config.
     """
-    path = Path(path)
+    path = place(path)
     manifest = read_manifest(path)
     raise_incomplete(path, manifest["files"])
     held, cfg = manifest["params"], ModelConfig.from_hf(path / "config.json")
@@ -138,7 +141,7 @@ def restore(path: str | Path, mesh: Any = None, dtype: Any = None, mtp: bool = T
         return fill(model, mesh, value)
 
 
-def _from_store(path: Path, name: str, sharding: Sharding, dtype: Any) -> jax.Array:
+def _from_store(path: Place, name: str, sharding: Sharding, dtype: Any) -> jax.Array:
     """An array that a conversion wrote; each shard is read by itself."""
     array = Array.of(path, name)
 
@@ -149,7 +152,7 @@ def _from_store(path: Path, name: str, sharding: Sharding, dtype: Any) -> jax.Ar
     return jax.make_array_from_callback(array.shape, sharding, shard, dtype=dtype)
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Place) -> dict[str, Any]:
     """`jaxseek.json` of a checkpoint. Raises CheckpointError, as `restore` does."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
@@ -169,12 +172,7 @@ def stored_quantization(manifest: Mapping[str, Any]) -> dict[str, Spec]:
     return {p: Spec(manifest["params"][f"{p}.value"]["dtype"], group) for p, group in groups.items()}
 
 
-def file_sizes(path: Path) -> dict[str, int]:
-    """Bytes of every file below a directory, by relative name."""
-    return {str(f.relative_to(path)): f.stat().st_size for f in sorted(path.rglob("*")) if f.is_file()}
-
-
-def raise_incomplete(path: Path, files: Mapping[str, int]) -> None:
+def raise_incomplete(path: Place, files: Mapping[str, int]) -> None:
     """Arrays are checked by name and size first: Orbax takes long to find that some are not there."""
     found = file_sizes(path / "params")
     expected = {name.removeprefix("params/"): n for name, n in files.items() if name.startswith("params/")}
@@ -186,23 +184,23 @@ def raise_incomplete(path: Path, files: Mapping[str, int]) -> None:
         )
 
 
-def not_a_checkpoint(path_or_preset: str | Path) -> CheckpointError:
+def not_a_checkpoint(path_or_preset: str | Place) -> CheckpointError:
     """What to tell a user who named something that has no weights."""
-    path, known = Path(path_or_preset), presets()
+    path, known = model_place(path_or_preset, weights=False), presets()
     name = path.name.lower()
     if name in known and not path.exists():
         if name.startswith("tiny-"):
             return CheckpointError(f"{name}: is a preset with random weights, so there is nothing to convert")
-        source = known[name].read_text(encoding="utf-8").partition("\n")[0].removeprefix("# deepseek-ai/")
+        source = known[name].read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
         return CheckpointError(
-            f"{name}: is the name of a released model, whose weights are not part of jaxseek. Download "
-            f"{_HUB}/{source} into a directory DIR, then run: jaxseek convert DIR {name}/"
+            f"{name}: is the name of a released model, whose weights are not part of jaxseek; convert them "
+            f"first: jaxseek convert {HUB}{source} {name}/"
         )
     if path.name.endswith(".gguf") and path.is_file():
         return CheckpointError(f"{path}: is a GGUF file; convert it first: jaxseek convert {path} DST")
     what = "exists, but is none" if path.exists() else f"does not exist{left(path)}"
     near = difflib.get_close_matches(name, known, 3, 0.4)
-    hint = (
+    hint = hub_hint(path_or_preset) or (
         f"; presets with a similar name: {', '.join(near)}"
         if near
         else "; jaxseek info --list names the presets"
@@ -213,13 +211,13 @@ def not_a_checkpoint(path_or_preset: str | Path) -> CheckpointError:
     )
 
 
-def _why_not(path: Path) -> str:
+def _why_not(path: Place) -> str:
     if (path / "params").is_dir() or path.name.endswith(PARTIAL):
         return f"{path}: has no {MANIFEST}, so the save was interrupted; save it again"
     if kind_of(path) == "hf":
         return f"{path}: is a Hugging Face checkpoint; convert it first (jaxseek convert {path} DST)"
     if not path.exists():
-        return f"{path}: no such checkpoint{left(path)}"
+        return f"{path}: no such checkpoint{left(path)}{hub_hint(path)}"
     return f"{path}: is no checkpoint; expected a directory with {MANIFEST}, config.json and params/"
 
 
@@ -264,8 +262,9 @@ def stored_dtype(model: DeepSeek) -> str:
     return main_dtype((v.shape, v.dtype) for v in values)
 
 
-def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
-    path.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+def write_json(path: Place, value: Any, indent: int | None = 2) -> None:
+    """Write a value as JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 
 def raise_mismatch(
@@ -293,7 +292,7 @@ def raise_mismatch(
 # -------------------------------------------------------------------- Orbax
 
 
-def _check(path: Path, arrays: dict[str, jax.Array]) -> None:
+def _check(path: Place, arrays: dict[str, jax.Array]) -> None:
     """Read parameters back, one at a time. Raises CheckpointError unless each has the same bits."""
 
     def survived(p: str, a: jax.Array) -> bool:
@@ -356,7 +355,16 @@ def orbax_writers() -> Any:
     return ocp.type_handlers.create_type_handler_registry((jax.Array, writer))
 
 
-def _orbax_save(path: Path, arrays: dict[str, jax.Array]) -> None:
+def orbax_place(at: Place) -> Any:
+    """Where Orbax reads or writes arrays; of stores that it does not know, a copy on this machine to read."""
+    from etils import epath
+
+    if isinstance(at, Remote):
+        return epath.Path(str(at)) if orbax_writes(at) else epath.Path(local_tree(at))
+    return epath.Path(at.absolute())
+
+
+def _orbax_save(path: Place, arrays: dict[str, jax.Array]) -> None:
     import orbax.checkpoint as ocp  # a third of a second to import
 
     args = {p: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=_apart(p, a)) for p, a in arrays.items()}
@@ -367,11 +375,11 @@ def _orbax_save(path: Path, arrays: dict[str, jax.Array]) -> None:
         save_concurrent_gb=1 + -(-largest // 10**9),  # or the whole model is copied at once
     )
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(path, args=ocp.args.PyTreeSave(arrays, save_args=args))
+        checkpointer.save(orbax_place(path), args=ocp.args.PyTreeSave(arrays, save_args=args))
 
 
 def _orbax_restore(
-    path: Path,
+    path: Place,
     shapes: Mapping[str, tuple[int, ...]],
     shardings: Mapping[str, Sharding],
     dtypes: Mapping[str, np.dtype],
@@ -385,7 +393,7 @@ def _orbax_restore(
     wanted = ocp.args.PyTreeRestore(dict.fromkeys(args, 0), restore_args=args, partial_restore=True)
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            return checkpointer.restore(path.absolute(), args=wanted)
+            return checkpointer.restore(orbax_place(path), args=wanted)
     except (ValueError, KeyError, OSError) as e:
         raise CheckpointError(
             f"{path}: cannot be restored, so the checkpoint is damaged or its copy incomplete "

@@ -15,7 +15,10 @@ import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+if TYPE_CHECKING:
+    from jaxseek.storage.place import Place
 
 log = logging.getLogger("jaxseek")
 
@@ -190,8 +193,8 @@ class ModelConfig:
     # ---------------------------------------------------------------- reading and writing
 
     @classmethod
-    def from_hf(cls, source: str | Path | dict[str, Any]) -> ModelConfig:
-        """Read a Hugging Face `config.json` (a path, its directory, or the parsed dict).
+    def from_hf(cls, source: str | Place | dict[str, Any]) -> ModelConfig:
+        """Read a Hugging Face `config.json`: its path or place, that of its directory, or the parsed dict.
 
         Raises ConfigError for an unknown `model_type`, missing fields (all named at once) or values that do
         not fit each other.
@@ -199,7 +202,7 @@ class ModelConfig:
         if isinstance(source, dict):
             raw, where = dict(source), "config"
         else:
-            path = Path(source)
+            path: Any = Path(source) if isinstance(source, str) else source
             path = path / "config.json" if path.is_dir() else path
             where = str(path)
             try:

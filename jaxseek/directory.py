@@ -1,20 +1,31 @@
-"""Directories that are whole or not there: a checkpoint is written beside its place, then named."""
+"""Directories that are whole or not there: written beside their place and then named, or marked at the end.
+
+On a disk a directory is written under another name and renamed when it is whole. An object store cannot
+rename: there the file that makes a directory a checkpoint (`MARKERS`) is written last, and removed first.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxseek.storage.hub import model_place
+from jaxseek.storage.place import Place, Remote, place, remove, scratch, upload, writable
+
 MANIFEST = "jaxseek.json"
+MARKERS = ("config.json", MANIFEST)  # what makes a directory a checkpoint, in the order of writing
 PARTIAL, _OLD = ".jaxseek-partial", ".jaxseek-old"  # siblings: what is being written, what is being replaced
 
 
@@ -22,28 +33,32 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read or written; the message holds what was found and what to do."""
 
 
-def kind_of(path: str | Path) -> Literal["jaxseek", "hf"] | None:
+def kind_of(path: str | Place) -> Literal["jaxseek", "hf"] | None:
     """Which kind of checkpoint a directory claims to be; None where it claims nothing."""
-    path = Path(path)
+    path = model_place(path, weights=False)
     if (path / MANIFEST).is_file() or (path / "params").is_dir():
         return "jaxseek"
     return "hf" if (path / "config.json").is_file() else None
 
 
-def left(path: Path) -> str:
+def left(path: Place) -> str:
+    """What an interrupted save has left, for a message."""
+    if isinstance(path, Remote):
+        return ""
     left = [p for p in (path.absolute().parent / (path.name + s) for s in (PARTIAL, _OLD)) if p.exists()]
     return "".join(f"; {p} was left by an interrupted save" for p in left)
 
 
-def check_destination(path: str | Path, needed: int, overwrite: bool) -> bool:
-    """Whether there is something to replace at `path`. Raises CheckpointError if a save there would fail."""
-    path = Path(path).absolute()
+def check_destination(path: Place, needed: int, overwrite: bool) -> bool:
+    """Tell whether there is something to replace. Raises CheckpointError if a save there would fail."""
+    path = writable(path).absolute()
     taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     if taken and not overwrite:
         raise CheckpointError(f"{path}: already exists; choose another name, or overwrite it (--overwrite)")
     if taken and kind_of(path) is None:
         raise CheckpointError(f"{path}: already exists and is no checkpoint, so it is not overwritten")
-    check_room(path, needed)
+    if isinstance(path, Path):
+        check_room(path, needed)
     return taken
 
 
@@ -58,12 +73,35 @@ def existing_parent(path: Path) -> Path:
     return next(p for p in path.parents if p.exists())
 
 
+def orbax_writes(path: Place) -> bool:
+    """Tell whether Orbax itself reads and writes there, from every host: on disks and at gs://.
+
+    To all other stores a checkpoint goes through a disk of the one host that writes it.
+    """
+    return isinstance(path, Path) or path.scheme in ("gs", "gcs")
+
+
+def raise_one_host(path: Place) -> None:
+    """Raise CheckpointError where several hosts would have to write a checkpoint through their own disks."""
+    if jax.process_count() > 1 and not orbax_writes(path):
+        raise CheckpointError(
+            f"{path}: {jax.process_count()} hosts write a checkpoint together, which Orbax does at gs:// and "
+            "on a disk that they share; choose one of these"
+        )
+
+
 @contextlib.contextmanager
-def new_directory(path: str | Path, needed: int, overwrite: bool = False) -> Iterator[Path]:
+def new_directory(path: str | Place, needed: int, overwrite: bool = False) -> Iterator[Path]:
     """A directory to write into, which becomes `path` when all went well and vanishes when not.
 
-    `needed` bytes must be free. With `overwrite`, `path` may be a checkpoint, which is removed at the end.
+    `needed` bytes must be free. With `overwrite`, `path` may be a checkpoint, which is removed at the end; in
+    an object store at the start.
     """
+    path = place(path)
+    if isinstance(path, Remote):
+        with _new_remote(path, needed, overwrite) as folder:
+            yield folder
+        return
     partial = _partial(path)
     taken = check_destination(path, needed, overwrite)
     leader = jax.process_index() == 0
@@ -75,7 +113,7 @@ def new_directory(path: str | Path, needed: int, overwrite: bool = False) -> Ite
         yield partial
         _meet("written")
         if leader:
-            _rename(partial, Path(path).absolute(), taken)
+            _rename(partial, path.absolute(), taken)
         _meet("renamed")
     except BaseException as e:
         if leader:
@@ -85,16 +123,98 @@ def new_directory(path: str | Path, needed: int, overwrite: bool = False) -> Ite
 
 
 @contextlib.contextmanager
-def resumable_directory(path: str | Path, journal: str, overwrite: bool = False) -> Iterator[Path]:
+def _new_remote(path: Remote, needed: int, overwrite: bool) -> Iterator[Path]:
+    raise_one_host(path)
+    taken = check_destination(path, 0, overwrite)
+    leader = jax.process_index() == 0
+    with scratch("save") as folder:
+        if not orbax_writes(path):
+            check_room(folder, needed)
+        if leader and taken:
+            clear(path)
+        _meet("created")
+        yield folder
+        _meet("written")
+        if leader:
+            upload(folder, path, MARKERS)
+        _meet("marked")
+
+
+def clear(path: Remote) -> None:
+    """Remove a checkpoint from an object store, first what makes it one."""
+    for name in reversed(MARKERS):
+        (path / name).unlink(missing_ok=True)
+    remove(path)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A directory that is being written: `weights` and the journal where they stay, `files`, the small ones,
+    on this machine. On a disk they are one."""
+
+    files: Path
+    weights: Place
+
+
+@contextlib.contextmanager
+def resumable_directory(path: Place, journal: str, overwrite: bool = False) -> Iterator[Draft]:
     """As `new_directory`, but what was written stays where it failed, and is there the next time.
 
-    The file `journal` in it tells what that is: nothing, as long as it is empty. It is locked, so that one
-    process at a time writes, and is removed last of all.
+    The file `journal` in it tells what that is: nothing, as long as it is empty. On a disk it is locked, so
+    that one conversion at a time writes; it is removed last of all. On several hosts all call it.
     """
-    partial, path = _partial(path), Path(path).absolute()
-    with contextlib.suppress(OSError):
-        (path / journal).unlink()  # a kill may have left it there
+    leader = jax.process_index() == 0
+    if isinstance(path, Remote):
+        with _resumable_remote(path, journal, overwrite, leader) as draft:
+            yield draft
+        return
+    partial, path = _partial(path), path.absolute()
+    if leader:
+        _forget(path, journal)  # a kill may have left it there
     taken = check_destination(path, 0, overwrite)
+    _meet("checked")
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(_claimed(partial, journal, path)) if leader else None
+        _meet("claimed")
+        try:
+            yield Draft(partial, partial)
+        except BaseException as e:
+            if file is not None and not os.fstat(file.fileno()).st_size:
+                shutil.rmtree(partial, ignore_errors=True)
+            _raise_full(e, path, None, "; free some and run the same command again: it goes on")
+            raise
+        if leader:
+            _rename(partial, path, taken)
+            _forget(path, journal)
+        _meet("renamed")
+
+
+@contextlib.contextmanager
+def _resumable_remote(path: Remote, journal: str, overwrite: bool, leader: bool) -> Iterator[Draft]:
+    begun = (path / journal).is_file() and not any((path / name).is_file() for name in MARKERS)
+    taken = not begun and check_destination(path, 0, overwrite)
+    _meet("checked")
+    if taken and leader:
+        clear(path)
+    _meet("claimed")
+    with scratch("convert") as folder:
+        yield Draft(folder, path)
+        if leader:
+            upload(folder, path, MARKERS)
+            _forget(path, journal)
+    _meet("marked")
+
+
+def _forget(path: Place, journal: str) -> None:
+    """Remove the journal of a directory that is whole, and those that other hosts have kept beside it."""
+    stem, _, suffix = journal.partition(".")
+    for kept in list(path.glob(f"{stem}*.{suffix}")) if path.is_dir() else ():
+        kept.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _claimed(partial: Path, journal: str, path: Path) -> Iterator[IO[str]]:
+    """The journal of a directory, locked; the directory is made where it is not there."""
     try:
         partial.mkdir(parents=True, exist_ok=True)
         file = (partial / journal).open("a")
@@ -102,15 +222,7 @@ def resumable_directory(path: str | Path, journal: str, overwrite: bool = False)
         raise CheckpointError(f"{path}: cannot be written ({e}); choose another destination") from None
     with file:
         _lock(file, partial / journal)
-        try:
-            yield partial
-        except BaseException as e:
-            if not os.fstat(file.fileno()).st_size:
-                shutil.rmtree(partial, ignore_errors=True)
-            _raise_full(e, path, None, "; free some and run the same command again: it goes on")
-            raise
-        _rename(partial, path, taken)
-        (path / journal).unlink(missing_ok=True)
+        yield file
 
 
 def _lock(file: IO[str], path: Path) -> None:
@@ -122,8 +234,8 @@ def _lock(file: IO[str], path: Path) -> None:
     raise CheckpointError(f"{path.parent}: another process is converting to there; wait for it")
 
 
-def _partial(path: str | Path) -> Path:
-    path = Path(path).absolute()
+def _partial(path: Path) -> Path:
+    path = path.absolute()
     return path.with_name(path.name + PARTIAL)
 
 
@@ -144,6 +256,16 @@ def _raise_full(e: BaseException, path: str | Path, needed: int | None, then: st
         raise CheckpointError(
             f"{path}: the disk of {parent} is full; {need}{_size(free)} are free{then}"
         ) from e
+
+
+def gather(value: Any) -> list[Any]:
+    """The value of every host, in their order; it has to be JSON."""
+    if jax.process_count() == 1:
+        return [value]
+    text = json.dumps(value).encode()
+    longest = int(np.max(multihost_utils.process_allgather(np.int32(len(text)))))
+    padded = np.frombuffer(text.ljust(longest), np.uint8)
+    return [json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]
 
 
 def _meet(where: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -15,23 +14,27 @@ from jaxseek.layers.quant import Spec, quantized
 from jaxseek.model import DeepSeek
 from jaxseek.redundancy import place_experts
 from jaxseek.sharding import Strategy, device_bytes
+from jaxseek.storage.hub import hub_hint, model_place
 
 
 def read_config(model: str) -> ModelConfig:
     """The config of a preset name, a checkpoint or Hugging Face directory, or a config.json."""
-    path = Path(model)
+    path = model_place(model, weights=False)
     if path.exists():
         return ModelConfig.from_hf(path)
     if model in presets() or not ("/" in model or model.endswith(".json")):
         return ModelConfig.from_preset(model)
-    raise ConfigError(f"{model}: neither a preset (jaxseek info --list) nor a directory with a config.json")
+    raise ConfigError(
+        f"{model}: neither a preset (jaxseek info --list) nor a directory with a config.json{hub_hint(model)}"
+    )
 
 
 def read_quantization(model: str) -> dict[str, Spec]:
     """How the parameters of a checkpoint directory are quantised; empty where they are not."""
-    if checkpoint.kind_of(model) != "jaxseek":
+    path = model_place(model, weights=False)
+    if checkpoint.kind_of(path) != "jaxseek":
         return {}
-    return checkpoint.stored_quantization(checkpoint.read_manifest(Path(model)))
+    return checkpoint.stored_quantization(checkpoint.read_manifest(path))
 
 
 def describe(

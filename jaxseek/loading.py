@@ -1,8 +1,7 @@
-"""`load`: a model and its tokenizer from a checkpoint, a Hugging Face directory, or a preset's name."""
+"""`load`: a model and its tokenizer from a checkpoint or a Hugging Face directory, wherever, or a preset."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -12,29 +11,32 @@ from jaxseek.config import ConfigError, ModelConfig, presets
 from jaxseek.model import DeepSeek
 from jaxseek.redundancy import place_experts
 from jaxseek.sharding import Strategy
+from jaxseek.storage.hub import model_place
+from jaxseek.storage.place import Place
 
 if TYPE_CHECKING:
     from jaxseek.tokenizer import Tokenizer
 
 
 def load(
-    path_or_preset: str | Path, mesh: Any = None, dtype: Any = None
+    path_or_preset: str | Place, mesh: Any = None, dtype: Any = None
 ) -> tuple[DeepSeek, Tokenizer | None]:
     """A model ready to run, and its tokenizer or None where there is none.
 
-    A directory is a converted checkpoint or a Hugging Face one; `tiny-*` presets get random weights. `mesh`
+    A directory, of a disk or an object store (gs://, s3://), or a hub name (hf://OWNER/NAME) is a converted
+    checkpoint or a Hugging Face one; `tiny-*` presets get random weights. `mesh`
     defaults to one device on CPU and else to as many on the tensor axis as divide the model; `dtype` to
     float32 on CPU and else bfloat16. Redundant experts of the mesh's
     strategy are in place. Raises CheckpointError, ConfigError or TokenizerError.
     """
-    path = Path(path_or_preset)
+    path = model_place(path_or_preset)
     on_cpu = jax.default_backend() == "cpu"
     dtype = checkpoint.parse_dtype(("float32" if on_cpu else "bfloat16") if dtype is None else dtype)
     kind = checkpoint.kind_of(path)
     name = str(path_or_preset)
     if kind is None and not (name.startswith("tiny-") and name in presets()):
         raise checkpoint.not_a_checkpoint(path_or_preset)
-    cfg = ModelConfig.from_hf(path) if kind else ModelConfig.from_preset(name)
+    cfg = ModelConfig.from_hf(path / "config.json") if kind else ModelConfig.from_preset(name)
     if mesh is None:
         mesh = widest(cfg, 1 if on_cpu else jax.device_count())
     tokenizer = None

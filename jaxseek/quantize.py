@@ -14,8 +14,9 @@ from jaxseek.config import ModelConfig
 from jaxseek.host_memory import free_memory
 from jaxseek.loading import load
 from jaxseek.model import DeepSeek
+from jaxseek.storage.place import place
 from jaxseek.tokenizer import Tokenizer
-from jaxseek_convert.conversion import folder_of, opened
+from jaxseek_convert.conversion import opened, source_place
 from jaxseek_convert.verify import float32_model
 
 _WINDOW, _WINDOWS, _BATCH = 256, 16, 4  # tokens, of which so many windows are read, so many at a time
@@ -29,7 +30,7 @@ def rounding_error(src: str | Path, dst: str | Path, text: str | Path | None = N
     tokenizer reads random tokens, of which the perplexity says nothing. Where both do not fit into memory,
     or the text is too short, the result is `why`. Raises CheckpointError as `load` does, or OSError.
     """
-    cfg = ModelConfig.from_hf(dst)
+    cfg = ModelConfig.from_hf(place(dst))
     if (need := 8 * cfg.num_params()) > (free := free_memory()):
         return {"why": f"both models in float32 take {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free"}
     other, tokenizer = load(dst)
@@ -37,8 +38,8 @@ def rounding_error(src: str | Path, dst: str | Path, text: str | Path | None = N
     tokens = _tokens(tokenizer, cfg.vocab_size, text, window)
     if not len(tokens):
         return {"why": f"{text} has fewer than {window} tokens; give a longer text"}
-    with folder_of(src, Path(dst)) as (folder, remote):
-        model = float32_model(opened(folder, False, remote), cfg.replace(num_nextn_predict_layers=0))
+    with source_place(src, place(dst)) as at:
+        model = float32_model(opened(at, False), cfg.replace(num_nextn_predict_layers=0))
     parts = [_compare(model, other, batch) for batch in np.split(tokens, range(_BATCH, len(tokens), _BATCH))]
     nll, other_nll, kl, same = (np.concatenate([p[i].ravel() for p in parts]) for i in range(4))
     result = {
@@ -61,7 +62,7 @@ def _tokens(tokenizer: Tokenizer | None, vocabulary: int, text: str | Path | Non
 
         words = "\n".join(topics[name] for name in sorted(topics))
     else:
-        words = Path(text).read_text(encoding="utf-8")
+        words = place(text).read_text(encoding="utf-8")
     ids = tokenizer.encode(words[: 64 * window * _WINDOWS])
     count = min(_WINDOWS, len(ids) // window)
     return np.array(ids[: count * window]).reshape(count, window)

@@ -22,6 +22,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxseek.storage.place import Place
+
 LAYOUT = "flat"  # the manifest's name for it
 CHUNK_BYTES = 32 << 20  # what other readers read to get any number of a chunk
 
@@ -94,14 +96,17 @@ class Array:
             yield self._file(tuple(index)), within, at - start, size
             at += size
 
-    def read(self, folder: Path, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
-        """A part of the array, cast; `index` has a slice with start and stop for every axis."""
+    def read(self, folder: Place, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
+        """A part of the array, cast; `index` has a slice with start and stop for every axis.
+
+        Of a chunk on a disk that part is read, of one in an object store all.
+        """
         out = np.empty([i.stop - i.start for i in index], dtype)
         grid = [range(i.start // c, -(-i.stop // c)) for i, c in zip(index, self.chunk)]
         inverse = [self.order.index(i) for i in range(len(self.order))]
 
         def fill(at: tuple[int, ...]) -> None:
-            flat = np.memmap(folder / self._file(at), self.dtype, "r").view(np.ndarray)
+            flat = _numbers(folder / self._file(at), self.dtype)
             chunk = flat.reshape([self.chunk[i] for i in self.order]).transpose(inverse)
             first = [k * c for k, c in zip(at, self.chunk)]
             low = [max(i.start, f) for i, f in zip(index, first)]
@@ -115,7 +120,7 @@ class Array:
         return out
 
     @classmethod
-    def of(cls, folder: Path, path: str) -> Array:
+    def of(cls, folder: Place, path: str) -> Array:
         """An array of a store that is there."""
         raw = json.loads((folder / "params" / path / "zarr.json").read_text(encoding="utf-8"))
         order = [c["configuration"]["order"] for c in raw["codecs"] if c["name"] == "transpose"]
@@ -139,6 +144,12 @@ class Array:
             "codecs": [*codecs, {"name": "bytes", **endian}],
             "fill_value": 0 if self.dtype.kind in "iu" else 0.0,
         }
+
+
+def _numbers(file: Place, dtype: np.dtype) -> np.ndarray:
+    if isinstance(file, Path):
+        return np.memmap(file, dtype, "r").view(np.ndarray)
+    return np.frombuffer(file.read_bytes(), dtype)
 
 
 def write_metadata(folder: Path, arrays: Mapping[str, Array]) -> None:

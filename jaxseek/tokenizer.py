@@ -24,6 +24,8 @@ from sentencepiece import sentencepiece_model_pb2
 
 from jaxseek import chat
 from jaxseek.chat import Mark, Message, TokenizerError
+from jaxseek.storage.hub import model_place
+from jaxseek.storage.place import Place, place, write_bytes
 
 _FILES = (
     "tokenizer.json",
@@ -88,23 +90,24 @@ class Tokenizer:
         self._skipped = backend.special.union(ids("bos"), ids("pad"), self.eos_ids)
 
     @classmethod
-    def from_dir(cls, path: str | Path, *, template: str | None = None) -> Tokenizer | None:
-        """The tokenizer of a Hugging Face style directory, or None where it holds none.
+    def from_dir(cls, path: str | Place, *, template: str | None = None) -> Tokenizer | None:
+        """The tokenizer of a Hugging Face style directory, on a disk or not, or None where it holds none.
 
         Reads tokenizer.json, or else tokenizer.model, with the config files beside it. `template` overrides
         the detected chat template. Raises TokenizerError for a file that is not what its name says.
         """
-        paths = [Path(path) / name for name in _FILES] + sorted(Path(path).glob("*.model"))
+        path = model_place(path, weights=False)
+        paths = [path / name for name in _FILES] + sorted(path.glob("*.model"), key=str)
         files = {file.name: file.read_bytes() for file in paths if file.is_file()}
         if "tokenizer.json" not in files and not any(name.endswith(".model") for name in files):
             return None
         return cls(files, template)
 
-    def save(self, path: str | Path) -> None:
-        """Writes the files that this tokenizer was read from into `path`, byte for byte."""
-        Path(path).mkdir(parents=True, exist_ok=True)
-        for name, blob in self._files.items():
-            (Path(path) / name).write_bytes(blob)
+    def save(self, path: str | Place) -> None:
+        """Writes the files that this tokenizer was read from, byte for byte, the vocabulary last."""
+        folder = place(path)
+        for name in sorted(self._files, key=lambda name: name.endswith(("tokenizer.json", ".model"))):
+            write_bytes(folder / name, self._files[name])
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """Ids of a text by anybody: no control token but the BOS in front, where the model wants one."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -27,11 +27,21 @@ from jaxseek import checkpoint, directory
 from jaxseek.directory import CheckpointError
 from jaxseek.host_memory import peak_memory
 from jaxseek.layers.quant import MATRICES
+from jaxseek.storage.hub import model_place
+from jaxseek.storage.place import (
+    Place,
+    Remote,
+    file_sizes,
+    is_url,
+    remove,
+    scratch,
+    writable,
+)
 from jaxseek.store import LAYOUT, write_metadata
 from jaxseek.tokenizer import Tokenizer
 from jaxseek_convert import stream
 from jaxseek_convert.checksums import check_sums
-from jaxseek_convert.files import RemoteFile, fetched, is_remote
+from jaxseek_convert.files import Uploader, Writer
 from jaxseek_convert.from_hf import HFCheckpoint
 from jaxseek_convert.gguf import gguf_to_hf, is_gguf
 from jaxseek_convert.numbers import BF16, BLOCK, F32, QUANTIZED, Form, float8
@@ -45,8 +55,8 @@ DIGESTS = "digests.json"
 
 
 def convert(
-    src: str | Path,
-    dst: str | Path,
+    src: str | Place,
+    dst: str | Place,
     to: Literal["jaxseek", "hf"] = "jaxseek",
     dtype: Any = None,
     mtp: bool = True,
@@ -67,61 +77,81 @@ def convert(
     read back and compared with the digests of what was meant before `dst` gets its name. Killed or failed,
     the same call goes on. Raises CheckpointError, ConfigError or TokenizerError; then `dst` is what it was.
     """
-    start, place = time.monotonic(), Path(dst)
+    start, to_place = time.monotonic(), writable(dst)
     if to not in ("jaxseek", "hf"):
         raise CheckpointError(f"to is {to!r}, expected 'jaxseek' or 'hf'")
-    if not is_remote(src) and place.resolve() in (Path(src).resolve(), *Path(src).resolve().parents):
+    if _holds(to_place, src):
         raise CheckpointError(
             f"{dst}: is or holds the checkpoint to be converted; choose another destination"
         )
-    console = Console(stderr=True)
+    host, hosts = jax.process_index(), jax.process_count()
+    console, progress = Console(stderr=True), progress and host == 0
     with (
-        directory.resumable_directory(place, stream.JOURNAL, overwrite) as partial,
-        folder_of(src, place) as (folder, remote),
+        directory.resumable_directory(to_place, stream.JOURNAL, overwrite) as draft,
+        source_place(src, to_place) as at,
         bars(progress, console) as stage,
     ):
-        source = opened(folder, mtp, remote)
-        if isinstance(source, HFCheckpoint):
-            source.check_copies()
-        forms = target_forms(source, to, dtype)
-        origin = source.origin(forms)
-        beside = Beside(folder, Tokenizer.from_dir(folder))
-        if beside.tokenizer is not None:
-            beside.tokenizer.check_fits(source.cfg.vocab_size)
-        sink, finish = sink_for(source, forms, origin, to)
-        layouts = {name: row.layout for name, (row, _) in sink.tensors.items()}
-        working = stream.working_memory(layouts, source.form, sink.form)
-        threads = stream.threads_for(memory, working + source.memory.thread, source.memory.shared)
-        identity = {
-            "source": source.identity(),
-            "sink": [to, {path: form.__dict__ for path, form in forms.items()}, sorted(sink.files.items())],
-        }
-        with contextlib.closing(stream.Journal(partial, identity)) as journal:
-            _check_room(place, partial, sink)
-            resumed = _resume(partial, sink, journal, threads, stage)
-            if checksums and remote is None and not resumed:
-                check_sums(folder, stage)
-            done = stage("convert", sum(map(source.nbytes, sink.tensors)))
-            done(sum(map(source.nbytes, journal.done)))
-            stream.pump(source, sink, layouts, journal, threads, done)
-            if source.identity() != identity["source"]:
-                raise CheckpointError(
-                    f"{src}: was changed while it was read, expected the same files from start to end; "
-                    "the same command starts anew"
-                )
-            finish(partial, beside)
-            digests = {"algorithm": "xxh3-128", "tensors": dict(sorted(journal.done.items()))}
-            checkpoint.write_json(partial / DIGESTS, digests, indent=None)
-            if to == "jaxseek":
-                _write_manifest(partial, source, forms, origin)
-            if verify:
-                found = opened(partial)
-                if bad := differing(partial, found.spans, journal.done, threads, stage):
-                    journal.forget(bad)
+        with _together(src):
+            source = opened(at, mtp)
+            if isinstance(source, HFCheckpoint):
+                source.check_copies()
+            forms = target_forms(source, to, dtype)
+            origin = source.origin(forms)
+            beside = Beside(at, Tokenizer.from_dir(at))
+            if beside.tokenizer is not None:
+                beside.tokenizer.check_fits(source.cfg.vocab_size)
+            sink, finish = sink_for(source, forms, origin, to)
+            layouts = {name: row.layout for name, (row, _) in sink.tensors.items()}
+            working = stream.working_memory(layouts, source.form, sink.form)
+            threads = stream.threads_for(memory, working + source.memory.thread, source.memory.shared)
+            identity = {
+                "source": source.identity(),
+                "sink": [
+                    to,
+                    {path: form.__dict__ for path, form in forms.items()},
+                    sorted(sink.files.items()),
+                ],
+            }
+        groups = stream.groups(sink)
+        own = stream.share(groups, host, hosts)
+        writer: Writer = Writer(draft.files, sink.files)
+        if isinstance(draft.weights, Remote):
+            writer = Uploader(draft.files / "sending", sink.files, draft.weights)
+        with contextlib.closing(stream.Journal(draft.weights, identity)) as journal:
+            with _together(src):
+                if host == 0:
+                    _check_room(draft, sink, groups, threads)
+                    _resume(draft.weights, sink, journal, threads, stage)
+            journal.done = directory.gather(journal.done)[0]
+            resumed = len(journal.done)
+            with _together(src):
+                if checksums and host == 0 and isinstance(at, Path) and not resumed:
+                    check_sums(at, stage)
+                names = [name for group in own for name in group.names]
+                done = stage("convert", sum(map(source.nbytes, names)))
+                done(sum(source.nbytes(name) for name in names if name in journal.done))
+                stream.pump(source, sink, layouts, journal, own, writer, threads, done)
+                if source.identity() != identity["source"]:
                     raise CheckpointError(
-                        f"{dst}: {len(bad)} tensors were read back with other values, as {bad[0]}; is "
-                        "the disk sound? The same command writes them again"
+                        f"{src}: was changed while it was read, expected the same files from start to end; "
+                        "the same command starts anew"
                     )
+            journal.share()
+            with _together(src):
+                if verify:
+                    mine = {name: journal.done[name] for name in names}
+                    if bad := differing(draft.weights, sink.spans, mine, threads, stage):
+                        journal.forget(bad)
+                        raise CheckpointError(
+                            f"{dst}: {len(bad)} tensors were read back with other values, as {bad[0]}; is "
+                            "the disk sound? The same command writes them again"
+                        )
+            if host == 0:
+                finish(draft.files, beside)
+                digests = {"algorithm": "xxh3-128", "tensors": dict(sorted(journal.done.items()))}
+                checkpoint.write_json(draft.files / DIGESTS, digests, indent=None)
+                if to == "jaxseek":
+                    _write_manifest(draft, source, forms, origin)
     seconds = time.monotonic() - start
     if progress:
         console.print(
@@ -138,7 +168,7 @@ def convert(
         "mtp": source.cfg.num_nextn_predict_layers,
         "dtype": main_kind(source, forms),
         "bytes": sum(sink.files.values()),
-        "bytes_on_disk": sum(checkpoint.file_sizes(place).values()),
+        "bytes_on_disk": sum(file_sizes(to_place).values()),
         "seconds": round(seconds, 3),
         "tokenizer": beside.tokenizer is not None,
         "tensors": len(sink.tensors),
@@ -148,30 +178,56 @@ def convert(
     }
 
 
-def _check_room(place: Path, partial: Path, sink: stream.Sink) -> None:
-    """Raise CheckpointError unless there is room for what is not allocated yet."""
-    held = sum(f.stat().st_blocks * 512 for f in partial.rglob("*") if f.is_file())
-    directory.check_room(place, sum(sink.files.values()) - held)
+def _holds(dst: Place, src: str | Place) -> bool:
+    """Tell whether `dst` is `src` or a folder that it lies in."""
+    if is_url(dst) or is_url(src):
+        return str(dst).rstrip("/") == str(src).rstrip("/")
+    source = Path(str(src)).resolve()
+    return Path(str(dst)).resolve() in (source, *source.parents)
 
 
-def _resume(partial: Path, sink: stream.Sink, journal: stream.Journal, threads: int, stage: Stage) -> int:
-    """How many tensors were written before, and still are what they were."""
+@contextlib.contextmanager
+def _together(src: str | Place) -> Iterator[None]:
+    """Let an error on any host end the conversion on all. Raises CheckpointError on those without one."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as e:
+        error = e
+    told = directory.gather(None if error is None else str(error))
+    if error is not None:
+        raise error
+    if failed := [(host, text) for host, text in enumerate(told) if text is not None]:
+        raise CheckpointError(f"{src}: host {failed[0][0]} failed: {failed[0][1]}")
+
+
+def _check_room(draft: directory.Draft, sink: stream.Sink, groups: list[stream.Group], threads: int) -> None:
+    """Raise CheckpointError unless there is room for what is still to be written, or to be sent at a time."""
+    if isinstance(draft.weights, Remote):
+        largest = sorted((group.nbytes for group in groups), reverse=True)
+        directory.check_room(draft.files, sum(largest[: threads + 1]))
+        return
+    held = sum(f.stat().st_blocks * 512 for f in draft.files.rglob("*") if f.is_file())
+    directory.check_room(draft.weights, sum(sink.files.values()) - held)
+
+
+def _resume(weights: Place, sink: stream.Sink, journal: stream.Journal, threads: int, stage: Stage) -> None:
+    """Have those tensors written again that are no more what they were."""
     if journal.done:
-        found = checkpoint.file_sizes(partial)
+        found = file_sizes(weights)
         lost = {file for file, size in sink.files.items() if found.get(file) != size}
         journal.forget([n for n in journal.done if any(file in lost for _, file, *_ in sink.spans(n))])
     if journal.restarted:
-        journal.forget(differing(partial, sink.spans, journal.done, threads, stage))
+        journal.forget(differing(weights, sink.spans, journal.done, threads, stage))
         journal.trust()
-    return len(journal.done)
 
 
-def opened(folder: Path, mtp: bool = True, remote: Mapping[str, RemoteFile] | None = None) -> Source:
+def opened(at: Place, mtp: bool = True) -> Source:
     """A checkpoint of either kind."""
-    kind = checkpoint.kind_of(folder)
+    kind = checkpoint.kind_of(at)
     if kind is None:
-        raise checkpoint.not_a_checkpoint(folder)
-    return HFCheckpoint(folder, mtp, remote) if kind == "hf" else StoreCheckpoint(folder, mtp)
+        raise checkpoint.not_a_checkpoint(at)
+    return HFCheckpoint(at, mtp) if kind == "hf" else StoreCheckpoint(at, mtp)
 
 
 def parse_dtype(dtype: Any) -> str | None:
@@ -271,7 +327,7 @@ def sink_for(source: stream.Described, forms: Mapping[str, Form], origin: Mappin
 
 
 def _write_manifest(
-    folder: Path, source: Source, forms: Mapping[str, Form], origin: Mapping[str, Any]
+    draft: directory.Draft, source: Source, forms: Mapping[str, Form], origin: Mapping[str, Any]
 ) -> None:
     manifest = {
         "format": checkpoint.FORMAT,
@@ -279,15 +335,13 @@ def _write_manifest(
         **described(source.table, forms),
         "origin": dict(origin),
     }
-    files = checkpoint.file_sizes(folder)
-    manifest["files"] = {
-        n: size for n, size in files.items() if n not in (stream.JOURNAL, checkpoint.MANIFEST)
-    }
-    checkpoint.write_json(folder / checkpoint.MANIFEST, manifest)
+    files = file_sizes(draft.weights) | file_sizes(draft.files)
+    manifest["files"] = {n: size for n, size in files.items() if not n.startswith(("journal.", "sending/"))}
+    checkpoint.write_json(draft.files / checkpoint.MANIFEST, manifest)
 
 
 def differing(
-    folder: Path, spans: Any, digests: Mapping[str, Mapping[str, str]], threads: int, stage: Stage
+    folder: Place, spans: Any, digests: Mapping[str, Mapping[str, str]], threads: int, stage: Stage
 ) -> list[str]:
     """Tensors whose bytes on disk do not have these digests."""
     done = stage("verify", sum(n for name in digests for *_, n in spans(name)))
@@ -299,7 +353,7 @@ def differing(
 class Beside:
     """What lies beside the weights and is copied byte for byte: tokenizer files, generation_config.json."""
 
-    folder: Path
+    folder: Place
     tokenizer: Tokenizer | None
 
     def save(self, path: Path) -> None:
@@ -307,7 +361,7 @@ class Beside:
             self.tokenizer.save(path)
         generation = self.folder / "generation_config.json"
         if generation.is_file():
-            shutil.copyfile(generation, path / generation.name)
+            (path / generation.name).write_bytes(generation.read_bytes())
 
 
 @contextlib.contextmanager
@@ -323,23 +377,20 @@ def bars(show: bool, console: Console) -> Iterator[Stage]:
 
 
 @contextlib.contextmanager
-def folder_of(
-    src: str | Path, dst: Path, weights: bool = True
-) -> Iterator[tuple[Path, Mapping[str, RemoteFile] | None]]:
-    """The directory to read, and weight files that are elsewhere; without `weights` none is fetched.
+def source_place(src: str | Place, dst: Place, weights: bool = True) -> Iterator[Place]:
+    """Where the checkpoint to be read is; without `weights` those of a hub name are not fetched.
 
-    A GGUF file, and the small files of a remote checkpoint, become a directory beside `dst` for as long as
-    it is needed.
+    A GGUF file becomes a Hugging Face directory for as long as it is needed: beside `dst`, or in the
+    temporary folder where that is in an object store.
     """
-    if not is_gguf(src) and not is_remote(src):
-        yield Path(src), None
-        return
-    scratch = dst.with_name(dst.name + ".jaxseek-source")
-    try:
-        if is_gguf(src):
-            yield gguf_to_hf(src, scratch, overwrite=True), None
-        else:
-            with fetched(str(src), scratch, weights) as found:
-                yield found
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    if not is_gguf(src):
+        yield model_place(src, weights)
+    elif isinstance(dst, Remote):
+        with scratch("gguf") as folder:
+            yield gguf_to_hf(src, folder / "hf")
+    else:
+        made = dst.with_name(f"{dst.name}.jaxseek-source{jax.process_index() or ''}")
+        try:
+            yield gguf_to_hf(src, made, overwrite=True)
+        finally:
+            remove(made)

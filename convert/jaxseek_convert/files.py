@@ -1,4 +1,4 @@
-"""Files of a checkpoint, on a disk or at any fsspec URL, read in parts; and where files are to be written."""
+"""Files of a checkpoint, on a disk or in an object store: read in parts, written in parts or sent whole."""
 
 from __future__ import annotations
 
@@ -7,20 +7,17 @@ import errno
 import functools
 import mmap
 import os
-import re
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxseek.directory import CheckpointError
+from jaxseek.storage.place import Place, Remote, file_state
 
-_HUB = "hf://"
-_CHANGED = ("etag", "md5hash", "checksum", "lastmodified", "mtime", "updated", "created")  # where URLs differ
 _libc = ctypes.CDLL(None, use_errno=True)  # what it lacks, outside Linux, is left out
 _local = threading.local()
 _PAGE = 4096
@@ -35,8 +32,7 @@ class File:
 
     def state(self) -> list[Any]:
         """What tells the file from itself before it was changed."""
-        status = self.path.stat()
-        return [str(self), status.st_size, status.st_mtime_ns]
+        return file_state(self.path)
 
     def __str__(self) -> str:
         return str(self.path)
@@ -98,27 +94,28 @@ class File:
 
 
 class RemoteFile:
-    """A file of an fsspec file system."""
+    """A file in an object store or on the web."""
 
-    def __init__(self, fs: Any, path: str):
-        self.fs, self.path, self.name = fs, path, path.rsplit("/", 1)[-1]
-        self.size = fs.info(path)["size"]
-        if self.size is None:
+    def __init__(self, at: Remote):
+        self.at, self.name = at, at.name
+        size = at.state()[1]
+        if size is None:
             raise CheckpointError(f"{self}: the server does not tell its size; download the files first")
+        self.size: int = size
 
     def state(self) -> list[Any]:
-        """As of File, where the file system tells more than the size."""
-        info = {re.sub("[-_]", "", key).lower(): value for key, value in self.fs.info(self.path).items()}
-        told = next((info[key] for key in _CHANGED if info.get(key)), "")
-        return [str(self), info["size"], str(told)]
+        """As of File, where the store tells more than the size."""
+        return self.at.state()
 
     def __str__(self) -> str:
-        return self.fs.unstrip_protocol(self.path)
+        return str(self.at)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Bytes, by one request of a range."""
+        if start >= stop:
+            return np.empty(0, np.uint8)
         try:
-            raw = self.fs.cat_file(self.path, start, stop)
+            raw = self.at.fs.cat_file(self.at.path, start=start, end=stop)
         except Exception as e:  # its errors have many bases
             raise CheckpointError(
                 f"{self}: cannot be read ({type(e).__name__}: {str(e)[:300]}); the same command goes on"
@@ -133,67 +130,17 @@ class RemoteFile:
     view = read
 
 
+def open_file(at: Place) -> File | RemoteFile:
+    """A file to read parts of."""
+    return File(at) if isinstance(at, Path) else RemoteFile(at)
+
+
 def _buffer(n: int) -> np.ndarray:
     """Memory of this thread that is used again: fresh pages cost more than reading."""
     held = getattr(_local, "buffer", None)
     if held is None or len(held) < n:
         _local.buffer = held = np.frombuffer(mmap.mmap(-1, n), np.uint8)  # begins with a page
     return held[:n]
-
-
-def is_remote(src: str | Path) -> bool:
-    """Whether this is a URL and not a path."""
-    return "://" in str(src)
-
-
-@contextmanager
-def fetched(
-    src: str, scratch: Path, weights: bool = True
-) -> Iterator[tuple[Path, dict[str, RemoteFile] | None]]:
-    """A local folder with the small files of a remote checkpoint, and its weights where they stay remote.
-
-    `hf://OWNER/NAME[@REVISION]` is downloaded into the hub's cache by huggingface_hub, all of it.
-    """
-    if src.startswith(_HUB):
-        yield _snapshot(src.removeprefix(_HUB).strip("/"), weights), None
-        return
-    try:
-        import fsspec
-    except ImportError:
-        raise CheckpointError(f"{src}: URLs need fsspec: pip install 'jaxseek[data]'") from None
-    try:
-        fs, root = fsspec.core.url_to_fs(src)
-        listed = [e for e in fs.ls(root, detail=True) if e["type"] == "file"]
-    except (ImportError, ValueError) as e:
-        raise CheckpointError(
-            f"{src}: cannot be opened ({e}); install what the URL's protocol needs"
-        ) from None
-    except (OSError, FileNotFoundError) as e:
-        raise CheckpointError(f"{src}: cannot be listed ({type(e).__name__}: {e})") from None
-    names = {e["name"].rsplit("/", 1)[-1]: e["name"] for e in listed}
-    scratch.mkdir(parents=True, exist_ok=True)
-    for name, path in names.items():
-        if name.endswith((".json", ".model", ".txt", ".jinja")):
-            (scratch / name).write_bytes(fs.cat_file(path))
-    yield scratch, {n: RemoteFile(fs, p) for n, p in names.items() if n.endswith(".safetensors")}
-
-
-def _snapshot(name: str, weights: bool) -> Path:
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise CheckpointError(
-            f"{_HUB}{name}: hub names need huggingface_hub: pip install 'jaxseek[data]'"
-        ) from None
-    repo, _, revision = name.partition("@")
-    kinds = ["*.json", "*.model", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]
-    try:
-        return Path(huggingface_hub.snapshot_download(repo, revision=revision or None, allow_patterns=kinds))
-    except Exception as e:  # its errors have many bases
-        raise CheckpointError(
-            f"{_HUB}{name}: cannot be downloaded ({type(e).__name__}: {str(e)[:300]}); expected "
-            "hf://OWNER/NAME or hf://OWNER/NAME@REVISION, and HF_TOKEN set where the model is gated"
-        ) from e
 
 
 # -------------------------------------------------------------------- writing
@@ -223,12 +170,17 @@ class Writer:
     virtual machine: 0.27 GB/s, and 1.5 GB/s like this), and what was to be kept in it is lost.
     """
 
+    sends = False  # whether a file is where it belongs only when it is whole
+
     def __init__(self, folder: Path, files: Mapping[str, int]):
         self.folder, self.files = folder, files
         self._made: set[str] = set()
         self._behind: deque[tuple[int, int, int]] = deque()
         self._bytes = 0
         self._lock = threading.Lock()
+
+    def finish(self, names: Iterable[str]) -> None:
+        """Take note that files are whole."""
 
     def write(self, name: str, start: int, data: np.ndarray) -> None:
         """Write bytes into a file, which is made with its full size where it is not there yet."""
@@ -266,6 +218,22 @@ class Writer:
     def close(self) -> None:
         """Wait for the disk."""
         self._settle(0)
+
+
+class Uploader(Writer):
+    """Writes into files of a folder on this machine; each is sent to an object store when it is whole."""
+
+    sends = True
+
+    def __init__(self, folder: Path, files: Mapping[str, int], to: Remote):
+        super().__init__(folder, files)
+        self.to = to
+
+    def finish(self, names: Iterable[str]) -> None:
+        """Send these files, and remove them here."""
+        for name in names:
+            (self.to / name).upload(self.folder / name)
+            (self.folder / name).unlink()
 
 
 _BEHIND = 256 << 20

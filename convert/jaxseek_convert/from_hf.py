@@ -24,7 +24,7 @@ from jaxseek.config import ModelConfig
 from jaxseek.directory import CheckpointError
 from jaxseek.model import DeepSeek
 from jaxseek.sharding import fill
-from jaxseek_convert.files import RemoteFile
+from jaxseek.storage.place import Place, Remote, place, small_files
 from jaxseek_convert.layout import Index
 from jaxseek_convert.numbers import BF16, F32, FLOATS, FP8, SCALES, Form, Memory, Rows, decode, from_blocks
 from jaxseek_convert.safetensors_io import Tensor, find_tensors
@@ -37,7 +37,7 @@ _FUSED = re.compile(r"(.*\.experts\.)(gate_up|down)_proj(_scale_inv)?")  # as tr
 _COMPARED = 1 << 24  # bytes at a time
 
 
-def load_hf(path: str | Path, mesh: Any = None, dtype: Any = None, mtp: bool = True) -> DeepSeek:
+def load_hf(path: str | Place, mesh: Any = None, dtype: Any = None, mtp: bool = True) -> DeepSeek:
     """The model of a Hugging Face directory, on any mesh.
 
     Without `dtype` each parameter keeps its tensors' dtype (float32 where they are mixed; FP8 becomes
@@ -50,17 +50,15 @@ def load_hf(path: str | Path, mesh: Any = None, dtype: Any = None, mtp: bool = T
 
 
 class HFCheckpoint:
-    """A Hugging Face checkpoint whose tensors were found to be those of its config, neither more nor less.
+    """A Hugging Face checkpoint whose tensors were found to be those of its config, neither more nor less."""
 
-    `remote` are its weight files where they are not in the directory.
-    """
-
-    def __init__(self, path: str | Path, mtp: bool = True, remote: Mapping[str, RemoteFile] | None = None):
-        self.path = Path(path)
-        self.cfg = ModelConfig.from_hf(self.path)
-        self.quantization = quantization_of(self.path)
+    def __init__(self, path: str | Place, mtp: bool = True):
+        self.path = place(path)
+        folder = small_files(self.path) if isinstance(self.path, Remote) else self.path
+        self.cfg = ModelConfig.from_hf(folder)
+        self.quantization = quantization_of(folder)
         self._block = block_of(self.path, self.quantization)
-        self.tensors = _one_for_each_expert(find_tensors(self.path, remote))
+        self.tensors = _one_for_each_expert(find_tensors(self.path))
         self._scales = self._take_scales()
         self._choose_mtp(mtp)
         self.table = Table(self.cfg)
@@ -255,7 +253,7 @@ def quantization_of(path: Path) -> dict[str, Any] | None:
     return json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config")
 
 
-def block_of(path: Path, how: Mapping[str, Any] | None) -> tuple[int, int]:
+def block_of(path: Place, how: Mapping[str, Any] | None) -> tuple[int, int]:
     """Rows and columns of weights that share a scale. Raises CheckpointError for all but block-scaled FP8."""
     known = (
         {}

@@ -30,6 +30,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from jaxseek.checkpoint import raise_mismatch
 from jaxseek.config import ConfigError, ModelConfig
 from jaxseek.directory import CheckpointError, new_directory
+from jaxseek.storage.place import Place, Remote, cached, is_url, place
 from jaxseek_convert.safetensors_io import write_safetensors
 from jaxseek_convert.table import hf_tensors
 
@@ -77,11 +78,13 @@ _PRE: dict[str, tuple[list[pre_tokenizers.PreTokenizer], bool]] = {
 # ---------------------------------------------------------------- finding the file
 
 
-def is_gguf(src: str | Path) -> bool:
+def is_gguf(src: str | Place) -> bool:
     """Whether `gguf_to_hf` is for `src`: a .gguf file, `package:NAME`, or a directory with nothing else."""
     if str(src).startswith(PACKAGE) or str(src).lower().endswith(".gguf"):
         return True
-    path = Path(src)
+    if is_url(src):
+        return False
+    path = Path(str(src))
     return path.is_dir() and any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))
 
 
@@ -95,10 +98,11 @@ def packaged_gguf(name: str) -> Path:
     return _only([f for place in spec.submodule_search_locations for f in Path(place).rglob("*.gguf")], name)
 
 
-def _find(src: str | Path) -> Path:
+def _find(src: str | Place) -> Path:
     if str(src).startswith(PACKAGE):
         return packaged_gguf(str(src).removeprefix(PACKAGE))
-    path = Path(src)
+    at = place(src)
+    path = cached(at) if isinstance(at, Remote) else at
     if path.is_dir():
         return _only(list(path.glob("*.gguf")), str(path))
     if not path.is_file():
@@ -118,7 +122,7 @@ def _only(found: list[Path], where: str) -> Path:
 # ---------------------------------------------------------------- converting
 
 
-def gguf_to_hf(src: str | Path, dst: str | Path, overwrite: bool = False) -> Path:
+def gguf_to_hf(src: str | Place, dst: str | Path, overwrite: bool = False) -> Path:
     """Writes the model of a GGUF file as a Hugging Face directory, which is returned.
 
     `src` is a .gguf file, a directory with one, or `package:NAME` for one that an installed package ships.

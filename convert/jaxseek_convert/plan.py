@@ -25,7 +25,8 @@ from jaxseek.layers.quant import MATRICES, Spec, quantized
 from jaxseek.model import DeepSeek
 from jaxseek.redundancy import place_experts
 from jaxseek.sharding import Strategy, device_bytes, parameters
-from jaxseek_convert.conversion import folder_of, sink_for, target_forms
+from jaxseek.storage.place import Place, Remote, small_files, writable
+from jaxseek_convert.conversion import sink_for, source_place, target_forms
 from jaxseek_convert.files import File, Writer
 from jaxseek_convert.from_hf import block_of, quantization_of
 from jaxseek_convert.numbers import F32, FP8, Form
@@ -127,14 +128,16 @@ def rehearse(
     and if not at all; None where `dst` cannot be written. Raises CheckpointError or ConfigError where
     config.json and index do not fit each other.
     """
-    with folder_of(src, Path(dst), weights=False) as (folder, _):
-        ours = checkpoint.kind_of(folder) == "jaxseek"
-        source = StoreCheckpoint(folder, mtp) if ours else Announced(folder, mtp)
+    to_place = writable(dst)
+    with source_place(src, to_place, weights=False) as at:
+        ours = checkpoint.kind_of(at) == "jaxseek"
+        folder = small_files(at) if isinstance(at, Remote) else at
+        source = StoreCheckpoint(at, mtp) if ours else Announced(folder, mtp)
         forms = target_forms(source, to, dtype)
         sink, _ = sink_for(source, forms, source.origin(forms), to)
         destinations = list(_destinations(source, sink))
         try:
-            rates = _rates(folder, Path(dst))
+            rates = _rates(at, to_place) if isinstance(at, Path) and isinstance(to_place, Path) else None
         except OSError:
             rates = None
     read, written = sum(map(source.nbytes, source.tensors)), sum(sink.files.values())
@@ -153,13 +156,18 @@ def rehearse(
         "bytes_read": read,
         "bytes_written": written,
         "files": len(sink.files),
-        "disk_free": shutil.disk_usage(existing_parent(Path(dst).absolute())).free,
+        "disk_free": _free(to_place),
         "mesh": {a: n for a, n in strategy.sizes if n > 1},
         "bytes_per_chip": _bytes_per_chip(model, forms),
         "bytes_per_second": rates and {way: round(rate) for way, rate in rates.items()},
         "seconds": [round(max(seconds)), round(sum(seconds))] if seconds else None,
         "destinations": [vars(d) for d in destinations],
     }
+
+
+def _free(at: Place) -> int | None:
+    """Bytes free on a disk; None for an object store, which has no end."""
+    return None if isinstance(at, Remote) else shutil.disk_usage(existing_parent(at.absolute())).free
 
 
 def _destinations(source: Announced | StoreCheckpoint, sink: Any) -> Iterator[Destination]:

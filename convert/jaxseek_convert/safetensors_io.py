@@ -19,7 +19,8 @@ import ml_dtypes
 import numpy as np
 
 from jaxseek.directory import CheckpointError
-from jaxseek_convert.files import File, RemoteFile
+from jaxseek.storage.place import Place
+from jaxseek_convert.files import File, RemoteFile, open_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -88,19 +89,20 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
     return {name: tensor[...] for name, tensor in find_tensors(Path(path)).items()}
 
 
-def find_tensors(path: Path, remote: Mapping[str, RemoteFile] | None = None) -> dict[str, Tensor]:
-    """Every tensor of a file, or of a directory with an index or with files, in place of which `remote` ones.
+def find_tensors(path: Place) -> dict[str, Tensor]:
+    """Every tensor of a file, or of a directory with an index or with files.
 
     Raises CheckpointError for a directory without safetensors, a truncated or damaged file, an index that
     names files or tensors which are not there, and a tensor that two files hold.
     """
-    if path.is_file():
+    if isinstance(path, Path) and path.is_file():
         return _read_file(File(path))
-    index = read_index(path) if (path / INDEX).is_file() else None
-    held = remote.keys() if remote is not None else {f.name for f in path.glob("*.safetensors")}
+    there = {found.name: found for found in path.glob("*")}
+    index = read_index(path) if INDEX in there else None
+    held = {name for name in there if name.endswith(".safetensors")}
     files = sorted(held if index is None else set(index.values()))
     if not files:
-        torch = sorted(f.name for f in path.glob("*.bin"))
+        torch = sorted(name for name in there if name.endswith(".bin"))
         hint = f"; it holds {torch[0]}: save it as safetensors with transformers first" if torch else ""
         raise CheckpointError(f"{path}: no {INDEX} and no .safetensors file{hint}")
     if absent := [f for f in files if f not in held]:
@@ -111,7 +113,7 @@ def find_tensors(path: Path, remote: Mapping[str, RemoteFile] | None = None) -> 
     tensors: dict[str, Tensor] = {}
     home: dict[str, str] = {}
     for file in files:
-        found = _read_file(File(path / file) if remote is None else remote[file])
+        found = _read_file(open_file(path / file))
         if twice := sorted(found.keys() & tensors.keys()):
             raise CheckpointError(
                 f"{path}: {len(twice)} tensors stand in two files, such as {twice[0]} in {home[twice[0]]} "
@@ -133,7 +135,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def read_index(path: Path) -> dict[str, str]:
+def read_index(path: Place) -> dict[str, str]:
     where = path / INDEX
     try:
         index = json.loads(where.read_text(encoding="utf-8"))["weight_map"]

@@ -6,7 +6,6 @@ import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,9 @@ from jaxseek import checkpoint
 from jaxseek.config import ModelConfig
 from jaxseek.directory import CheckpointError
 from jaxseek.layers.quant import group_size, scale_shape
+from jaxseek.storage.place import Place, Remote, file_state
 from jaxseek.store import LAYOUT, Array
-from jaxseek_convert.files import File
+from jaxseek_convert.files import File, RemoteFile, open_file
 from jaxseek_convert.numbers import BLOCK, FLOAT8, Form, Memory, Rows
 from jaxseek_convert.table import Table, Tensors
 
@@ -60,7 +60,7 @@ def described(table: Table, forms: Mapping[str, Form]) -> dict[str, Any]:
 class StoreCheckpoint:
     """A jaxseek checkpoint as the tensors of a Hugging Face one, of which rows are read."""
 
-    def __init__(self, path: Path, mtp: bool = True):
+    def __init__(self, path: Place, mtp: bool = True):
         self.path, self.manifest = path, checkpoint.read_manifest(path)
         checkpoint.raise_incomplete(path, self.manifest["files"])
         self.cfg = ModelConfig.from_hf(path / "config.json")
@@ -137,6 +137,8 @@ class StoreCheckpoint:
 
     def identity(self) -> list[Any]:
         """As of HFCheckpoint."""
+        if isinstance(self.path, Remote):
+            return [file_state(self.path / checkpoint.MANIFEST), (self.path / "params").sizes()]
         files = [self.path / checkpoint.MANIFEST, *(self.path / "params").rglob("*")]
         return [str(self.path.absolute()), len(files), max(file.stat().st_mtime_ns for file in files)]
 
@@ -200,13 +202,13 @@ class StoreCheckpoint:
     def _opened(self, path: str) -> Any:
         import tensorstore
 
-        base = {"driver": "file", "path": str((self.path / "params").absolute()) + "/"}
+        base = f"{checkpoint.orbax_place(self.path / 'params').as_uri()}/"
         spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": path + "/"}}
         return tensorstore.open(spec, context=self._context, read=True).result()
 
     @functools.cache  # noqa: B019
-    def _file(self, name: str) -> File:
-        return File(self.path / name)
+    def _file(self, name: str) -> File | RemoteFile:
+        return open_file(self.path / name)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """The pump of a conversion: rows of tensors go from a source to files, by threads, within a budget of memory.
 
-What is done stands in a journal beside the files, a line for each tensor with the digest of every part that
-was written. Killed at any moment, the next run reads the journal and goes on: the files have their full
-size from the start, so a tensor that was written in part is simply written again.
+Tensors that share files are a group; groups are divided among the hosts. What is done stands in a journal
+beside the files, a line for each tensor with the digest of every part that was written. Killed at any moment,
+the next run reads the journal and goes on. On a disk the files have their full size from the start, so a
+tensor that was written in part is simply written again; to an object store a group's files go when they are
+whole, and its tensors are noted then.
 """
 
 from __future__ import annotations
@@ -12,18 +14,22 @@ import json
 import math
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 import xxhash
 
 from jaxseek.config import ModelConfig
-from jaxseek.directory import CheckpointError
+from jaxseek.directory import CheckpointError, gather
 from jaxseek.host_memory import resident
-from jaxseek_convert.files import File, Writer
+from jaxseek.storage.place import Log, Place, Remote, cut, read_log, remove
+from jaxseek_convert.files import Writer, open_file
 from jaxseek_convert.numbers import Form, Memory, Rows, change
 from jaxseek_convert.table import Table
 
@@ -118,70 +124,138 @@ def working_memory(layouts: Mapping[str, Any], old: Callable[[str], Form], new: 
     return most
 
 
-class Journal:
-    """What a conversion has done, on disk. Lines are only ever added, so a kill can just cut the last off.
+@dataclass(frozen=True)
+class Group:
+    """Tensors that share files, and these files: what one host writes, and sends to an object store whole."""
 
-    The first is what tells the conversion from others. Then there is one for each tensor that is written,
-    with its digests, or with none where it turned out that it has to be written again.
+    names: tuple[str, ...]
+    files: tuple[str, ...]
+    nbytes: int
+
+
+def groups(sink: Sink) -> list[Group]:
+    """The tensors of a sink in groups that have no file in common."""
+    spans = {name: list(sink.spans(name)) for name in sink.tensors}
+    joined: dict[str, str] = {}  # a file to another of its group, the first of a group to itself
+
+    def first(file: str) -> str:
+        while joined.setdefault(file, file) != file:
+            file = joined[file] = joined[joined[file]]
+        return file
+
+    for parts in spans.values():
+        for _, file, *_ in parts[1:]:
+            joined[first(file)] = first(parts[0][1])
+    names: dict[str, list[str]] = {}
+    files: dict[str, set[str]] = {}
+    for name, parts in spans.items():
+        root = first(parts[0][1])
+        names.setdefault(root, []).append(name)
+        files.setdefault(root, set()).update(file for _, file, *_ in parts)
+    return [
+        Group(tuple(own), tuple(sorted(files[root])), sum(sink.files[file] for file in files[root]))
+        for root, own in names.items()
+    ]
+
+
+def share(all_groups: Iterable[Group], host: int, hosts: int) -> list[Group]:
+    """One host's part of the groups; all have about as many bytes."""
+    loads, own = [0] * hosts, []
+    for group in sorted(all_groups, key=lambda g: (-g.nbytes, g.names[0])):
+        least = loads.index(min(loads))
+        loads[least] += group.nbytes
+        if least == host:
+            own.append(group)
+    return own
+
+
+class Journal:
+    """Tensors that a conversion has written. Lines are only ever added, so a kill can just cut the last off.
+
+    The first line tells the conversion from others. Then there is one for each tensor that is written, with
+    its digests, or with none where it turned out that it has to be written again. On several hosts each adds
+    to a file of its own; the first host reads them all at the start, for all.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any]):
+    def __init__(self, folder: Place, identity: Mapping[str, Any]):
         """Where the folder holds another conversion, what that has left there is removed."""
-        self.folder, self.path = folder, folder / JOURNAL
-        self.done: dict[str, dict[str, str]] = {}
-        identity, boot = json.loads(json.dumps(identity)), None
-        whole = 0  # bytes of lines that make sense
-        for line in self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []:
-            try:
-                entry: dict[str, Any] = json.loads(line)
-                if not line.endswith(b"\n") or (not whole and entry["identity"] != identity):
-                    break
-                boot = entry.get("boot", boot)
-                if "name" in entry:
-                    self.done[entry["name"]] = entry["digests"]
-            except (ValueError, KeyError, TypeError, AttributeError):
-                break
-            whole += len(line)
-        self.done = {name: digests for name, digests in self.done.items() if digests}
-        self.path.touch()
-        os.truncate(self.path, whole)
-        if not whole:  # and so nothing is taken for done that is removed now
-            _clear(folder)
-        self._file = self.path.open("ab")
-        if not whole:
-            self._add(identity=identity, boot=_boot())
-        # whether the machine went down since, and with it perhaps what was not on disk
-        self.restarted = bool(whole) and boot != _boot()
+        self.folder = folder
+        host, identity = jax.process_index(), json.loads(json.dumps(identity))
+        self.restarted = False  # whether a machine went down since, and with it what was not on disk
+        self.done: dict[str, dict[str, str]] = gather(self._read(identity) if host == 0 else None)[0]
+        self._log = Log(folder / (f"journal.{host}.jsonl" if host else JOURNAL))
+        if host:
+            self._log.add(json.dumps({"identity": identity, "boot": _boot()}))
 
-    def _add(self, **entry: Any) -> None:
-        self._file.write(json.dumps(entry).encode() + b"\n")
-        self._file.flush()
+    def _read(self, identity: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+        """Read what all hosts have done, into one file. What is of another conversion is removed."""
+        first = self.folder / JOURNAL
+        lines = _entries(first, identity)
+        if not lines:  # and so nothing is taken for done that is removed now
+            _clear(self.folder)
+            with Log(first) as log:
+                log.add(json.dumps({"identity": identity, "boot": _boot()}))
+            return {}
+        boots = {[line["boot"] for line in lines if "boot" in line][-1]}
+        for other in sorted(self.folder.glob("journal.*.jsonl"), key=str):
+            theirs = _entries(other, identity)
+            boots |= {line["boot"] for line in theirs if "boot" in line}
+            with Log(first) as log:
+                log.add(*(json.dumps(line) for line in theirs if "name" in line))
+            lines += theirs
+            other.unlink()
+        self.restarted = isinstance(self.folder, Path) and boots != {_boot()}
+        done = {line["name"]: line["digests"] for line in lines if "name" in line}
+        return {name: digests for name, digests in done.items() if digests}
 
     def add(self, name: str, digests: Mapping[str, str]) -> None:
         """Note that a tensor is written."""
         self.done[name] = dict(digests)
-        self._add(name=name, digests=digests)
+        self._log.add(json.dumps({"name": name, "digests": digests}))
 
     def forget(self, names: Iterable[str]) -> None:
-        """Of tensors that are to be written again."""
+        """Note that tensors are to be written again."""
         for name in names:
             del self.done[name]
-            self._add(name=name, digests=None)
+            self._log.add(json.dumps({"name": name, "digests": None}))
 
     def trust(self) -> None:
         """Note that what is done was found on the disk."""
-        self._add(boot=_boot())
+        self._log.add(json.dumps({"boot": _boot()}))
+
+    def share(self) -> None:
+        """Let every host know what any has done; all call it."""
+        for done in gather(self.done):
+            self.done |= done
 
     def close(self) -> None:
-        self._file.close()
+        self._log.close()
 
 
-def _clear(folder: Path) -> None:
+def _entries(path: Place, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The lines of a journal; none where it is of another conversion."""
+
+    def parse(line: bytes) -> dict[str, Any]:
+        entry = json.loads(line)
+        if not entry.keys() & {"identity", "boot", "name"} or ("name" in entry and "digests" not in entry):
+            raise ValueError(line)
+        return entry
+
+    lines = read_log(path, parse)
+    return lines if lines and lines[0].get("identity") == identity and "boot" in lines[0] else []
+
+
+def _clear(folder: Place) -> None:
+    """Remove all but the first host's journal, which is locked, and empty that."""
+    if isinstance(folder, Remote):
+        remove(folder)
+        return
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
         elif path.name != JOURNAL:
             path.unlink()
+    cut(folder / JOURNAL, 0)
 
 
 def _boot() -> str:
@@ -208,11 +282,18 @@ def pump(
     sink: Sink,
     layouts: Mapping[str, Any],
     journal: Journal,
+    own: Iterable[Group],
+    writer: Writer,
     threads: int,
     progress: Callable[[int], Any],
 ) -> None:
-    """Write every tensor of the sink that the journal does not have."""
-    writer = Writer(journal.folder, sink.files)
+    """Write every tensor of these groups that the journal does not have."""
+    if writer.sends:
+        own = [group for group in own if not journal.done.keys() >= set(group.names)]
+        journal.forget([n for group in own for n in group.names if n in journal.done])
+    home = {name: group for group in own for name in group.names}
+    left = {group: {n for n in group.names if n not in journal.done} for group in own}
+    lock = threading.Lock()
 
     def one(name: str) -> tuple[str, dict[str, str]]:
         old, new = source.form(name), sink.form(name)
@@ -223,13 +304,33 @@ def pump(
                 digests.setdefault(key, xxhash.xxh3_128()).update(data)
                 writer.write(file, start, data)
             progress(source.nbytes(name) * last // R - source.nbytes(name) * first // R)
+        with lock:
+            left[home[name]].discard(name)
+            whole = not left[home[name]]
+        if whole:
+            writer.finish(home[name].files)
         return name, {key: d.hexdigest() for key, d in digests.items()}
 
-    todo = sorted((n for n in sink.tensors if n not in journal.done), key=source.position)
+    def noted(written: Iterable[tuple[str, dict[str, str]]]) -> Iterator[tuple[str, dict[str, str]]]:
+        """Tensors that are where they belong: of files that are sent whole, once all of a group are."""
+        waiting: dict[Group, list[tuple[str, dict[str, str]]]] = {}
+        for name, digests in written:
+            group = home[name]
+            waiting.setdefault(group, []).append((name, digests))
+            if not writer.sends or len(waiting[group]) == len(group.names):
+                yield from waiting.pop(group)
+
+    order = {group: min(map(source.position, group.names)) for group in own}
+    todo = sorted(
+        (name for names in left.values() for name in names),
+        key=lambda name: (order[home[name]], source.position(name)),
+    )
     try:
-        for file, header in sink.headers.items():
-            writer.write(file, 0, np.frombuffer(header, np.uint8))
-        for name, digests in _in_threads(one, todo, threads):
+        for group in own:
+            for file in group.files:
+                if file in sink.headers:
+                    writer.write(file, 0, np.frombuffer(sink.headers[file], np.uint8))
+        for name, digests in noted(_in_threads(one, todo, threads)):
             journal.add(name, digests)
     finally:
         writer.close()
@@ -258,7 +359,7 @@ def digest_source(
 
 
 def digest(
-    folder: Path,
+    folder: Place,
     spans: Callable[[str], Iterable[tuple[str, str, int, int]]],
     names: Iterable[str],
     threads: int,
@@ -270,7 +371,7 @@ def digest(
         digests: dict[str, Any] = {}
         for key, file, start, n in spans(name):
             made = digests.setdefault(key, xxhash.xxh3_128())
-            source = File(folder / file)
+            source = open_file(folder / file)
             for at in range(start, start + n, _PIECE):
                 size = min(_PIECE, start + n - at)
                 made.update(source.read(at, at + size))

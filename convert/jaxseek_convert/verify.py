@@ -17,9 +17,11 @@ from jaxseek.directory import CheckpointError
 from jaxseek.host_memory import free_memory
 from jaxseek.model import DeepSeek
 from jaxseek.sharding import fill
+from jaxseek.storage.hub import model_place
+from jaxseek.storage.place import Place
 from jaxseek_convert import stream
 from jaxseek_convert.checksums import check_sums, known_sums
-from jaxseek_convert.conversion import DIGESTS, Source, Stage, differing, folder_of, opened
+from jaxseek_convert.conversion import DIGESTS, Source, Stage, differing, opened, source_place
 from jaxseek_convert.from_hf import HFCheckpoint
 from jaxseek_convert.numbers import F32, Form, decode
 from jaxseek_convert.store import StoreCheckpoint, StoreSink
@@ -46,7 +48,7 @@ def verify(
     layers as fit into half of the machine's free memory. Raises CheckpointError where there is nothing that
     can be opened.
     """
-    folder = Path(path)
+    folder = model_place(path)
     found = opened(folder)
     threads = stream.threads_for(memory)
     result: dict[str, Any] = {"path": str(path), "tensors": len(found.tensors), "ok": True}
@@ -57,7 +59,7 @@ def verify(
                 f"{folder / DIGESTS}: has other tensors than the checkpoint, as {min(names)}"
             )
         result["damaged"] = differing(folder, found.spans, digests, threads, stage)
-    elif known_sums(folder):
+    elif isinstance(folder, Path) and known_sums(folder):
         check_sums(folder, stage)
         result["damaged"] = []
     result["digests"] = "damaged" in result
@@ -65,8 +67,8 @@ def verify(
     if result["ok"] and isinstance(found, HFCheckpoint):
         found.check_copies()
     if source is not None:
-        with folder_of(source, folder) as (place, remote):
-            origin = opened(place, bool(found.cfg.num_nextn_predict_layers), remote)
+        with source_place(source, folder) as at:
+            origin = opened(at, bool(found.cfg.num_nextn_predict_layers))
             result["unlike_source"] = _unlike(origin, found, threads, stage)
             result["logits"] = compare_logits(origin, found, seed)
             exact = all(_holds(found.form(n), origin.form(n)) for n in _own(found))
@@ -75,7 +77,7 @@ def verify(
     return result
 
 
-def read_digests(folder: Path) -> dict[str, dict[str, str]] | None:
+def read_digests(folder: Place) -> dict[str, dict[str, str]] | None:
     """What a conversion noted of every tensor that it wrote; None where none wrote the checkpoint."""
     place = folder / DIGESTS
     if not place.is_file():

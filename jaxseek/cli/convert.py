@@ -111,7 +111,7 @@ def _rehearse(args: argparse.Namespace) -> None:
     plan = rehearse(args.src, args.dst, args.to, args.dtype, not args.no_mtp, args.mesh)
     for names, to, count, size in summary(plan):
         print(f"{count:>7,} x {names}  ->  {to}  {size / 1e9:,.3f} GB")
-    time = "not estimated: nothing can be written there"
+    time = "not estimated: only known between disks that can be written"
     if plan["seconds"]:
         low, high = (f"{s / 60:.0f} min" if s >= 120 else f"{s} s" for s in plan["seconds"])
         rates = {way: f"{rate / 1e9:.2f} GB/s" for way, rate in plan["bytes_per_second"].items()}
@@ -122,7 +122,7 @@ def _rehearse(args: argparse.Namespace) -> None:
         {
             "to read": f"{plan['bytes_read'] / 1e9:,.1f} GB",
             "to write": f"{plan['bytes_written'] / 1e9:,.1f} GB into {plan['files']:,} files, "
-            f"{plan['disk_free'] / 1e9:,.1f} GB are free",
+            + (f"{plan['disk_free'] / 1e9:,.1f} GB are free" if plan["disk_free"] is not None else "no disk"),
             "weights per chip": f"{plan['bytes_per_chip'] / 2**30:.2f} GiB on {chips}",
             "time": time,
         },

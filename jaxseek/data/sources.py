@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxseek.config import ConfigError
+from jaxseek.storage.place import Remote, cached, is_url, place
 
 Record = dict[str, Any]
 
@@ -175,6 +176,8 @@ def open_sources(names: Sequence[str], key: str) -> Joined:
             parts.append(_call(name))
         elif name.startswith("hf://"):
             parts += [_file(Path(local), shown) for local, shown in _download(name, key)]
+        elif is_url(name):
+            parts += [_file(cached(at), str(at)) for at in _remote(name, key)]
         else:
             parts += [_file(path, str(path)) for path in _local(name, key)]
     records = Joined(parts)
@@ -213,6 +216,19 @@ def _local(name: str, key: str) -> list[Path]:
     near = difflib.get_close_matches(path.name, beside, 1)
     where = f"; did you mean {path.parent / near[0]}?" if near else f" (from {Path.cwd()})"
     raise ConfigError(f"{key}: there is no {name}{where}")
+
+
+def _remote(name: str, key: str) -> list[Remote]:
+    """The files that a URL stands for: itself, all below it, or those that match it."""
+    at = place(name)
+    assert isinstance(at, Remote)
+    if glob.has_magic(name):
+        found = at.matches()
+    else:
+        found = [at] if at.is_file() else [at / below for below in at.sizes() if not below.startswith(".")]
+    if not found:
+        raise ConfigError(f"{key}: there is no file that {name} names or matches")
+    return found
 
 
 def _hidden(file: Path, directory: Path) -> bool:

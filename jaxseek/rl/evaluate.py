@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from jaxseek.rl.rollout import Episode, Sampler, seed_of
 from jaxseek.rl.scorer import Judge
 from jaxseek.run_config import RunConfig
 from jaxseek.sharding import Strategy
+from jaxseek.storage.place import Place, write_text
 
 EVALUATION = 2**62  # stands where a step's number stands in seeds
 
@@ -81,13 +81,9 @@ class Evaluation:
     values: dict[str, float]
     answers: list[dict[str, Any]]
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Place) -> None:
         """One line of JSON for each answer, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in self.answers)
-        partial.write_text("".join(lines), encoding="utf-8")
-        partial.replace(path)
+        write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.answers))
 
     def __str__(self) -> str:
         return (

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxseek.train.metrics import curve, read_metrics, series
+from jaxseek.storage.place import Place, place
+from jaxseek.train.metrics import curve, read_metrics, save_figure, series
 
 PLOT = "rewards.png"
 
@@ -43,16 +43,17 @@ def draw_rewards(axes: Any, records: list[dict[str, Any]]) -> None:
         axis.set_xlabel("step")
 
 
-def plot_rewards(directory: str | Path) -> Path:
+def plot_rewards(directory: str | Place) -> Place:
     """Draw rewards.png of a run's directory."""
     from matplotlib.figure import Figure
 
-    path = Path(directory) / PLOT
+    directory = place(directory)
+    path = directory / PLOT
     records = list(read_metrics(directory))
     if jax.process_index() == 0 and records:
         figure = Figure(figsize=(10, 6.4), dpi=130, layout="constrained")
         axes: Any = figure.subplots(2, 2, sharex=True)
         draw_rewards(list(axes.flat), records)
-        figure.suptitle(Path(directory).resolve().name)
-        figure.savefig(path)
+        figure.suptitle(directory.resolve().name)
+        save_figure(figure, path)
     return path

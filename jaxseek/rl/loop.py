@@ -10,7 +10,6 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,6 +31,7 @@ from jaxseek.rl.rollout import Episode, Sampler, seed_of
 from jaxseek.rl.tasks import open_task
 from jaxseek.rl.watch import Alarms, Clock, of_updates
 from jaxseek.run_config import RunConfig
+from jaxseek.storage.place import place
 from jaxseek.train import lora, start
 from jaxseek.train.batch import most
 from jaxseek.train.checkpoints import Checkpoints
@@ -54,7 +54,7 @@ def train_grpo(run: RunConfig, deadline: float = math.inf) -> Result:
     strategy = start.open_strategy(run, cfg)
     start.claim(run)
     if (steps := start.finished(run)) is not None:
-        origin = checkpoint.read_manifest(Path(run.out) / "model")["origin"]
+        origin = checkpoint.read_manifest(place(run.out) / "model")["origin"]
         return Result(run.out, steps, None, None, False, origin["accuracy"])
     tokenizer = start.open_tokenizer(run, cfg)
     with contextlib.ExitStack() as closing:
@@ -66,7 +66,7 @@ class _Grpo:
 
     def __init__(self, run: RunConfig, cfg: Any, strategy: Any, tokenizer: Any, closing: Any):
         self.run, self.cfg, self.strategy, self.tokenizer = run, cfg, strategy, tokenizer
-        self.out = Path(run.out)
+        self.out = place(run.out)
         self.dtype = start.compute_dtype(run)
         self.task = open_task(run)
         self.marking = closing.enter_context(Marking(run, strategy))
@@ -141,7 +141,7 @@ class _Grpo:
                     position = self.position | {"accuracy": self.accuracy}
                     self.checkpoints.save(self.done, self.state, position, loss)
             self.checkpoints.wait()
-            if last and not (out / "model").exists():
+            if last and checkpoint.kind_of(out / "model") is None:
                 self._export()
         plot_rewards(out)
         return Result(str(out), self.done, None, None, stopped, self.accuracy)
@@ -320,9 +320,8 @@ class _Grpo:
         every = self.run.reference.replace_every
         since = self.position["reference"]
         if self.with_reference and every and step % every == 0:
-            written = [int(p.name) for p in self.checkpoints.directory.iterdir() if p.name.isdecimal()]
-            steps = {*written, *self.checkpoints.manager.all_steps()}  # the newest may be on its way
-            self.reference.replace(self.state.model, step, {kept - kept % every for kept in steps})
+            kept = {step - step % every for step in self.checkpoints.steps()}
+            self.reference.replace(self.state.model, step, kept)
             since = step
         self.position |= {"next": self.next, "reference": since, "too_long": self.too_long}
 

@@ -33,6 +33,7 @@ from jaxseek.rl.reject import FILE, reject
 from jaxseek.rl.rollout import Sampler
 from jaxseek.rl.tasks import open_task
 from jaxseek.run_config import RunConfig, read_toml
+from jaxseek.storage.place import Place, place, writable, write_text
 from jaxseek.train import start
 from jaxseek.train.loop import Result, train
 
@@ -44,7 +45,7 @@ REFERENCE = "stage:"
 class Pipeline:
     """The stages as runs, by name and in order, and what measures their models (None: nothing)."""
 
-    out: Path
+    out: Place
     stages: dict[str, RunConfig]
     evaluation: RunConfig | None
     only: str
@@ -70,7 +71,7 @@ class Pipeline:
                 raise ConfigError(f"{where}: {name} is {own!r}, expected a table [{name}]")
             if "out" in own:
                 raise ConfigError(f"{where}: [{name}] has out; a stage's directory is OUT/NAME")
-        out, only = Path(raw["out"]), raw.get("only", "")
+        out, only = writable(raw["out"]), raw.get("only", "")
         stages: dict[str, RunConfig] = {}
         common = {"seed": raw.get("seed", 0)} | raw.get("common", {})
         for name, own in tables.items():
@@ -143,7 +144,7 @@ def _measure(
     pipeline: Pipeline, name: str, result: Result, seconds: float, tell: Callable[[str], None]
 ) -> None:
     """OUT/NAME/stage.json: steps and, of a model that the stage left, how it answers held-out problems."""
-    run, path = pipeline.stages[name], Path(result.out) / "stage.json"
+    run, path = pipeline.stages[name], place(result.out) / "stage.json"
     if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["steps"] == result.steps:
         return
     reached: dict[str, Any] = {
@@ -152,7 +153,7 @@ def _measure(
         "seconds": round(seconds, 1),
     }
     if pipeline.evaluation is not None and run.objective != "reject":
-        model, tokenizer = load(Path(run.out) / "model", run.mesh or None, start.compute_dtype(run))
+        model, tokenizer = load(place(run.out) / "model", run.mesh or None, start.compute_dtype(run))
         how = pipeline.evaluation
         if tokenizer is None:
             raise ConfigError(f"{run.out}/model has no tokenizer to evaluate it with")
@@ -162,16 +163,14 @@ def _measure(
             found = evaluate(how, sampler, HeldOut.of(open_task(how).held_out, sampler, how), marking)
         reached |= found.values
         if jax.process_index() == 0:
-            found.write(Path(run.out) / "evaluation.jsonl")
+            found.write(place(run.out) / "evaluation.jsonl")
         tell(f"{name}: {found}")
     if jax.process_index() == 0:
-        partial = path.with_suffix(".partial")
-        write_json(partial, reached)
-        partial.replace(path)
+        write_json(path, reached)
 
 
 def _reached(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
-    paths = {name: Path(run.out) / "stage.json" for name, run in pipeline.stages.items()}
+    paths = {name: place(run.out) / "stage.json" for name, run in pipeline.stages.items()}
     return {name: json.loads(p.read_text(encoding="utf-8")) for name, p in paths.items() if p.is_file()}
 
 
@@ -179,7 +178,7 @@ def _write(pipeline: Pipeline) -> None:
     if jax.process_index() == 0:
         reached = _reached(pipeline)
         write_json(pipeline.out / "pipeline.json", reached)
-        (pipeline.out / "pipeline.md").write_text(table(reached) + "\n", encoding="utf-8")
+        write_text(pipeline.out / "pipeline.md", table(reached) + "\n")
 
 
 def table(reached: Mapping[str, Mapping[str, Any]]) -> str:
@@ -217,5 +216,5 @@ def _resolved(value: Any, stages: Mapping[str, RunConfig], key: str = "") -> Any
     if name not in stages:
         known = ", ".join(stages) or "none"
         raise ConfigError(f"{key} is {value!r}, expected a stage that comes before: {known}")
-    out = Path(stages[name].out)
+    out = place(stages[name].out)
     return str(out / (FILE if stages[name].objective == "reject" else "model"))

@@ -6,7 +6,6 @@ What it does is in configs/runs/quickstart.toml; this runs it and shows what cam
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 from jaxseek.config import configs_dir
 from jaxseek.directory import kind_of
 from jaxseek.rl.pipeline import Pipeline, run_pipeline
+from jaxseek.storage.place import Place, place, write_bytes
 from jaxseek.train.metrics import read_metrics
 
 # Of the time allowed: when a stage ends at the latest.
@@ -84,19 +84,19 @@ def quickstart(
     result = run_pipeline(pipeline, deadlines, tell)
     if result.stopped:
         raise KeyboardInterrupt
-    thinking = Path(out) / "think"
-    hf = Path(out) / "hf"
+    thinking = place(out) / "think"
+    hf = place(out) / "hf"
     if kind_of(hf) is None:
         from jaxseek_convert.conversion import convert
 
         convert(thinking / "model", hf, to="hf", overwrite=True)
-    figure = Path(out) / "quickstart.png"
-    shutil.copyfile(thinking / "rewards.png", figure)
+    figure = place(out) / "quickstart.png"
+    write_bytes(figure, (thinking / "rewards.png").read_bytes())
     return _result(thinking, hf, figure, seed, time.monotonic() - begin)
 
 
-def _result(thinking: Path, hf: Path, figure: Path, seed: int, seconds: float) -> Quickstart:
-    files = sorted((thinking / "answers").glob("*.jsonl"))
+def _result(thinking: Place, hf: Place, figure: Place, seed: int, seconds: float) -> Quickstart:
+    files = sorted((thinking / "answers").glob("*.jsonl"), key=str)
     before, after = (_answers(path) for path in (files[0], files[-1]))
     # What it got wrong at first tells most; the order is that of the problems.
     chosen = sorted(range(len(before)), key=lambda i: (before[i]["correct"], -after[i]["correct"]))[:3]
@@ -127,5 +127,5 @@ def _result(thinking: Path, hf: Path, figure: Path, seed: int, seconds: float) -
     )
 
 
-def _answers(path: Path) -> list[dict[str, Any]]:
+def _answers(path: Place) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import shutil
 from collections.abc import Callable, Collection
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +15,7 @@ from jaxseek.model import DeepSeek
 from jaxseek.rl.rollout import cast
 from jaxseek.run_config import RunConfig
 from jaxseek.sharding import Strategy
+from jaxseek.storage.place import place, remove
 from jaxseek.train import lora
 
 
@@ -29,7 +28,7 @@ class ReferencePolicy:
 
     def __init__(self, run: RunConfig, strategy: Strategy, dtype: Any):
         self.kind, self.strategy, self.dtype = run.reference.kind, strategy, jnp.dtype(dtype)
-        self.directory = Path(run.out) / "reference"
+        self.directory = place(run.out) / "reference"
         self.since = 0  # the step at which it became the reference
         self._model: DeepSeek | None = None  # with kind "host" its shapes and layout alone
         self._parts: list[dict[str, np.ndarray]] = []
@@ -49,7 +48,7 @@ class ReferencePolicy:
         if jax.process_index() == 0:
             for path in self.directory.iterdir():
                 if path.name.isdecimal() and int(path.name) not in {step, *needed}:
-                    shutil.rmtree(path)
+                    remove(path)
 
     def of(self, policy: DeepSeek) -> DeepSeek:
         """The reference on the policy's mesh; from the hosts' memory it is brought for this use."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from jaxseek.rl.problem import Problem
 from jaxseek.rl.rollout import Episode, Sampler, seed_of
 from jaxseek.rl.tasks import open_task
 from jaxseek.run_config import RunConfig
+from jaxseek.storage.place import Log, Place, cut, place, write_text
 from jaxseek.train import start
 from jaxseek.train.batch import meet
 from jaxseek.train.loop import Result, signals
@@ -34,7 +34,7 @@ def reject(run: RunConfig) -> Result:
     cfg = start.model_config(run)
     strategy = start.open_strategy(run, cfg)
     start.claim(run)
-    path = Path(run.out) / FILE
+    path = place(run.out) / FILE
     if path.is_file():
         return _result(run, path, False)
     tokenizer = start.open_tokenizer(run, cfg)
@@ -44,10 +44,12 @@ def reject(run: RunConfig) -> Result:
     kept, done = _whole_rounds(partial)
     rounds = -(-run.reject.problems // run.rollout.prompts)
     with (
+        contextlib.ExitStack() as stack,
         Marking(run, strategy) as marking,
         signals() as asked_to_stop,
         Counter("answers kept", rounds, done) as count,
     ):
+        log = stack.enter_context(Log(partial)) if jax.process_index() == 0 else None
         if done < rounds:
             sampler.load(start.open_model(run, cfg, strategy))
         for turn in range(done, rounds):
@@ -70,8 +72,9 @@ def reject(run: RunConfig) -> Result:
                 )
             found = _good(run, groups, marking)
             kept += found
-            if jax.process_index() == 0:
-                _append(partial, found, turn)
+            if log is not None:
+                lines = [json.dumps(record, ensure_ascii=False) for record in found]
+                log.add(*lines, json.dumps({"round": turn}))
             count(len(kept))
             if asked_to_stop() and turn + 1 < rounds:
                 return _result(run, partial, True)
@@ -112,25 +115,17 @@ def _record(run: RunConfig, problem: Problem, text: str) -> dict[str, Any]:
     return {names.messages: [{names.role: m["role"], names.content: m["content"]} for m in talk]}
 
 
-def _finish(run: RunConfig, kept: list[dict[str, Any]], path: Path) -> None:
+def _finish(run: RunConfig, kept: list[dict[str, Any]], path: Place) -> None:
     """Kept answers and what is mixed in, in an order that is always the same, written at once."""
     records = list(kept)
     if run.reject.mix_count:
         others = open_sources(run.reject.mix, "reject.mix")
         records += [others[int(i) % len(others)] for i in range(run.reject.mix_count)]
     ordered = [records[int(i)] for i in shuffled(len(records))]
-    partial = path.with_suffix(".writing")
-    partial.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in ordered), encoding="utf-8")
-    partial.replace(path)
+    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in ordered))
 
 
-def _append(partial: Path, found: list[dict[str, Any]], turn: int) -> None:
-    with partial.open("a", encoding="utf-8") as out:
-        lines = [json.dumps(record, ensure_ascii=False) for record in found] + [json.dumps({"round": turn})]
-        out.write("\n".join(lines) + "\n")
-
-
-def _whole_rounds(partial: Path) -> tuple[list[dict[str, Any]], int]:
+def _whole_rounds(partial: Place) -> tuple[list[dict[str, Any]], int]:
     """What was kept in whole rounds, and how many there are; the rest of the file is cut off."""
     kept: list[dict[str, Any]] = []
     if not partial.is_file():
@@ -145,9 +140,9 @@ def _whole_rounds(partial: Path) -> tuple[list[dict[str, Any]], int]:
             kept, pending, whole, done = kept + pending, [], at, record["round"] + 1
         else:
             pending.append(record)
-    os.truncate(partial, whole)
+    cut(partial, whole)
     return kept, done
 
 
-def _result(run: RunConfig, path: Path, stopped: bool) -> Result:
+def _result(run: RunConfig, path: Place, stopped: bool) -> Result:
     return Result(str(run.out), run.reject.problems, None, None, stopped, samples=str(path))

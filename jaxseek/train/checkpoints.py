@@ -11,7 +11,9 @@ import contextlib
 import json
 import math
 import shutil
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,9 @@ from jax.sharding import NamedSharding
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from jaxseek.checkpoint import orbax_writers
-from jaxseek.directory import CheckpointError
+from jaxseek.directory import CheckpointError, orbax_writes, raise_one_host
 from jaxseek.run_config import CheckpointConfig
+from jaxseek.storage.place import Place, Remote, download, remove, upload, writable
 from jaxseek.train.batch import most
 from jaxseek.train.step import State, changed, with_values
 
@@ -33,11 +36,13 @@ from jaxseek.train.step import State, changed, with_values
 class Checkpoints:
     """Of one run. The newest `keep` stay, and the one with the lowest evaluation loss."""
 
-    def __init__(self, out: str | Path, cfg: CheckpointConfig):
-        self.directory = Path(out).absolute() / "checkpoints"
+    def __init__(self, out: str | Place, cfg: CheckpointConfig):
+        self.directory = writable(out).absolute() / "checkpoints"
         self.cfg, self.saved_at = cfg, time.monotonic()
+        raise_one_host(self.directory)
+        self._copies = None if orbax_writes(self.directory) else _Copies(self.directory)
         self.manager = ocp.CheckpointManager(
-            self.directory,
+            self._copies.local if self._copies else str(self.directory),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=_NewestAndBest(cfg.keep),
                 best_fn=_loss,  # without it metrics are not written
@@ -64,10 +69,10 @@ class Checkpoints:
             return
         params = changed(state.model)
         needed = sum(a.nbytes for a in jax.tree.leaves((params, state.moments)))
-        free = shutil.disk_usage(self.directory).free
-        if free < needed:
+        disk = self._copies.local if self._copies else self.directory
+        if isinstance(disk, Path) and (free := shutil.disk_usage(disk).free) < needed:
             raise CheckpointError(
-                f"{self.directory}: a checkpoint needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
+                f"{disk}: a checkpoint needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
                 f"free some and run again, it goes on from {self._last()}"
             )
         items = ocp.args.Composite(
@@ -75,17 +80,32 @@ class Checkpoints:
             moments=ocp.args.PyTreeSave(state.moments),
             run=ocp.args.JsonSave({"updates": int(state.step), "positions": _gather(position)}),
         )
-        self._guarded(lambda: self.manager.save(step, args=items, metrics={"loss": loss}, force=True))
+
+        def write() -> None:
+            if self._copies:
+                self._copies.wait()
+            self.manager.save(step, args=items, metrics={"loss": loss}, force=True)
+            if self._copies:
+                self._copies.send(self.manager.wait_until_finished)
+
+        self._guarded(write)
         self.saved_at = time.monotonic()
 
     def wait(self) -> None:
-        """Until everything is on disk. Raises CheckpointError where writing failed."""
-        self._guarded(self.manager.wait_until_finished)
+        """Wait until everything is where it belongs. Raises CheckpointError where writing failed."""
+        self._guarded(self._copies.wait if self._copies else self.manager.wait_until_finished)
 
     def close(self) -> None:
         """Wait, and end the threads that write."""
         self.wait()
         self.manager.close()
+        if self._copies:
+            self._copies.close()
+
+    def steps(self) -> set[int]:
+        """The steps that have a checkpoint, or will: the newest may be on its way."""
+        written = {int(p.name) for p in self.directory.glob("*") if p.name.isdecimal()}
+        return {*written, *self.manager.all_steps()}
 
     @property
     def latest(self) -> int | None:
@@ -148,6 +168,56 @@ class Checkpoints:
             self.manager.wait_until_finished()
         self.manager.reload()
         return "the start" if self.latest is None else f"step {self.latest}"
+
+
+class _Copies:
+    """Checkpoints in a store that Orbax does not write: made on a disk of this machine, sent when whole.
+
+    The file that Orbax writes last in a step's folder is sent last and removed first.
+    """
+
+    def __init__(self, at: Place):
+        assert isinstance(at, Remote)
+        self.at, self._sending = at, None
+        self._scratch = tempfile.TemporaryDirectory(prefix="jaxseek-checkpoints-")
+        self.local = Path(self._scratch.name) / "checkpoints"
+        self.local.mkdir()
+        self._pool = ThreadPoolExecutor(1)
+        for step in self._whole():
+            download(at / step, self.local / step)
+
+    def _whole(self) -> set[str]:
+        """The steps that are there with all that belongs to them."""
+        found = self.at.sizes() if self.at.is_dir() else {}
+        return {step for step, _, rest in (name.partition("/") for name in found) if rest == _WHOLE}
+
+    def send(self, until_written: Any) -> None:
+        """Send in the background what is new, and remove what Orbax has removed here."""
+        self._sending = self._pool.submit(self._send, until_written)
+
+    def _send(self, until_written: Any) -> None:
+        until_written()
+        here = {path.name for path in self.local.iterdir() if (path / _WHOLE).is_file()}
+        there = self._whole()
+        for step in here - there:
+            remove(self.at / step)  # what a kill has left of it
+            upload(self.local / step, self.at / step, (_WHOLE,))
+        for step in there - here:
+            (self.at / step / _WHOLE).unlink(missing_ok=True)
+            remove(self.at / step)
+
+    def wait(self) -> None:
+        """Wait until what was saved last is sent; raise what has gone wrong."""
+        if self._sending is not None:
+            sending, self._sending = self._sending, None
+            sending.result()
+
+    def close(self) -> None:
+        self._pool.shutdown()
+        self._scratch.cleanup()
+
+
+_WHOLE = "_CHECKPOINT_METADATA"
 
 
 def _arrays() -> Any:

@@ -12,7 +12,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ from jaxseek.config import ConfigError
 from jaxseek.data import Rows, open_rows
 from jaxseek.model import DeepSeek
 from jaxseek.run_config import RunConfig, at_fraction
+from jaxseek.storage.place import Mirror, Place, place
 from jaxseek.tokenizer import Tokenizer
 from jaxseek.train import lora, start
 from jaxseek.train.batch import Batch, blank_row, make_batch, most, to_devices
@@ -94,7 +94,7 @@ class _Training:
     ):
         self.run, self.cfg, self.strategy, self.tokenizer = run, cfg, strategy, tokenizer
         self.closing = closing
-        self.out = Path(run.out)
+        self.out = place(run.out)
         self.hosts = jax.process_index(), jax.process_count()
         self.rows = _opened(run, tokenizer, "train", self.hosts)
         closing.callback(self.rows.close)
@@ -201,7 +201,7 @@ class _Training:
                 self._save_when_due(reached, stopped, evaluated)
                 before = time.perf_counter() if evaluated else before
             self.checkpoints.wait()
-            if self.last and not (out / "model").exists():
+            if self.last and checkpoint.kind_of(out / "model") is None:
                 self._export()
         if self.done:
             plot_loss(out)
@@ -316,13 +316,13 @@ class Profile:
     """Traces the steps first..last (from 1) of `log.profile` into the run's directory, for xprof."""
 
     steps: list[int]
-    out: Path
-    on: bool = False
+    out: Place
+    on: Mirror | None = None
 
     def before(self, step: int) -> None:
         if self.steps and step + 1 == self.steps[0]:
-            jax.profiler.start_trace(str(self.out / "profile"))
-            self.on = True
+            self.on = Mirror(self.out / "profile")
+            jax.profiler.start_trace(str(self.on.local))
 
     def after(self, step: int) -> None:
         if self.on and step + 1 == self.steps[1]:
@@ -332,4 +332,5 @@ class Profile:
         """Also where the run ends within these steps."""
         if self.on:
             jax.profiler.stop_trace()
-        self.on = False
+            self.on.close()
+        self.on = None

@@ -10,9 +10,9 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import io
 import json
 import math
-import os
 import time
 import uuid
 from collections import deque
@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 
 from jaxseek.config import ConfigError, ModelConfig
 from jaxseek.run_config import LogConfig
+from jaxseek.storage.place import Log, Mirror, Place, place, write_bytes, write_text
 from jaxseek.train.scaling import attention_flops_per_token
 
 FILE, PLOT = "metrics.jsonl", "loss.png"
@@ -69,7 +70,7 @@ class MetricsLog:
     ConfigError where `log.wandb` names a project and wandb is not installed.
     """
 
-    def __init__(self, directory: str | Path, cfg: LogConfig, resume_step: int = 0):
+    def __init__(self, directory: str | Place, cfg: LogConfig, resume_step: int = 0):
         self._file = self._board = self._wandb = None
         if cfg.wandb and importlib.util.find_spec("wandb") is None:
             raise ConfigError(
@@ -77,14 +78,14 @@ class MetricsLog:
             )
         if jax.process_index() != 0:
             return
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        directory = place(directory)
         _cut(directory / FILE, resume_step)
-        self._file = (directory / FILE).open("a", encoding="utf-8")
+        self._file = Log(directory / FILE)
         if cfg.tensorboard:
             from tensorboardX import SummaryWriter  # a second to import
 
-            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=resume_step, flush_secs=10)
+            self._events = Mirror(directory / "tensorboard")
+            self._board = SummaryWriter(str(self._events.local), purge_step=resume_step, flush_secs=10)
         if cfg.wandb:
             self._wandb = _start_wandb(directory, cfg.wandb)
 
@@ -95,11 +96,11 @@ class MetricsLog:
         numbers = {name: float(f"{float(value):.8g}") for name, value in values.items()}
         finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
         record = {"step": step, "time": round(time.time(), 3)} | {n: finite.get(n) for n in numbers}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._file.add(json.dumps(record))
         if self._board is not None:
             for name, value in finite.items():
                 self._board.add_scalar(name, value, step)
+            self._events.send()
         if self._wandb is not None:
             self._wandb.log(finite, step=step)
 
@@ -109,6 +110,7 @@ class MetricsLog:
             self._file.close()
         if self._board is not None:
             self._board.close()
+            self._events.close()
         if self._wandb is not None:
             self._wandb.finish()
         self._file = self._board = self._wandb = None
@@ -120,59 +122,52 @@ class MetricsLog:
         self.close()
 
 
-def read_metrics(directory: str | Path) -> Iterator[dict[str, Any]]:
+def read_metrics(directory: str | Place) -> Iterator[dict[str, Any]]:
     """The records of a run, in order; a last line that was cut short is left out."""
-    path = Path(directory) / FILE
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    path = place(directory) / FILE
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
             yield json.loads(line)
         except json.JSONDecodeError:
             continue
 
 
-def _cut(path: Path, step: int) -> None:
+def _cut(path: Place, step: int) -> None:
     """Leave out records of `step` and later, at once: a crash leaves the old file or the new one."""
-    if not path.exists():
-        return
-    lines = [json.dumps(r) + "\n" for r in read_metrics(path.parent) if r["step"] < step]
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as out:
-        out.writelines(lines)
-        out.flush()
-        os.fsync(out.fileno())
-    partial.replace(path)
+    if path.is_file():
+        write_text(path, "".join(json.dumps(r) + "\n" for r in read_metrics(path.parent) if r["step"] < step))
 
 
-def _start_wandb(directory: Path, project: str) -> Any:
+def _start_wandb(directory: Place, project: str) -> Any:
     """The wandb run of this directory, which keeps its id so that a resumed run goes on with it."""
     wandb: Any = importlib.import_module("wandb")
     name = directory / "wandb_id"
-    if not name.exists():
-        name.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+    if not name.is_file():
+        write_text(name, uuid.uuid4().hex[:8])
     run_id = name.read_text(encoding="utf-8").strip()
-    return wandb.init(
-        project=project, name=directory.resolve().name, dir=str(directory), id=run_id, resume="allow"
-    )
+    files = str(directory) if isinstance(directory, Path) else None  # wandb's own choice, where it has none
+    return wandb.init(project=project, name=directory.resolve().name, dir=files, id=run_id, resume="allow")
 
 
 # -------------------------------------------------------------------- the plot
 
 
-def plot_loss(directory: str | Path) -> Path:
+def plot_loss(directory: str | Place) -> Place:
     """Draw loss.png from metrics.jsonl: losses and learning rate, and the experts' load where there is one.
 
     Raises ValueError where no record has a loss.
     """
     from matplotlib.figure import Figure  # a third of a second to import; without pyplot it draws with Agg
 
-    path = Path(directory) / PLOT
+    directory = place(directory)
+    path = directory / PLOT
     if jax.process_index() != 0:
         return path
     records = list(read_metrics(directory))
     steps, loss = series(records, "loss")
     eval_steps, eval_loss = series(records, "eval_loss")
     if not steps and not eval_steps:
-        raise ValueError(f"{Path(directory) / FILE} has no loss to plot")
+        raise ValueError(f"{directory / FILE} has no loss to plot")
     load_steps, load = series(records, "load_max_over_mean")
     fig = Figure(figsize=(8, 6.4 if load else 4.5), dpi=130, layout="constrained")
     axes: Any = fig.subplots(
@@ -193,7 +188,7 @@ def plot_loss(directory: str | Path) -> Path:
         right.spines["top"].set_visible(False)
         top.plot([], [], "--", color="0.55", linewidth=1, label="learning rate")
     top.legend(frameon=False)
-    top.set_title(Path(directory).resolve().name)
+    top.set_title(directory.resolve().name)
     if load:
         curve(axes[1, 0], load_steps, load, "tab:green", "")
         axes[1, 0].axhline(1, color="0.7", linewidth=0.8)
@@ -202,8 +197,15 @@ def plot_loss(directory: str | Path) -> Path:
     for ax in axes[:, 0]:
         ax.grid(alpha=0.25)
         ax.spines["top"].set_visible(False)
-    fig.savefig(path)
+    save_figure(fig, path)
     return path
+
+
+def save_figure(figure: Any, path: Place) -> None:
+    """Write a figure of matplotlib, as the kind of picture that the name's ending says."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix.removeprefix(".") or "png")
+    write_bytes(path, drawn.getvalue())
 
 
 def series(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:

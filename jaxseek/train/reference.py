@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from jaxseek.data import open_rows
 from jaxseek.model import DeepSeek
 from jaxseek.run_config import RunConfig
+from jaxseek.storage.place import place, write_bytes
 from jaxseek.tokenizer import Tokenizer
 from jaxseek.train.batch import Batch, blank_row, make_batch, meet, most, to_devices
 
@@ -29,17 +30,17 @@ class Reference:
         tokenizer: Tokenizer,
         logprobs: Callable[[DeepSeek, Batch], jax.Array],
     ):
-        self.path = Path(run.out) / "reference.npz"
+        self.path = place(run.out) / "reference.npz"
         if most(not self.path.is_file()):
             model = open_model()
             parts = {split: _computed(run, model, tokenizer, logprobs, split) for split in SPLITS}
             if jax.process_index() == 0:
-                partial = self.path.with_suffix(".partial.npz")
                 arrays: Any = {f"{s}_{k}": a for s, part in parts.items() for k, a in part.items()}
-                np.savez(partial, **arrays)
-                partial.replace(self.path)
+                held = io.BytesIO()
+                np.savez(held, **arrays)
+                write_bytes(self.path, held.getvalue())
             meet("reference is kept")
-        with np.load(self.path) as kept:
+        with np.load(io.BytesIO(self.path.read_bytes())) as kept:
             self.table = {s: dict(zip(kept[f"{s}_index"].tolist(), kept[f"{s}_pair"])) for s in SPLITS}
         for table in self.table.values():
             table[-1] = np.zeros(2, np.float32)  # of a blank row

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +16,7 @@ from jaxseek.generate.text import TextStream, encode, engine_for
 from jaxseek.loading import load
 from jaxseek.run_config import RunConfig
 from jaxseek.sharding import Strategy
+from jaxseek.storage.place import Log, Place, place, read_log, write_bytes
 from jaxseek.tokenizer import Tokenizer
 
 FILE = "samples.jsonl"
@@ -29,26 +28,26 @@ def sampled_run(run: RunConfig, strategy: Strategy, tokenizer: Tokenizer) -> Run
 
     Answers that were cut off by `max_new_tokens` are left out, as they teach not to end.
     """
-    path = Path(run.out) / FILE
+    path = place(run.out) / FILE
     if jax.process_count() > 1:
         raise ConfigError(
             'distill.by = "samples" runs on one host; sample there, then train on its samples.jsonl with sft'
         )
     prompts = [(talk, i) for talk in open_prompts(run) or () for i in range(run.distill.per_prompt)]
-    done = _whole_lines(path)
+    done = len(read_log(path))  # what a killed run left of a further one is cut off
     if done < len(prompts):
         _sample(run, strategy, tokenizer, prompts, done, path)
     data = dataclasses.replace(run.data, train=[str(_finished(path))])
     return run.replace(objective="sft", data=data)
 
 
-def _sample(run: RunConfig, strategy: Strategy, tokenizer: Tokenizer, prompts: Any, done: int, path: Path):
+def _sample(run: RunConfig, strategy: Strategy, tokenizer: Tokenizer, prompts: Any, done: int, path: Place):
     from rich.progress import Progress
 
     teacher, own = load(run.distill.teacher, strategy)
     own = own or tokenizer
     engine, distill, names = engine_for(teacher), run.distill, run.data.columns
-    with path.open("a", encoding="utf-8") as out, Progress(transient=True) as progress:
+    with Log(path) as out, Progress(transient=True) as progress:
         task = progress.add_task("sampling the teacher", total=len(prompts), completed=done)
         for begin in range(done, len(prompts), BATCH):
             some = prompts[begin : begin + BATCH]
@@ -72,30 +71,17 @@ def _sample(run: RunConfig, strategy: Strategy, tokenizer: Tokenizer, prompts: A
                     names.messages: [{names.role: m["role"], names.content: m["content"]} for m in talk]
                 }
                 record |= {"finish_reason": reply.finish_reason}
-                out.write(json.dumps(record, ensure_ascii=False) + "\n")
-            out.flush()
+                out.add(json.dumps(record, ensure_ascii=False))
             progress.update(task, advance=len(some))
 
 
-def _whole_lines(path: Path) -> int:
-    """How many there are; what a killed run left of a further one is cut off."""
-    if not path.is_file():
-        return 0
-    blob = path.read_bytes()
-    end = blob.rfind(b"\n") + 1
-    if end < len(blob):
-        os.truncate(path, end)
-    return blob.count(b"\n")
-
-
-def _finished(path: Path) -> Path:
+def _finished(path: Place) -> Place:
     """The file of those answers that came to an end."""
     kept = path.with_name("samples.finished.jsonl")
-    with path.open(encoding="utf-8") as file:
-        lines = [line for line in file if json.loads(line)["finish_reason"] == "stop"]
+    lines = [
+        l for l in path.read_bytes().splitlines(keepends=True) if json.loads(l)["finish_reason"] == "stop"
+    ]
     if not lines:
         raise ConfigError(f"{path}: the teacher finished none of its answers; raise distill.max_new_tokens")
-    partial = kept.with_name(kept.name + ".partial")
-    partial.write_text("".join(lines), encoding="utf-8")
-    partial.replace(kept)
+    write_bytes(kept, b"".join(lines))
     return kept

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +18,8 @@ from jaxseek.model import DeepSeek
 from jaxseek.redundancy import refuse_slots
 from jaxseek.run_config import RunConfig
 from jaxseek.sharding import Strategy, fill, parameters
+from jaxseek.storage.hub import model_place
+from jaxseek.storage.place import file_sizes, place, scratch, writable
 from jaxseek.tokenizer import Tokenizer
 from jaxseek.train import lora
 from jaxseek.train.batch import meet
@@ -42,10 +42,9 @@ def claim(run: RunConfig) -> None:
 
     A directory where a run wrote nothing but its settings, because they were wrong, is free for others.
     """
-    out = Path(run.out)
+    out = writable(run.out)
     kept = out / "run.json"
-    partial = kept.with_name("run.json.partial")
-    made = [path for path in out.rglob("*") if path.is_file() and path not in (kept, partial)]
+    made = [name for name in file_sizes(out) if name not in ("run.json", "run.json.partial")]
     now, before = run.to_dict(), json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
     if before is not None and made:
         was, is_ = _flat(before), _flat(now)
@@ -63,15 +62,13 @@ def claim(run: RunConfig) -> None:
         raise ConfigError(f"{out} is not empty and holds no run; choose another out")
     meet("run is checked")
     if jax.process_index() == 0 and now != before:
-        out.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(partial, now)
-        partial.replace(kept)  # at once: a run that is killed here starts again
+        checkpoint.write_json(kept, now)  # at once: a run that is killed here starts again
     meet("run is claimed")
 
 
 def finished(run: RunConfig) -> int | None:
     """The steps that a run took which is over, be it before its last step; None for one that can go on."""
-    path = Path(run.out) / "model"
+    path = place(run.out) / "model"
     if checkpoint.kind_of(path) is None:
         return None
     origin = checkpoint.read_manifest(path)["origin"]
@@ -103,25 +100,26 @@ def _made_tokenizer(run: RunConfig, cfg: ModelConfig) -> Tokenizer:
             f"tokenizer = {run.tokenizer!r} is larger than the model's vocabulary of {cfg.vocab_size}; ask "
             f"for train:{cfg.vocab_size} at most, or raise [config] vocab_size"
         )
-    made = Path(run.out) / "tokenizer"
-    partial = made.with_name("tokenizer.partial")
-    if jax.process_index() == 0 and not made.is_dir():
-        shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
-        if run.tokenizer.startswith("python:"):
-            function(run.tokenizer)(partial)
-        else:
-            train_tokenizer(run, partial)
-        partial.rename(made)
+    made = place(run.out) / "tokenizer"
+    if jax.process_index() == 0 and Tokenizer.from_dir(made) is None:
+        with scratch("tokenizer") as folder:
+            if run.tokenizer.startswith("python:"):
+                function(run.tokenizer)(folder)
+            else:
+                train_tokenizer(run, folder)
+            if new := Tokenizer.from_dir(folder):
+                new.save(made)
     meet("tokenizer is made")
     tokenizer = Tokenizer.from_dir(made)
     if tokenizer is None:
-        raise ConfigError(f"{made} holds no tokenizer; remove it, and the run makes it again")
+        raise ConfigError(f"{run.tokenizer} has made no tokenizer; expected tokenizer.json or a .model file")
     return tokenizer
 
 
 def _given_tokenizer(run: RunConfig) -> Tokenizer:
     source = run.tokenizer or run.model
-    tokenizer = Tokenizer.from_dir(source) if Path(source).is_dir() else None
+    at = model_place(source, weights=False)
+    tokenizer = Tokenizer.from_dir(at) if at.is_dir() else None
     if tokenizer is None:
         raise ConfigError(
             f"{source} has no tokenizer; name a directory that has one (tokenizer = DIR), "
@@ -135,12 +133,16 @@ def model_config(run: RunConfig) -> ModelConfig:
     kind = checkpoint.kind_of(run.model)
     if kind is None and run.model not in presets():
         raise checkpoint.not_a_checkpoint(run.model)
-    if kind == "jaxseek" and checkpoint.stored_quantization(checkpoint.read_manifest(Path(run.model))):
+    if kind == "jaxseek" and checkpoint.stored_quantization(checkpoint.read_manifest(place(run.model))):
         raise ConfigError(
             f"{run.model} is quantised, so it cannot be trained; convert it first: "
             f"jaxseek convert {run.model} DST --dtype bfloat16"
         )
-    cfg = ModelConfig.from_hf(run.model) if kind else ModelConfig.from_preset(run.model)
+    cfg = (
+        ModelConfig.from_hf(model_place(run.model, weights=False))
+        if kind
+        else ModelConfig.from_preset(run.model)
+    )
     if not run.config:
         return cfg
     fields = cfg.to_hf()

@@ -1,0 +1,474 @@
+"""A path on a disk or a URL of an object store: `place` gives a pathlib.Path, or a Remote with its methods.
+
+An object store has no folders, no renaming and no appending. So what is to appear whole is written by one
+request (`write_bytes`), a tree gets the file that marks it as whole last (`upload`), and what grows is
+written again as a whole every few seconds (`Log`). URLs are those of fsspec: gs://, s3://, memory:// and what
+else is installed; hf:// and http(s):// can only be read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+_WEB = ("http", "https")
+READ_ONLY = ("hf", *_WEB)
+_EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3"}  # what brings the driver of a scheme
+_URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(.*)", re.DOTALL)
+_CHANGED = ("etag", "md5hash", "checksum", "lastmodified", "mtime", "updated", "created")  # drivers differ
+_THREADS = 8  # files that are uploaded or downloaded side by side
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class PlaceError(OSError):
+    """A place that cannot be reached, read or written; the message says which, why and what to do."""
+
+
+def place(name: str | os.PathLike[str] | Remote) -> Place:
+    """The Path or Remote that a name given by a user stands for; `file://` is a path.
+
+    Raises PlaceError for a URL that nothing here can open.
+    """
+    if isinstance(name, Remote):
+        return name
+    text = os.fspath(name)
+    if not (found := _URL.fullmatch(text)):
+        return Path(text).expanduser()
+    scheme, rest = found[1], found[2]
+    if "://" not in text:
+        raise PlaceError(f"{text}: is neither a path nor a URL; did you mean {scheme}://{rest}?")
+    if scheme == "file":
+        return Path("/" + rest)
+    return Remote(_driver(scheme, text), scheme, (text if scheme in _WEB else rest).rstrip("/"))
+
+
+def is_url(name: Any) -> bool:
+    """Whether this names something in an object store or on the web."""
+    return isinstance(name, Remote) or "://" in str(name)
+
+
+@functools.cache
+def _driver(scheme: str, url: str) -> Any:
+    import fsspec
+
+    try:
+        return fsspec.filesystem(scheme, use_listings_cache=False)
+    except (ImportError, ValueError) as e:
+        extra = _EXTRAS.get(scheme)
+        how = f"pip install 'jaxseek[{extra}]'" if extra else "use gs://, s3:// or a path"
+        raise PlaceError(f"{url}: {scheme}:// cannot be opened here ({e}); {how}") from None
+    except Exception as e:  # drivers look for credentials in many ways
+        raise _unreachable(url, "opened", e) from e
+
+
+def _reaching(what: str) -> Callable[[F], F]:
+    """Turn what a driver raises, whatever its kind, into a PlaceError that names the place."""
+
+    def wrap(method: F) -> F:
+        @functools.wraps(method)
+        def call(self: Remote, *args: Any, **named: Any) -> Any:
+            try:
+                return method(self, *args, **named)
+            except (PlaceError, FileNotFoundError, FileExistsError):
+                raise
+            except Exception as e:
+                raise _unreachable(self, what, e) from e
+
+        return call  # type: ignore[return-value]
+
+    return wrap
+
+
+def _unreachable(url: Any, what: str, e: BaseException) -> PlaceError:
+    return PlaceError(
+        f"{url}: cannot be {what} ({type(e).__name__}: {str(e)[:300]}); jaxseek doctor {url} tells whether "
+        "it can be reached and with which credentials"
+    )
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A URL, with those methods of pathlib.Path that object stores can have. Errors are PlaceErrors."""
+
+    fs: Any  # the fsspec driver
+    scheme: str
+    path: str  # bucket and key, no slash at the end
+
+    def __str__(self) -> str:
+        return self.path if self.scheme in _WEB else f"{self.scheme}://{self.path}"
+
+    # ---------------------------------------------------------------- names
+
+    def __truediv__(self, part: str | PurePosixPath) -> Remote:
+        return Remote(self.fs, self.scheme, f"{self.path}/{part}".strip("/"))
+
+    @property
+    def _pure(self) -> PurePosixPath:
+        return PurePosixPath(self.path)
+
+    @property
+    def name(self) -> str:
+        return self._pure.name
+
+    @property
+    def stem(self) -> str:
+        return self._pure.stem
+
+    @property
+    def suffix(self) -> str:
+        return self._pure.suffix
+
+    @property
+    def parent(self) -> Remote:
+        return Remote(self.fs, self.scheme, str(self._pure.parent))
+
+    def with_name(self, name: str) -> Remote:
+        return self.parent / name
+
+    def with_suffix(self, suffix: str) -> Remote:
+        return Remote(self.fs, self.scheme, str(self._pure.with_suffix(suffix)))
+
+    def relative_to(self, other: Remote) -> PurePosixPath:
+        return self._pure.relative_to(other._pure)
+
+    def absolute(self) -> Remote:
+        return self
+
+    resolve = absolute
+
+    # ---------------------------------------------------------------- what is there
+
+    @_reaching("looked at")
+    def exists(self) -> bool:
+        return self.fs.exists(self.path)
+
+    @_reaching("looked at")
+    def is_file(self) -> bool:
+        return self.fs.isfile(self.path)
+
+    @_reaching("looked at")
+    def is_dir(self) -> bool:
+        """Whether anything is below: there are no empty folders."""
+        return self.fs.isdir(self.path)
+
+    @_reaching("listed")
+    def iterdir(self) -> Iterator[Remote]:
+        names = [PurePosixPath(found.rstrip("/")).name for found in self.fs.ls(self.path, detail=False)]
+        return iter([self / name for name in names if name != self.name])
+
+    def glob(self, pattern: str) -> Iterator[Remote]:
+        """What lies directly below under a name of this pattern."""
+        found = self.iterdir() if self.is_dir() else ()
+        return (p for p in found if fnmatch.fnmatchcase(p.name, pattern))
+
+    @_reaching("listed")
+    def matches(self) -> list[Remote]:
+        """The files that this name matches, as a pattern."""
+        found = (name.lstrip("/") for name in sorted(self.fs.glob(self.path)) if self.fs.isfile(name))
+        return [Remote(self.fs, self.scheme, name) for name in found]
+
+    @_reaching("listed")
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file below, by relative name."""
+        found = self.fs.find(self.path, detail=True)
+        root = self.fs._strip_protocol(self.path).rstrip("/") + "/"
+        named = {name.removeprefix(root): info["size"] for name, info in sorted(found.items())}
+        return {name: size for name, size in named.items() if name}  # a console leaves a file as the folder
+
+    @_reaching("looked at")
+    def state(self) -> list[Any]:
+        """Name, size, and what the store notes of a change."""
+        info = {re.sub("[-_]", "", key).lower(): value for key, value in self.fs.info(self.path).items()}
+        told = next((info[key] for key in _CHANGED if info.get(key)), "")
+        return [str(self), info["size"], str(told)]
+
+    # ---------------------------------------------------------------- reading and writing
+
+    @_reaching("read")
+    def read_bytes(self) -> bytes:
+        return self.fs.cat_file(self.path)
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        return self.read_bytes().decode(encoding)
+
+    @_reaching("read")
+    def download(self, to: Path) -> None:
+        """Copy the file to one on this machine."""
+        to.parent.mkdir(parents=True, exist_ok=True)
+        self.fs.get_file(self.path, str(to))
+
+    @_reaching("written")
+    def write_bytes(self, data: bytes) -> None:
+        """Write the file whole, by one request."""
+        raise_read_only(self)
+        self.fs.pipe_file(self.path, bytes(data))
+
+    def write_text(self, text: str, encoding: str = "utf-8") -> None:
+        self.write_bytes(text.encode(encoding))
+
+    @_reaching("written")
+    def upload(self, file: Path) -> None:
+        """Write the file whole, from one on this machine."""
+        raise_read_only(self)
+        self.fs.put_file(str(file), self.path)
+
+    def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
+        """Nothing: a folder is there as soon as a file is in it."""
+
+    @_reaching("removed")
+    def unlink(self, missing_ok: bool = False) -> None:
+        try:
+            self.fs.rm_file(self.path)
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
+
+
+Place = Path | Remote
+
+
+def raise_read_only(at: Place) -> None:
+    """Raise PlaceError for what cannot be written: to be asked before any work."""
+    if isinstance(at, Remote) and at.scheme in READ_ONLY:
+        raise PlaceError(f"{at}: {at.scheme}:// can be read alone; expected a path, gs://... or s3://...")
+
+
+def writable(name: Any) -> Place:
+    """The place of something that will be written. Raises PlaceError where it cannot be."""
+    at = place(name)
+    raise_read_only(at)
+    return at
+
+
+# -------------------------------------------------------------------- whole files and trees
+
+
+def write_bytes(at: Place, data: bytes) -> None:
+    """Write a file at once: whoever looks sees the old one or the new one."""
+    if isinstance(at, Remote):
+        at.write_bytes(data)
+        return
+    at.parent.mkdir(parents=True, exist_ok=True)
+    partial = at.with_name(f"{at.name}.partial")
+    with partial.open("wb") as out:
+        out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
+    partial.replace(at)
+
+
+def write_text(at: Place, text: str) -> None:
+    """As `write_bytes`."""
+    write_bytes(at, text.encode())
+
+
+def file_sizes(folder: Place) -> dict[str, int]:
+    """Bytes of every file below a folder, by relative name."""
+    if isinstance(folder, Remote):
+        return folder.sizes()
+    return {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def remove(at: Place) -> None:
+    """Remove a tree; nothing where there is none."""
+    if isinstance(at, Path):
+        shutil.rmtree(at, ignore_errors=True)
+        return
+    for name in at.sizes() if at.is_dir() else ():
+        (at / name).unlink(missing_ok=True)
+
+
+def upload(folder: Path, to: Remote, last: tuple[str, ...] = ()) -> None:
+    """Copy a tree to an object store, the files named `last` after all others and in this order.
+
+    They say that the rest is there, so a reader never takes a part for the whole.
+    """
+    names = [name for name in file_sizes(folder) if name not in last]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(lambda name: (to / name).upload(folder / name), names))
+    for name in last:
+        if (folder / name).is_file():
+            (to / name).upload(folder / name)
+
+
+def download(at: Remote, to: Path) -> None:
+    """Copy a tree from an object store; files that are there in their size are kept."""
+
+    def one(name: str, size: int) -> None:
+        local = to / name
+        if not local.is_file() or local.stat().st_size != size:
+            (at / name).download(local)
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(one, *zip(*at.sizes().items())) if at.is_dir() else ())
+
+
+@contextlib.contextmanager
+def scratch(what: str) -> Iterator[Path]:
+    """A folder on this machine, for what is on its way to or from an object store."""
+    with tempfile.TemporaryDirectory(prefix=f"jaxseek-{what}-") as folder:
+        yield Path(folder)
+
+
+@functools.cache
+def local_tree(at: Remote) -> Path:
+    """A copy of a tree on this machine, which lasts as long as the process."""
+    folder = tempfile.TemporaryDirectory(prefix="jaxseek-copy-")
+    _folders.append(folder)
+    download(at, Path(folder.name))
+    return Path(folder.name)
+
+
+@functools.cache
+def small_files(at: Remote) -> Path:
+    """A folder on this machine with the small files of a remote checkpoint: config, index, tokenizer.
+
+    It lasts as long as the process.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="jaxseek-files-")
+    _folders.append(folder)
+    for found in at.iterdir():
+        if found.name.endswith((".json", ".model", ".txt", ".jinja")):
+            found.download(Path(folder.name) / found.name)
+    return Path(folder.name)
+
+
+_folders: list[tempfile.TemporaryDirectory[str]] = []  # removed as the process ends
+
+
+def cached(at: Remote) -> Path:
+    """The file on this machine: downloaded into the user's cache, unless this version of it is there."""
+    state = repr(file_state(at))
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxseek" / "files"
+    local = cache / hashlib.sha256(state.encode()).hexdigest()[:24] / at.name
+    if not local.is_file():
+        partial = local.with_name(f"{local.name}.{os.getpid()}.partial")
+        at.download(partial)
+        partial.replace(local)
+    return local
+
+
+def file_state(at: Place) -> list[Any]:
+    """Name, size and time of change, or what the store has in its place: other where a file was changed."""
+    if isinstance(at, Remote):
+        return at.state()
+    status = at.stat()
+    return [str(at), status.st_size, status.st_mtime_ns]
+
+
+class Mirror:
+    """A folder on this machine for a tool that writes nowhere else; what is new is sent every few seconds.
+
+    Where the place is on a disk, `local` is that folder.
+    """
+
+    def __init__(self, at: Place, seconds: float = 30.0):
+        self.at, self.seconds, self._sent = at, seconds, time.monotonic()
+        self._scratch = (
+            None if isinstance(at, Path) else tempfile.TemporaryDirectory(prefix="jaxseek-mirror-")
+        )
+        self.local = at if isinstance(at, Path) else Path(self._scratch.name)  # type: ignore[union-attr]
+
+    def send(self, now: bool = False) -> None:
+        """Send all files, if it is time."""
+        if isinstance(self.at, Remote) and (now or time.monotonic() - self._sent > self.seconds):
+            upload(self.local, self.at)
+            self._sent = time.monotonic()
+
+    def close(self) -> None:
+        """Send what there is, and remove it here."""
+        self.send(now=True)
+        if self._scratch is not None:
+            self._scratch.cleanup()
+
+
+# -------------------------------------------------------------------- what grows
+
+
+class Log:
+    """Lines that are added to a file; `close` when done.
+
+    On a disk each is there at once. In an object store the file is written again as a whole, every few
+    seconds and at the end: what a kill loses is what came since.
+    """
+
+    def __init__(self, at: Place, seconds: float = 10.0):
+        self.at, self.seconds, self._written = at, seconds, time.monotonic()
+        self._file, self._lines, self._unwritten = None, b"", False
+        if isinstance(at, Path):
+            at.parent.mkdir(parents=True, exist_ok=True)
+            self._file = at.open("ab")
+        elif at.is_file():
+            self._lines = at.read_bytes()
+
+    def add(self, *lines: str) -> None:
+        """Add lines, together: a reader sees all of them or, of the last, a part."""
+        block = "".join(f"{line}\n" for line in lines).encode()
+        if self._file is not None:
+            self._file.write(block)
+            self._file.flush()
+            return
+        self._lines, self._unwritten = self._lines + block, True
+        if time.monotonic() - self._written > self.seconds:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write to an object store what is not there yet."""
+        if self._unwritten:
+            self.at.write_bytes(self._lines)
+            self._unwritten, self._written = False, time.monotonic()
+
+    def close(self) -> None:
+        self.flush()
+        if self._file is not None:
+            self._file.close()
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def read_log(at: Place, parse: Callable[[bytes], Any] = json.loads) -> list[Any]:
+    """What the lines of a log hold, up to the first that is not whole or that `parse` refuses.
+
+    The rest is cut off, so that what is added next follows what was read.
+    """
+    found, whole = [], 0
+    for line in at.read_bytes().splitlines(keepends=True) if at.is_file() else ():
+        try:
+            if not line.endswith(b"\n"):
+                break
+            found.append(parse(line))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            break
+        whole += len(line)
+    cut(at, whole)
+    return found
+
+
+def cut(at: Place, size: int) -> None:
+    """Leave the first bytes of a file, where there is one; on a disk it remains the same file."""
+    if not at.is_file():
+        return
+    if isinstance(at, Path):
+        if at.stat().st_size > size:
+            os.truncate(at, size)
+        return
+    blob = at.read_bytes()
+    if len(blob) > size:
+        at.write_bytes(blob[:size])
