@@ -91,7 +91,7 @@ def save(
             write_json(partial / "config.json", model.cfg.replace(dtype=stored_dtype(model)).to_hf())
             if tokenizer is not None:
                 tokenizer.save(partial)
-            manifest["files"] = file_sizes(weights) | file_sizes(partial)
+            manifest["files"] = dict(sorted((file_sizes(weights) | file_sizes(partial)).items()))
             write_json(partial / MANIFEST, manifest)  # last: it says that all else is there
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxseek.config import ConfigError
+from jaxseek.storage import place as places
 
 
 @dataclass(frozen=True)
@@ -157,14 +158,14 @@ def write(path: str | Path, placement: Placement) -> None:
     """Write it as `.npz`, for a strategy's `[weights] placement`."""
     held = io.BytesIO()  # numpy would give the file's name another ending
     np.savez_compressed(held, expert=placement.expert_LS.astype(np.int32))
-    Path(path).write_bytes(held.getvalue())
+    places.write_bytes(places.writable(path), held.getvalue())
 
 
 def read(path: str | Path, layers: int, experts: int, slots: int) -> np.ndarray:
     """The expert in every slot [L, S] of a file. Raises ConfigError for one that is of other sizes, or leaves
     an expert out."""
     try:
-        expert_LS = np.load(path)["expert"]
+        expert_LS = np.load(io.BytesIO(places.place(path).read_bytes()))["expert"]
     except FileNotFoundError:
         raise ConfigError(
             f"{path}: no such placement; `jaxseek placement ... --place FILE` makes one"

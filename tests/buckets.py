@@ -1,10 +1,9 @@
 """Object stores on this machine, for tests: an S3 (moto) and a GCS (gcp-storage-emulator), each a process.
 
-    python tests/buckets.py s3 5555        serves until it is ended
+python tests/buckets.py s3 5555        serves until it is ended
 """
 
 import contextlib
-import os
 import socket
 import subprocess
 import sys
@@ -56,6 +55,8 @@ def serve_gcs(port: int) -> None:
         return handle
 
     for _, methods in server.HANDLERS:
+        if "PUT" in methods:
+            methods.setdefault("POST", methods["PUT"])  # parts of an upload come by either
         methods.update({method: conditional(handler) for method, handler in methods.items()})
     server.create_server("127.0.0.1", port, in_memory=True, default_bucket=BUCKET).run()
 
@@ -73,20 +74,26 @@ def running(kind: str):
         _wait_for(address, process)
         if kind == "s3":
             urllib.request.urlopen(urllib.request.Request(f"{address}/{BUCKET}", method="PUT"))
-            yield f"s3://{BUCKET}", {
-                "AWS_ACCESS_KEY_ID": "test",
-                "AWS_SECRET_ACCESS_KEY": "test",
-                "AWS_DEFAULT_REGION": "us-east-1",
-                "AWS_ENDPOINT_URL": address,
-            }
+            yield (
+                f"s3://{BUCKET}",
+                {
+                    "AWS_ACCESS_KEY_ID": "test",
+                    "AWS_SECRET_ACCESS_KEY": "test",
+                    "AWS_DEFAULT_REGION": "us-east-1",
+                    "AWS_ENDPOINT_URL": address,
+                },
+            )
         else:
-            yield f"gs://{BUCKET}", {
-                "STORAGE_EMULATOR_HOST": address,
-                "TENSORSTORE_GCS_HTTP_URL": address,
-                "GOOGLE_AUTH_TOKEN_FOR_TESTING": "test",
-                "NO_GCE_CHECK": "true",  # nobody asks Google's metadata server who we are
-                "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # needs gRPC, which the emulator has not
-            }
+            yield (
+                f"gs://{BUCKET}",
+                {
+                    "STORAGE_EMULATOR_HOST": address,
+                    "TENSORSTORE_GCS_HTTP_URL": address,
+                    "GOOGLE_AUTH_TOKEN_FOR_TESTING": "test",
+                    "NO_GCE_CHECK": "true",  # nobody asks Google's metadata server who we are
+                    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # needs gRPC, which the emulator has not
+                },
+            )
     finally:
         process.kill()
         process.wait()

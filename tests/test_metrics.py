@@ -67,7 +67,7 @@ def test_a_kill_while_records_are_cut_off_leaves_them_all(tmp_path, monkeypatch)
     def killed(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(metrics.os, "fsync", killed)
+    monkeypatch.setattr("os.fsync", killed)
     with pytest.raises(KeyboardInterrupt):
         MetricsLog(tmp_path, ALONE, resume_step=2)
     assert steps_of(tmp_path) == [0, 1, 2, 3]

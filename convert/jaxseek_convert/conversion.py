@@ -335,7 +335,7 @@ def _write_manifest(
         **described(source.table, forms),
         "origin": dict(origin),
     }
-    files = file_sizes(draft.weights) | file_sizes(draft.files)
+    files = dict(sorted((file_sizes(draft.weights) | file_sizes(draft.files)).items()))
     manifest["files"] = {n: size for n, size in files.items() if not n.startswith(("journal.", "sending/"))}
     checkpoint.write_json(draft.files / checkpoint.MANIFEST, manifest)
 

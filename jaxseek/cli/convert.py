@@ -6,10 +6,10 @@ import argparse
 import json
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from jaxseek.cli.shared import WrongUse, table
+from jaxseek.storage.place import place
 
 
 def add_conversion_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
@@ -133,7 +133,7 @@ def _rehearse(args: argparse.Namespace) -> None:
 
 def _quantize(args: argparse.Namespace) -> None:
     if args.text:
-        Path(args.text).read_text(encoding="utf-8")  # an error now, not after the conversion
+        place(args.text).read_text(encoding="utf-8")  # an error now, not after the conversion
     summary = _write(args, dtype=args.weights)
     if not args.no_report:
         from jaxseek.quantize import rounding_error

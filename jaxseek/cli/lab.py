@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from jaxseek.cli.shared import WrongUse, load_model, read_prompts
+from jaxseek.cli.shared import WrongUse, check_outputs, load_model, read_prompts
 
 
 def add_lab_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
@@ -103,6 +103,7 @@ def _plan(args: argparse.Namespace) -> int:
 
     if args.trace and not args.repeats:
         raise WrongUse("--trace is of a run: give --run too")
+    check_outputs(args.plot, args.hlo, args.trace)
     layout = args.model, args.topology, args.mesh, args.workload, args.batch, args.context, args.weights
     run = {"lora": args.lora, "remat": args.remat, "repeats": args.repeats, "trace": args.trace}
     return plan(*layout, as_json=args.json, hlo=args.hlo, plot=args.plot, **run)
@@ -111,6 +112,7 @@ def _plan(args: argparse.Namespace) -> int:
 def _sweep(args: argparse.Namespace) -> int:
     from jaxseek.lab.sweep import sweep
 
+    check_outputs(args.plot)
     layouts = args.model, args.topology, args.mesh, args.workload, args.batch, args.context, args.weights
     return sweep(*layouts, keep=args.keep, as_json=args.json, plot=args.plot)
 
@@ -118,6 +120,7 @@ def _sweep(args: argparse.Namespace) -> int:
 def _placement(args: argparse.Namespace) -> None:
     from jaxseek.lab import replay
 
+    check_outputs(args.save, args.place, args.plot)
     if args.source.endswith((".npz", ".npy")):
         if args.prompt or args.file or args.save:
             raise WrongUse(f"{args.source} is a trace already: -p, -f and --save are for a model")

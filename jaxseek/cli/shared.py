@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
+
+from jaxseek.storage.place import place, writable
 
 
 class WrongUse(Exception):
     """Arguments that do not go together: exit code 2."""
+
+
+def check_outputs(*names: str | None) -> None:
+    """Raise PlaceError for files that cannot be written: asked before the work that ends with them."""
+    for name in names:
+        if name:
+            writable(name)
 
 
 def table(title: str, rows: dict[str, str]) -> None:
@@ -38,7 +46,7 @@ def read_prompts(given: Sequence[str], file: str | None) -> list[Any]:
     """Texts, or chats as lists of messages: those given, of which - is standard input, then a file's."""
     prompts: list[Any] = [sys.stdin.read() if p == "-" else p for p in given]
     if file:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = place(file).read_text(encoding="utf-8").splitlines()
         for number, line in enumerate((l for l in lines if l.strip()), 1):
             if not file.endswith(".jsonl"):
                 prompts.append(line)

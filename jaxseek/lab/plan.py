@@ -19,6 +19,7 @@ from jaxseek.lab.job import TOKENS_PER_DISPATCH, Job
 from jaxseek.lab.report import Report, draw, lines, report
 from jaxseek.lab.run import Measured, devices_of, measure
 from jaxseek.sharding import Strategy, initialize_distributed
+from jaxseek.storage.place import writable, write_text
 
 
 def plan(
@@ -57,7 +58,7 @@ def plan(
         return 1
     r = report(job, compiled)
     if hlo:
-        Path(hlo).write_text(compiled.text, encoding="utf-8")
+        write_text(writable(hlo), compiled.text)
     if plot:
         draw(title(model, job), r, plot)
     found, text = {"model": model, "layout": layout} | r.to_dict(), lines(title(model, job), r)

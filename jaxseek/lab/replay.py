@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import zipfile
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from jaxseek.generate.groups import sample_groups
 from jaxseek.generate.sampling import Sampling
 from jaxseek.model import DeepSeek
 from jaxseek.placement import Placement, contiguous, imbalance, place, serve
+from jaxseek.storage import place as places
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def read_load(path: str | Path) -> Load:
     """From `.npz` with `ids` [steps, layers, tokens, K] and `experts`, or `load` [steps, layers, experts],
     each with `groups` or without; or `.npy` of loads, also [layers, experts]. Raises ConfigError."""
     try:
-        raw: Any = np.load(path)
+        raw: Any = np.load(io.BytesIO(places.place(path).read_bytes()))
         found = {name: raw[name] for name in raw.files} if hasattr(raw, "files") else {"load": raw}
     except (ValueError, OSError, zipfile.BadZipFile) as e:
         raise ConfigError(f"{path}: not a trace that numpy can read ({e})") from None
@@ -84,7 +86,9 @@ def record(
     for b, ids_LTK in enumerate(own):
         ids[: ids_LTK.shape[1], :, b] = ids_LTK.swapaxes(0, 1)
     if path:
-        np.savez_compressed(path, ids=ids, experts=cfg.n_routed_experts, groups=cfg.n_group)
+        held = io.BytesIO()
+        np.savez_compressed(held, ids=ids, experts=cfg.n_routed_experts, groups=cfg.n_group)
+        places.write_bytes(places.writable(path), held.getvalue())
     return Load(counts(ids, cfg.n_routed_experts), cfg.n_group)
 
 
@@ -199,5 +203,5 @@ def draw(served: list[Served], path: str) -> None:
         axes.set(xlabel="devices, busiest first in every step and layer", ylim=(0, None))
         axes.grid(alpha=0.3)
     left.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
+    places.save_figure(figure, path, dpi=130)
     plt.close(figure)

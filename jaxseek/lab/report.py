@@ -14,6 +14,7 @@ from jaxseek.lab.collectives import Coords, cost, mesh_axes
 from jaxseek.lab.compile import Compiled
 from jaxseek.lab.hlo import Op, Program, read_program
 from jaxseek.lab.job import TOKENS_PER_DISPATCH, Job
+from jaxseek.storage.place import save_figure
 
 KINDS: tuple[str, ...] = ("xla", "pallas", "collective", "copy")
 
@@ -283,5 +284,5 @@ def draw(title: str, r: Report, path: str) -> None:
         right.plot([], [], " ", label=f"{label}: {value * 1e3:.2f} ms")
     right.set(xlabel="ms per step")
     right.legend(fontsize=8, loc="lower right")
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, dpi=130)
     plt.close(figure)

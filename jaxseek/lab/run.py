@@ -25,6 +25,7 @@ from jaxseek.lab.chips import Topology
 from jaxseek.lab.job import TOKENS_PER_DISPATCH, Job, abstract_step
 from jaxseek.model import DeepSeek
 from jaxseek.sharding import fill
+from jaxseek.storage.place import Mirror, writable
 from jaxseek.train import step as train
 from jaxseek.train.batch import Batch
 
@@ -76,8 +77,8 @@ def measure(job: Job, mesh: Mesh, repeats: int, trace: str | None = None) -> Mea
             start = time.perf_counter()
             call()
             seconds.append((time.perf_counter() - start) / (TOKENS_PER_DISPATCH if call.decodes else 1))
-        with jax.profiler.trace(trace) if trace else contextlib.nullcontext():
-            if trace:
+        if trace:
+            with contextlib.closing(Mirror(writable(trace))) as mirror, jax.profiler.trace(str(mirror.local)):
                 call()
     return Measured(tuple(seconds), mesh.devices.flat[0].device_kind)
 

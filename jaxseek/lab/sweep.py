@@ -23,6 +23,7 @@ from jaxseek.lab.compile import CompileError, compile_job
 from jaxseek.lab.job import Job
 from jaxseek.lab.report import Report, report
 from jaxseek.sharding import Strategy
+from jaxseek.storage.place import save_figure
 
 COMPILE_BYTES = 3 * 2**30  # what one compilation of a 671B step takes at most, and more
 
@@ -331,7 +332,7 @@ def draw(title: str, entries: list[Entry], path: str | Path) -> None:
     axes[0][-1].legend(fontsize=8, loc="lower right")
     if dots is not None:
         figure.colorbar(dots, ax=axes[0][-1], label=f"GiB per device, of {usable:.2f}; x does not fit")
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
     plt.close(figure)
 
 

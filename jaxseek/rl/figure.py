@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-from jaxseek.storage.place import Place, place
-from jaxseek.train.metrics import curve, read_metrics, save_figure, series
+from jaxseek.storage.place import Place, place, save_figure
+from jaxseek.train.metrics import curve, read_metrics, series
 
 PLOT = "rewards.png"
 

@@ -12,6 +12,7 @@ import contextlib
 import fnmatch
 import functools
 import hashlib
+import io
 import json
 import os
 import re
@@ -273,6 +274,13 @@ def write_bytes(at: Place, data: bytes) -> None:
 def write_text(at: Place, text: str) -> None:
     """As `write_bytes`."""
     write_bytes(at, text.encode())
+
+
+def save_figure(figure: Any, at: str | Place, **options: Any) -> None:
+    """Write a figure of matplotlib, as the kind of picture that the name's ending says."""
+    at, drawn = place(at), io.BytesIO()
+    figure.savefig(drawn, format=at.suffix.removeprefix(".") or "png", **options)
+    write_bytes(at, drawn.getvalue())
 
 
 def file_sizes(folder: Place) -> dict[str, int]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import io
 import json
 import math
 import time
@@ -26,7 +25,7 @@ from jax.sharding import Mesh
 
 from jaxseek.config import ConfigError, ModelConfig
 from jaxseek.run_config import LogConfig
-from jaxseek.storage.place import Log, Mirror, Place, place, write_bytes, write_text
+from jaxseek.storage.place import Log, Mirror, Place, place, save_figure, write_text
 from jaxseek.train.scaling import attention_flops_per_token
 
 FILE, PLOT = "metrics.jsonl", "loss.png"
@@ -199,13 +198,6 @@ def plot_loss(directory: str | Place) -> Place:
         ax.spines["top"].set_visible(False)
     save_figure(fig, path)
     return path
-
-
-def save_figure(figure: Any, path: Place) -> None:
-    """Write a figure of matplotlib, as the kind of picture that the name's ending says."""
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format=path.suffix.removeprefix(".") or "png")
-    write_bytes(path, drawn.getvalue())
 
 
 def series(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
