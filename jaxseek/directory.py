@@ -34,10 +34,15 @@ class CheckpointError(ValueError):
 
 
 def kind_of(path: str | Place) -> Literal["jaxseek", "hf"] | None:
-    """Which kind of checkpoint a directory claims to be; None where it claims nothing."""
+    """Which kind of checkpoint a directory claims to be; None where it claims nothing.
+
+    In an object store one that a kill has left without its mark claims nothing.
+    """
     path = model_place(path, weights=False)
-    if (path / MANIFEST).is_file() or (path / "params").is_dir():
+    if (path / MANIFEST).is_file():
         return "jaxseek"
+    if (path / "params").is_dir():
+        return None if isinstance(path, Remote) else "jaxseek"
     return "hf" if (path / "config.json").is_file() else None
 
 
@@ -55,7 +60,7 @@ def check_destination(path: Place, needed: int, overwrite: bool) -> bool:
     taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     if taken and not overwrite:
         raise CheckpointError(f"{path}: already exists; choose another name, or overwrite it (--overwrite)")
-    if taken and kind_of(path) is None:
+    if taken and kind_of(path) is None and not (path / "params").is_dir():
         raise CheckpointError(f"{path}: already exists and is no checkpoint, so it is not overwritten")
     if isinstance(path, Path):
         check_room(path, needed)

@@ -226,6 +226,17 @@ def test_a_checkpoint_in_a_store_is_marked_last_and_unmarked_first(memory, monke
     np.testing.assert_array_equal(loaded(tokens), model(tokens))
 
 
+def test_what_a_kill_has_left_of_an_export_is_no_checkpoint_and_makes_way(memory):
+    model = DeepSeek.init(jaxseek.ModelConfig.from_preset("tiny-llm"), seed=1)
+    checkpoint.save(model, memory / "model")
+    (memory / "model/jaxseek.json").unlink()
+    assert checkpoint.kind_of(memory / "model") is None
+    with pytest.raises(CheckpointError, match=r"has no jaxseek\.json, so the save was interrupted"):
+        checkpoint.restore(memory / "model")
+    checkpoint.save(model, memory / "model", overwrite=True)
+    assert checkpoint.kind_of(memory / "model") == "jaxseek"
+
+
 def test_what_is_no_checkpoint_in_a_store_is_not_overwritten(memory):
     (memory / "notes.txt").write_text("mine")
     model = DeepSeek.init(jaxseek.ModelConfig.from_preset("tiny-llm"), seed=1)
@@ -359,7 +370,8 @@ def test_a_url_that_cannot_be_written_is_refused_before_any_work(
     file = toml(run(home, tmp_path / "out"), tmp_path / "run.toml")
     before = sorted(p.name for p in tmp_path.iterdir())
     with monkeypatch.context() as m:
-        for work in ("lab.plan.make_job", "lab.sweep.Topology", "loading.DeepSeek", "train.start.first_state"):
+        works = ("lab.plan.make_job", "lab.sweep.Topology", "loading.DeepSeek", "train.start.first_state")
+        for work in works:
             m.setattr(f"jaxseek.{work}", None)
         assert main([part.format(hf=hf, run=file) for part in command]) == 1
     error = capsys.readouterr().err.strip()
@@ -420,10 +432,10 @@ def test_a_real_store_takes_a_conversion_and_gives_it_back(bucket, hf, tmp_path)
 @pytest.mark.slow
 def test_a_run_in_a_real_store_killed_again_and_again_ends_as_if_it_had_not(bucket, home, tmp_path):
     alike = {"checkpoint": {"every": 1, "keep": 2}, "steps": 12}
-    train(run(home, tmp_path / "disk", **alike))
-    out = f"{bucket}/killed"
-    file = toml(run(home, out, **alike), tmp_path / "run.toml")
-    command = [sys.executable, "-m", "jaxseek.cli", "train", str(file), "--json"]
+    out, command = f"{bucket}/killed", [sys.executable, "-m", "jaxseek.cli", "train", "--json"]
+    disk = toml(run(home, tmp_path / "disk", **alike), tmp_path / "disk.toml")
+    subprocess.run([*command, disk], cwd=ROOT, check=True, capture_output=True)
+    command.append(toml(run(home, out, **alike), tmp_path / "run.toml"))
     kills = 0
     for seconds in (12, 14, 16, None):
         process = subprocess.Popen(

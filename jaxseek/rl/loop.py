@@ -139,6 +139,7 @@ class _Grpo:
                 self.best = self.best if loss is None else min(loss, self.best)
                 if best or stopped or last or self.checkpoints.due(self.done):
                     position = self.position | {"accuracy": self.accuracy}
+                    self.log.flush()
                     self.checkpoints.save(self.done, self.state, position, loss)
             self.checkpoints.wait()
             if last and checkpoint.kind_of(out / "model") is None:

@@ -220,6 +220,7 @@ class _Training:
         best = loss is not None and loss < self.best
         self.best = loss if best else self.best
         if best or stopped or self.last or self.checkpoints.due(self.done):
+            self.log.flush()
             self.checkpoints.save(self.done, self.state, position, loss)
 
     def _record(self, step: int, batch: Batch, values: dict[str, float], seconds: float) -> None:

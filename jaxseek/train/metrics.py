@@ -103,6 +103,11 @@ class MetricsLog:
         if self._wandb is not None:
             self._wandb.log(finite, step=step)
 
+    def flush(self) -> None:
+        """Have every record where it belongs, before a checkpoint that is later than they."""
+        if self._file is not None:
+            self._file.flush()
+
     def close(self) -> None:
         """Finish what is still to be written; a second call does nothing."""
         if self._file is not None:
