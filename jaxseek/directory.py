@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import IO, Literal
 
 import jax
-from jax.experimental import multihost_utils
+
+from jaxseek import hosts
 
 MANIFEST = "jaxseek.json"
 PARTIAL, _OLD = ".jaxseek-partial", ".jaxseek-old"  # siblings: what is being written, what is being replaced
@@ -65,20 +66,21 @@ def new_directory(path: str | Path, needed: int, overwrite: bool = False) -> Ite
     `needed` bytes must be free. With `overwrite`, `path` may be a checkpoint, which is removed at the end.
     """
     partial = _partial(path)
-    taken = check_destination(path, needed, overwrite)
-    leader = jax.process_index() == 0
-    if leader:
+
+    def create() -> bool:
+        taken = check_destination(path, needed, overwrite)
         shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
         partial.mkdir(parents=True)
-    _meet("created")
+        return taken
+
+    taken = hosts.from_first(create)
     try:
+        hosts.check_shared(partial)
         yield partial
-        _meet("written")
-        if leader:
-            _rename(partial, Path(path).absolute(), taken)
-        _meet("renamed")
+        hosts.meet("checkpoint is written")
+        hosts.from_first(lambda: _rename(partial, Path(path).absolute(), taken))
     except BaseException as e:
-        if leader:
+        if jax.process_index() == 0:
             shutil.rmtree(partial, ignore_errors=True)
         _raise_full(e, path, needed, " now that what was written is removed")
         raise
@@ -144,11 +146,6 @@ def _raise_full(e: BaseException, path: str | Path, needed: int | None, then: st
         raise CheckpointError(
             f"{path}: the disk of {parent} is full; {need}{_size(free)} are free{then}"
         ) from e
-
-
-def _meet(where: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"checkpoint {where}")
 
 
 def _size(n: int) -> str:

@@ -22,7 +22,6 @@ from __future__ import annotations
 import difflib
 import functools
 import math
-import os
 import tomllib
 import zlib
 from collections.abc import Callable
@@ -138,7 +137,8 @@ class Strategy:
     def make_mesh(self, devices: list[Any] | None = None) -> Mesh:
         """A mesh of Explicit axes over the first devices (all hosts' devices, in JAX's topology order).
 
-        Raises ConfigError when there are fewer devices than the strategy needs.
+        Raises ConfigError when there are fewer devices than the strategy needs, and when some host has none
+        of those that it takes.
         """
         available = jax.devices() if devices is None else devices
         if self.num_devices > len(available):
@@ -147,12 +147,17 @@ class Strategy:
                 f"the mesh {given} needs {self.num_devices} devices, but {len(available)} are available "
                 f"({available[0].platform}); lower an axis, or set jax_num_cpu_devices to simulate more"
             )
+        taken = available[: self.num_devices]
+        hosts = jax.process_count() if devices is None else 1
+        if len({d.process_index for d in taken}) < hosts:
+            raise ConfigError(
+                f"the mesh has {self.num_devices} devices, which leaves some of {hosts} hosts without one; "
+                f"expected all {len(available)}, such as fsdp={len(available)}"
+            )
         sizes = tuple(n for _, n in self.sizes)
         explicit = (AxisType.Explicit,) * len(sizes)
         # jax.make_mesh does not cut a torus axis in two: it has no 8 x 16 x 4 for an 8x8x8 slice
-        placed = mesh_utils.create_device_mesh(
-            sizes, available[: self.num_devices], allow_split_physical_axes=True
-        )
+        placed = mesh_utils.create_device_mesh(sizes, taken, allow_split_physical_axes=True)
         return Mesh(placed, MESH_AXES, axis_types=explicit)
 
     def abstract_mesh(self) -> AbstractMesh:
@@ -440,19 +445,3 @@ def platform() -> str:
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
-
-
-def initialize_distributed() -> None:
-    """Join all hosts of a slice, from the same script on every worker.
-
-    On Cloud TPU VMs everything is detected. Elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID say where to meet. Does nothing on a single host.
-    """
-    if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        jax.distributed.initialize(
-            os.environ["JAX_COORDINATOR_ADDRESS"],
-            int(os.environ["JAX_NUM_PROCESSES"]),
-            int(os.environ["JAX_PROCESS_ID"]),
-        )
-    elif len([h for h in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if h]) > 1:
-        jax.distributed.initialize()

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 # Lowest first. A module imports from lower tiers, and within its own folder.
 TIERS = [
     {"config", "host_memory"},
-    {"rl_config", "placement"},
+    {"rl_config", "placement", "hosts"},
     {"run_config"},
     {"sharding"},
     {"kernels"},

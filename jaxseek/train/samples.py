@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -15,6 +16,7 @@ from jaxseek.config import ConfigError
 from jaxseek.data import open_prompts
 from jaxseek.generate.sampling import Sampling
 from jaxseek.generate.text import TextStream, encode, engine_for
+from jaxseek.hosts import from_first
 from jaxseek.loading import load
 from jaxseek.run_config import RunConfig
 from jaxseek.sharding import Strategy
@@ -30,15 +32,11 @@ def sampled_run(run: RunConfig, strategy: Strategy, tokenizer: Tokenizer) -> Run
     Answers that were cut off by `max_new_tokens` are left out, as they teach not to end.
     """
     path = Path(run.out) / FILE
-    if jax.process_count() > 1:
-        raise ConfigError(
-            'distill.by = "samples" runs on one host; sample there, then train on its samples.jsonl with sft'
-        )
     prompts = [(talk, i) for talk in open_prompts(run) or () for i in range(run.distill.per_prompt)]
-    done = _whole_lines(path)
+    done = from_first(lambda: _whole_lines(path))
     if done < len(prompts):
         _sample(run, strategy, tokenizer, prompts, done, path)
-    data = dataclasses.replace(run.data, train=[str(_finished(path))])
+    data = dataclasses.replace(run.data, train=[str(from_first(lambda: _finished(path)))])
     return run.replace(objective="sft", data=data)
 
 
@@ -48,7 +46,11 @@ def _sample(run: RunConfig, strategy: Strategy, tokenizer: Tokenizer, prompts: A
     teacher, own = load(run.distill.teacher, strategy)
     own = own or tokenizer
     engine, distill, names = engine_for(teacher), run.distill, run.data.columns
-    with path.open("a", encoding="utf-8") as out, Progress(transient=True) as progress:
+    writes = jax.process_index() == 0
+    with (
+        path.open("a", encoding="utf-8") if writes else contextlib.nullcontext() as out,
+        Progress(transient=True, disable=not writes) as progress,
+    ):
         task = progress.add_task("sampling the teacher", total=len(prompts), completed=done)
         for begin in range(done, len(prompts), BATCH):
             some = prompts[begin : begin + BATCH]
@@ -65,6 +67,9 @@ def _sample(run: RunConfig, strategy: Strategy, tokenizer: Tokenizer, prompts: A
             stream = TextStream(engine, own, encoded, requests)
             for _ in stream:
                 pass
+            progress.update(task, advance=len(some))
+            if out is None:
+                continue
             for (talk, _), ids, reply in zip(some, encoded, stream.replies()):
                 opening = f"{chat.THINK}\n" if own.opened_think(ids) else ""  # stood in the prompt
                 talk = [*talk, {"role": "assistant", "content": opening + reply.text}]
@@ -74,7 +79,6 @@ def _sample(run: RunConfig, strategy: Strategy, tokenizer: Tokenizer, prompts: A
                 record |= {"finish_reason": reply.finish_reason}
                 out.write(json.dumps(record, ensure_ascii=False) + "\n")
             out.flush()
-            progress.update(task, advance=len(some))
 
 
 def _whole_lines(path: Path) -> int:

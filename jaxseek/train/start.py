@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxseek import checkpoint
+from jaxseek import checkpoint, hosts
 from jaxseek.config import ConfigError, ModelConfig, presets
 from jaxseek.data import train_tokenizer
 from jaxseek.data.sources import function
@@ -22,7 +22,6 @@ from jaxseek.run_config import RunConfig
 from jaxseek.sharding import Strategy, fill, parameters
 from jaxseek.tokenizer import Tokenizer
 from jaxseek.train import lora
-from jaxseek.train.batch import meet
 from jaxseek.train.checkpoints import Checkpoints
 from jaxseek.train.optimizer import decays, make_optimizer
 from jaxseek.train.step import State, init_state
@@ -42,10 +41,16 @@ def claim(run: RunConfig) -> None:
 
     A directory where a run wrote nothing but its settings, because they were wrong, is free for others.
     """
+    hosts.from_first(lambda: _claim(run))
+    hosts.check_shared(Path(run.out))
+
+
+def _claim(run: RunConfig) -> None:
     out = Path(run.out)
     kept = out / "run.json"
     partial = kept.with_name("run.json.partial")
-    made = [path for path in out.rglob("*") if path.is_file() and path not in (kept, partial)]
+    found = (path for path in out.rglob("*") if not path.name.startswith(hosts.TOKEN))
+    made = [path for path in found if path.is_file() and path not in (kept, partial)]
     now, before = run.to_dict(), json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
     if before is not None and made:
         was, is_ = _flat(before), _flat(now)
@@ -61,21 +66,23 @@ def claim(run: RunConfig) -> None:
             )
     elif made or (out.exists() and not out.is_dir()):
         raise ConfigError(f"{out} is not empty and holds no run; choose another out")
-    meet("run is checked")
-    if jax.process_index() == 0 and now != before:
+    if now != before:
         out.mkdir(parents=True, exist_ok=True)
         checkpoint.write_json(partial, now)
         partial.replace(kept)  # at once: a run that is killed here starts again
-    meet("run is claimed")
 
 
 def finished(run: RunConfig) -> int | None:
     """The steps that a run took which is over, be it before its last step; None for one that can go on."""
     path = Path(run.out) / "model"
-    if checkpoint.kind_of(path) is None:
-        return None
-    origin = checkpoint.read_manifest(path)["origin"]
-    return origin["steps"] if origin["run"]["steps"] == run.steps else None
+
+    def steps() -> int | None:
+        if checkpoint.kind_of(path) is None:
+            return None
+        origin = checkpoint.read_manifest(path)["origin"]
+        return origin["steps"] if origin["run"]["steps"] == run.steps else None
+
+    return hosts.from_first(steps)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -104,15 +111,17 @@ def _made_tokenizer(run: RunConfig, cfg: ModelConfig) -> Tokenizer:
             f"for train:{cfg.vocab_size} at most, or raise [config] vocab_size"
         )
     made = Path(run.out) / "tokenizer"
-    partial = made.with_name("tokenizer.partial")
-    if jax.process_index() == 0 and not made.is_dir():
+
+    def make() -> None:
+        partial = made.with_name("tokenizer.partial")
         shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
         if run.tokenizer.startswith("python:"):
             function(run.tokenizer)(partial)
         else:
             train_tokenizer(run, partial)
         partial.rename(made)
-    meet("tokenizer is made")
+
+    hosts.from_first(lambda: made.is_dir() or make())
     tokenizer = Tokenizer.from_dir(made)
     if tokenizer is None:
         raise ConfigError(f"{made} holds no tokenizer; remove it, and the run makes it again")
@@ -151,17 +160,12 @@ def model_config(run: RunConfig) -> ModelConfig:
 
 def open_strategy(run: RunConfig, cfg: ModelConfig) -> Strategy:
     """The run's mesh: as it says, or all devices on the fsdp axis. ConfigError where it does not fit."""
-    hosts, devices = jax.process_count(), jax.device_count()
-    alone = jax.default_backend() == "cpu" and hosts == 1
-    strategy = Strategy.parse(run.mesh or {"fsdp": 1 if alone else devices})
+    alone = jax.default_backend() == "cpu" and jax.process_count() == 1
+    strategy = Strategy.parse(run.mesh or {"fsdp": 1 if alone else jax.device_count()})
     strategy.check_fits(cfg)
+    strategy.make_mesh()  # an error now, before the run has a directory
     refuse_slots(strategy, "training")
     rows, microbatches = strategy.parts(strategy.train, "batch"), run.batch.accumulation
-    if hosts > 1 and (strategy.num_devices != devices or rows % hosts):
-        raise ConfigError(
-            f"the mesh has {strategy.num_devices} devices and splits the batch in {rows} parts, expected all "
-            f"{devices} devices of the {hosts} hosts, and as many parts for each host"
-        )
     if run.objective in ("grpo", "reject"):  # whose rows are packed to fit
         rollout = run.rollout
         if rollout.max_prompt_tokens + rollout.max_new_tokens > cfg.max_position_embeddings:
