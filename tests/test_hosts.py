@@ -279,6 +279,7 @@ def test_missing_hosts_are_an_error_within_the_stated_time():
     with contextlib.ExitStack() as closing:
         for index, seconds in ((2, 100), (0, 8)):
             process = start(command, 3, index, port, JAXSEEK_HOSTS_TIMEOUT=str(seconds))
+            closing.enter_context(process)
             closing.callback(process.kill)
         begin = time.monotonic()
         out, error = process.communicate(timeout=60)
@@ -303,10 +304,11 @@ def test_two_hosts_generate_what_one_does_and_print_it_once(tmp_path):
     checkpoint.save(model, tmp_path / "model")
     port = free_port()
     command = ["generate", tmp_path / "model", "-p", "-", "-n", "6", "-t", "0", "--json"]
-    processes = [start(command, 2, i, port) for i in range(2)]
-    (zero, error), (one, other) = [
-        process.communicate("5 6 7" if i == 0 else "9 9", timeout=120) for i, process in enumerate(processes)
-    ]
+    with start(command, 2, 0, port) as first, start(command, 2, 1, port) as second:
+        processes = first, second
+        (zero, error), (one, other) = (
+            process.communicate(text, timeout=120) for process, text in zip(processes, ("5 6 7", "9 9"))
+        )
     assert [process.returncode for process in processes] == [0, 0], error + other
     rows = [json.loads(line) for line in zero.splitlines() if line.startswith("{")]
     assert [row["prompt"] for row in rows] == [[5, 6, 7]]
