@@ -16,7 +16,8 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from jaxseek.config import ConfigError
 
@@ -29,7 +30,8 @@ _INDICES = (_INDEX, "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID", "ME
 _CHIP_BOUNDS = {1: "1,1,1", 2: "1,2,1", 4: "2,2,1", 8: "2,4,1"}  # of a host's chips, by their number
 
 
-class Cluster(NamedTuple):
+@dataclass(frozen=True)
+class Cluster:
     """The number of hosts, and which of them this is."""
 
     count: int
@@ -53,8 +55,8 @@ def cluster() -> Cluster | None:
         return None
     if missing := [name for name in (_ADDRESS, _COUNT, _INDEX) if name not in given]:
         raise ConfigError(
-            f"{' and '.join(given)} without {' and '.join(missing)}, where JAX detects no cluster; set all of "
-            f"{_ADDRESS} (host 0 and a port), {_COUNT} and {_INDEX}, or none"
+            f"{' and '.join(given)} without {' and '.join(missing)}, where JAX detects no cluster; set all "
+            f"of {_ADDRESS} (host 0 and a port), {_COUNT} and {_INDEX}, or none"
         )
     try:
         found = Cluster(int(given[_COUNT]), int(given[_INDEX]))
@@ -72,7 +74,7 @@ def join() -> Cluster | None:
     """Join the other hosts, before anything touches a device. Does nothing on a single host.
 
     Where some do not come, the process ends with a message and exit code 1 after JAXSEEK_HOSTS_TIMEOUT
-    seconds (300): JAX, which waits in C++, would abort it with a stack trace.
+    seconds (300): JAX, which waits in C++, would abort it with a stack trace. Raises ConfigError.
     """
     import jax
 
@@ -87,7 +89,12 @@ def join() -> Cluster | None:
     threading.Thread(target=_watch, args=(found, seconds, all_here), daemon=True).start()
     try:
         address = os.environ.get(_ADDRESS)
-        jax.distributed.initialize(address, *found, initialization_timeout=seconds + 60)
+        jax.distributed.initialize(address, found.count, found.index, initialization_timeout=seconds + 60)
+    except jax.errors.JaxRuntimeError as e:
+        raise ConfigError(
+            f"host {found.index} of {found.count} cannot join at {_meeting_place()} ({e}); if another "
+            f"process has the port, end it, or set another on every worker ({_ADDRESS}, JAX_COORDINATOR_PORT)"
+        ) from e
     finally:
         all_here.set()
     return found

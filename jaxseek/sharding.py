@@ -34,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
+from jax.experimental.layout import Format
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -427,6 +428,31 @@ def random_values(seed: int, std: float) -> Callable[[str, nnx.Variable, NamedSh
         return jax.make_array_from_callback(shape, sharding, shard)
 
     return make
+
+
+def in_formats(tree: Any, formats: Any, donate: bool = False) -> Any:
+    """Arrays in these layouts; what is in its own already is returned as it is.
+
+    `jax.device_put` does not take a layout for an array of which other hosts hold parts.
+    """
+
+    def moved(a: jax.Array, wanted: Format) -> jax.Array:
+        if a.format == wanted:
+            return a
+        if a.is_fully_addressable:
+            return jax.device_put(a, wanted, donate=donate)
+        new = _copy_to(wanted)(a)
+        if donate:
+            jax.block_until_ready(new)
+            a.delete()
+        return new
+
+    return jax.tree.map(moved, tree, formats)
+
+
+@functools.cache
+def _copy_to(wanted: Format) -> Any:
+    return jax.jit(lambda a: a, out_shardings=wanted)
 
 
 def device_bytes(tree: Any) -> int:

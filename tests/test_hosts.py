@@ -291,6 +291,17 @@ def test_missing_hosts_are_an_error_within_the_stated_time():
     assert 8 < time.monotonic() - begin < 40
 
 
+def test_a_port_that_another_process_has_is_said():
+    with socket.create_server(("", 0)) as taken:
+        process = start(["generate", "tiny-v3", "-p", "1"], 2, 0, taken.getsockname()[1])
+        with process:
+            _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "error: host 0 of 2 cannot join at localhost:" in error
+    assert "JAX_COORDINATOR_PORT" in error
+    assert "Traceback" not in error
+
+
 def test_a_host_knows_whether_host_0_is_there():
     with socket.create_server(("localhost", 0)) as there:
         port = there.getsockname()[1]

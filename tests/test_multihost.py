@@ -59,7 +59,6 @@ def with_evaluation(home, out, mesh, steps, objective="sft", **sections):  # noq
 def test_a_run_goes_on_with_any_number_of_hosts(home, tmp_path):  # noqa: F811
     for i, count in enumerate((1, 2, 4, 2, 1), 1):
         config = with_evaluation(home, tmp_path / "many", f"fsdp={count}", 2 * i)
-        (tmp_path / "many/model/jaxseek.json").unlink(missing_ok=True)  # a run with a model is over
         trained(config, tmp_path / "many.toml", count)
     trained(with_evaluation(home, tmp_path / "one", "fsdp=1", 10), tmp_path / "one.toml", 1)
     assert losses(tmp_path / "one").keys() == set(range(10))
@@ -113,7 +112,6 @@ def test_grpo_equals_that_of_one_process_and_goes_on_with_others(policy, tmp_pat
     much = {"grpo": {"beta": 0.04, "group_size": 4, "routing_replay": True}, "eval": {"every": 2}}
     for name, stages in (("one", [(1, 3)]), ("two", [(2, 3)]), ("changed", [(2, 2), (4, 3)])):
         for count, steps in stages:
-            (tmp_path / name / "model/jaxseek.json").unlink(missing_ok=True)
             config = policies.config(
                 policy, tmp_path / name, mesh=f"fsdp={count}", rollout={"prompts": 4}, steps=steps, **much
             )

@@ -15,8 +15,8 @@ from jaxseek.cli.convert import add_conversion_verbs
 from jaxseek.cli.lab import add_lab_verbs
 from jaxseek.cli.shared import WrongUse, load_model, read_prompts, table
 
-ALL_HOSTS = ("train", "convert", "quantize", "generate")  # and plan, where it runs the step
-NO_DEVICES = ("info", "plan", "sweep")
+ALL_HOSTS = ("train", "convert", "quantize", "generate", "plan")  # others run on host 0 alone
+NO_DEVICES = ("info", "sweep", "plan")  # the last but with --run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,9 +27,11 @@ def main(argv: list[str] | None = None) -> int:
 
     joined, about = None, f"jaxseek {args.verb}: error:"
     try:
-        if args.verb in ALL_HOSTS or (args.verb == "plan" and args.repeats):
+        runs = args.verb not in NO_DEVICES or getattr(args, "repeats", 0)
+        devices = bool(runs) and not getattr(args, "dry_run", False)
+        if devices and args.verb in ALL_HOSTS:
             joined = hosts.join()
-        elif not hosts.runs_here(args.verb, args.verb not in NO_DEVICES):
+        elif not hosts.runs_here(args.verb, devices):
             return 0
         if joined:
             about = f"{about} host {joined.index}:"
