@@ -101,7 +101,7 @@ def join() -> Cluster | None:
 
 
 def runs_here(verb: str, devices: bool) -> bool:
-    """Whether a command that runs on one host is to run on this one, host 0; says so where there are more.
+    """Return whether a command for one host runs on this one, host 0; say so where there are more.
 
     With `devices`, it keeps to this host's chips. Without, the environment alone tells which host this is.
     """

@@ -35,7 +35,7 @@ def free_port():
 
 
 def start(arguments, count, index, port, **env):
-    """A process of the command line, as one of the hosts."""
+    """A process as one of the hosts: a command's, or with -c one of Python's own."""
     shared = {
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
         "JAX_NUM_PROCESSES": str(count),
@@ -45,7 +45,7 @@ def start(arguments, count, index, port, **env):
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "jaxseek.cli", *map(str, arguments)],
+        [sys.executable, *(() if arguments[0] == "-c" else ("-m", "jaxseek.cli")), *map(str, arguments)],
         cwd=env.pop("cwd", ROOT),
         env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'convert'}"} | shared | env,
         stdin=subprocess.PIPE,

@@ -7,13 +7,15 @@ import time
 import numpy as np
 import policies
 import pytest
-from test_hosts import free_port, start
+from test_hosts import ROOT, free_port, start
 from test_train_loop import TEXT, home, losses, run, toml, write  # noqa: F401
 
+from jaxseek.loading import load
 from jaxseek.rl.loop import train_grpo
 from jaxseek.rl.reject import reject
 from jaxseek.train import samples
 from jaxseek.train.loop import train
+from jaxseek_convert import save_hf
 
 pytestmark = pytest.mark.slow
 
@@ -132,26 +134,57 @@ def test_rejection_sampling_keeps_what_one_process_does(policy, tmp_path):
     assert (tmp_path / "one/samples.jsonl").read_text() == (tmp_path / "many/samples.jsonl").read_text()
 
 
-@pytest.mark.parametrize("mesh", [None, "fsdp=4", "data=2,tensor=2"])
-def test_four_hosts_generate_what_one_does(home, mesh):  # noqa: F811
-    command = [
-        "generate",
-        home / "sparse",
-        "-p",
-        "the king",
-        "-p",
-        "green tea",
-        "-n",
-        "8",
-        "-t",
-        "0",
-        "--json",
-    ]
+@pytest.mark.parametrize(
+    ("source", "mesh"), [("sparse", None), ("sparse", "fsdp=4"), ("hf", "data=2,tensor=2")]
+)
+def test_four_hosts_generate_what_one_does(home, tmp_path, source, mesh):  # noqa: F811
+    if source == "hf":
+        whole, tokenizer = load(home / "sparse")
+        save_hf(whole, tmp_path / "hf", tokenizer=tokenizer)
+    model = tmp_path / "hf" if source == "hf" else home / "sparse"
+    command = ["generate", model, "-p", "the king", "-p", "green tea", "-n", "8", "-t", "0", "--json"]
     ((_, alone, _),) = on_hosts(command, 1)
     ends = on_hosts([*command, *(("--mesh", mesh) if mesh else ())], 4)
     assert [code for code, *_ in ends] == [0] * 4, ends
     rows = [[line for line in out.splitlines() if line.startswith("{")] for _, out, _ in ends]
     assert rows == [alone.splitlines(), [], [], []]
+
+
+def test_a_mesh_that_leaves_a_host_without_a_device_is_refused_on_all(home, tmp_path):  # noqa: F811
+    ends = on_hosts(["train", toml(run(home, tmp_path / "run", mesh="fsdp=1"), tmp_path / "run.toml")], 2)
+    assert [code for code, *_ in ends] == [1, 1]
+    for index, (_, _, error) in enumerate(ends):
+        assert f"host {index}: the mesh has 1 devices, which leaves some of 2 hosts without one" in error
+    assert not (tmp_path / "run").exists()
+
+
+ENGINES = """
+from jaxseek.hosts import join
+join()
+from oracles import tiny_config
+from jaxseek.generate.engine import Engine
+from jaxseek.generate.sampling import Sampling
+from jaxseek.lab.chips import Topology
+from jaxseek.lab.job import Job
+from jaxseek.lab.run import measure
+from jaxseek.model import DeepSeek
+from jaxseek.sharding import Strategy
+cfg = tiny_config("v3", num_hidden_layers=2, first_k_dense_replace=1, num_nextn_predict_layers=0)
+for workload, mesh in (("decode", "expert=4,tensor=2"), ("train", "fsdp=2,expert=4")):
+    job = Job(cfg, Strategy.parse(mesh), Topology.parse("v5e:2x4"), workload, 8, 64, "bf16")
+    assert len(measure(job, job.strategy.make_mesh(), 2).seconds) == 2
+model = DeepSeek.init(cfg, Strategy.parse("tensor=2,data=4"))
+greedy = [[1, 2, 3]] * 4, Sampling(6, 0.0)
+plain = [c.tokens for c in Engine(model).generate(*greedy)]
+for owns in (False, True):
+    engine = Engine(model, unroll=False, lay_out=True, owns=owns)
+    assert plain == [c.tokens for c in engine.generate(*greedy)]
+"""
+
+
+def test_hosts_run_what_the_lab_measures_and_decode_in_layouts_of_the_compilers_choice():
+    ends = on_hosts(["-c", ENGINES], 2, devices=4, PYTHONPATH=f"{ROOT}:{ROOT / 'convert'}:{ROOT / 'tests'}")
+    assert [code for code, *_ in ends] == [0, 0], ends
 
 
 def test_a_place_that_the_hosts_do_not_share_is_an_error_on_all(home, tmp_path):  # noqa: F811
@@ -170,17 +203,20 @@ def test_a_place_that_the_hosts_do_not_share_is_an_error_on_all(home, tmp_path):
     assert not list(tmp_path.glob("*/mine/.jaxseek*"))
 
 
-def test_when_host_0_fails_the_others_end_too(home, tmp_path):  # noqa: F811
-    (tmp_path / "0").mkdir()
-    (tmp_path / "1").symlink_to(home)
+@pytest.mark.parametrize(("failing", "seconds"), [(0, 60), (1, 200)])
+def test_when_a_host_fails_the_others_end_too(home, tmp_path, failing, seconds):  # noqa: F811
+    for index in range(2):
+        (tmp_path / str(index)).mkdir()
+        if index != failing:
+            (tmp_path / str(index) / "sparse").symlink_to(home / "sparse")
     port, begin = free_port(), time.monotonic()
     command = ["generate", "sparse", "-p", "the king", "--mesh", "fsdp=2"]
-    with (
-        start(command, 2, 0, port, cwd=tmp_path / "0") as first,
-        start(command, 2, 1, port, cwd=tmp_path / "1") as second,
-    ):
-        error, _ = first.communicate(timeout=100)[1], second.communicate(timeout=100)
-    assert first.returncode == 1
-    assert "error: host 0: sparse: expected a jaxseek checkpoint" in error
-    assert second.returncode != 0
-    assert time.monotonic() - begin < 60
+    with contextlib.ExitStack() as closing:
+        processes = [start(command, 2, index, port, cwd=tmp_path / str(index)) for index in range(2)]
+        for process in processes:
+            closing.enter_context(process)
+        errors = [process.communicate(timeout=seconds)[1] for process in processes]
+    assert processes[failing].returncode == 1
+    assert f"error: host {failing}: sparse: expected a jaxseek checkpoint" in errors[failing]
+    assert processes[1 - failing].returncode != 0
+    assert time.monotonic() - begin < seconds

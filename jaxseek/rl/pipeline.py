@@ -172,7 +172,7 @@ def _measure(
 
 
 def _reached(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
-    """What the stages that are over have written, as host 0 sees it."""
+    """Read what the stages that are over have written, as host 0 sees it."""
     paths = {name: Path(run.out) / "stage.json" for name, run in pipeline.stages.items()}
     return from_first(lambda: {n: json.loads(p.read_text("utf-8")) for n, p in paths.items() if p.is_file()})
 

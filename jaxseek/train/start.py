@@ -160,10 +160,12 @@ def model_config(run: RunConfig) -> ModelConfig:
 
 def open_strategy(run: RunConfig, cfg: ModelConfig) -> Strategy:
     """The run's mesh: as it says, or all devices on the fsdp axis. ConfigError where it does not fit."""
-    alone = jax.default_backend() == "cpu" and jax.process_count() == 1
-    strategy = Strategy.parse(run.mesh or {"fsdp": 1 if alone else jax.device_count()})
+    several = jax.process_count() > 1
+    one = jax.default_backend() == "cpu" and not several
+    strategy = Strategy.parse(run.mesh or {"fsdp": 1 if one else jax.device_count()})
     strategy.check_fits(cfg)
-    strategy.make_mesh()  # an error now, before the run has a directory
+    if several:
+        strategy.make_mesh()  # an error now, before the run has a directory
     refuse_slots(strategy, "training")
     rows, microbatches = strategy.parts(strategy.train, "batch"), run.batch.accumulation
     if run.objective in ("grpo", "reject"):  # whose rows are packed to fit
