@@ -436,7 +436,7 @@ def in_formats(tree: Any, formats: Any, donate: bool = False) -> Any:
     `jax.device_put` does not take a layout for an array of which other hosts hold parts.
     """
 
-    def moved(a: jax.Array, wanted: Format) -> jax.Array:
+    def moved(a: Any, wanted: Format) -> jax.Array:
         if a.format == wanted:
             return a
         if a.is_fully_addressable:

@@ -13,8 +13,7 @@ from types import SimpleNamespace
 
 import jax
 import pytest
-import requests
-from jax._src import distributed
+from jax._src import distributed, xla_bridge
 from jax._src.clusters import cloud_tpu_cluster, cluster, k8s_cluster
 from oracles import tiny_config
 
@@ -138,7 +137,7 @@ def joined(monkeypatch):
     )
     monkeypatch.setattr(distributed, "global_state", state)
     monkeypatch.setattr(distributed, "_jax", fake)
-    monkeypatch.setattr(distributed.xla_bridge, "backends_are_initialized", lambda: False)
+    monkeypatch.setattr(xla_bridge, "backends_are_initialized", lambda: False)
     for name in list(os.environ):
         if name.startswith(
             ("JAX_COORD", "JAX_NUM_PROC", "JAX_PROCESS", "TPU_", "MEGASCALE", "SLURM", "OMPI")
@@ -153,11 +152,11 @@ def set_up(monkeypatch, variables, metadata, chips, pods):
 
     def get(url, **_):
         if metadata is None:
-            raise requests.ConnectionError("no such server")
+            raise ConnectionError("no such server")
         value = metadata.get(url.rsplit("/", 1)[1])
         return SimpleNamespace(text=value or "", status_code=404 if value is None else 200)
 
-    monkeypatch.setattr(requests, "get", get)
+    monkeypatch.setitem(sys.modules, "requests", SimpleNamespace(get=get))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     monkeypatch.setattr(socket, "gethostbyname", lambda name: "10.0.0.1")
     for module in (cluster, cloud_tpu_cluster):
