@@ -9,18 +9,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Literal
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
+from jaxseek import hosts
 from jaxseek.storage.hub import model_place
 from jaxseek.storage.place import Place, Remote, place, remove, scratch, upload, writable
 
@@ -108,20 +106,21 @@ def new_directory(path: str | Place, needed: int, overwrite: bool = False) -> It
             yield folder
         return
     partial = _partial(path)
-    taken = check_destination(path, needed, overwrite)
-    leader = jax.process_index() == 0
-    if leader:
+
+    def create() -> bool:
+        taken = check_destination(path, needed, overwrite)
         shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
         partial.mkdir(parents=True)
-    _meet("created")
+        return taken
+
+    taken = hosts.from_first(create)
     try:
+        hosts.check_shared(partial)
         yield partial
-        _meet("written")
-        if leader:
-            _rename(partial, path.absolute(), taken)
-        _meet("renamed")
+        hosts.meet("checkpoint is written")
+        hosts.from_first(lambda: _rename(partial, path.absolute(), taken))
     except BaseException as e:
-        if leader:
+        if jax.process_index() == 0:
             shutil.rmtree(partial, ignore_errors=True)
         _raise_full(e, path, needed, " now that what was written is removed")
         raise
@@ -130,19 +129,18 @@ def new_directory(path: str | Place, needed: int, overwrite: bool = False) -> It
 @contextlib.contextmanager
 def _new_remote(path: Remote, needed: int, overwrite: bool) -> Iterator[Path]:
     raise_one_host(path)
-    taken = check_destination(path, 0, overwrite)
-    leader = jax.process_index() == 0
+
+    def create() -> None:
+        if check_destination(path, 0, overwrite):
+            clear(path)
+
     with scratch("save") as folder:
         if not orbax_writes(path):
             check_room(folder, needed)
-        if leader and taken:
-            clear(path)
-        _meet("created")
+        hosts.from_first(create)
         yield folder
-        _meet("written")
-        if leader:
-            upload(folder, path, MARKERS)
-        _meet("marked")
+        hosts.meet("checkpoint is written")
+        hosts.from_first(lambda: upload(folder, path, MARKERS))
 
 
 def clear(path: Remote) -> None:
@@ -168,46 +166,53 @@ def resumable_directory(path: Place, journal: str, overwrite: bool = False) -> I
     The file `journal` in it tells what that is: nothing, as long as it is empty. On a disk it is locked, so
     that one conversion at a time writes; it is removed last of all. On several hosts all call it.
     """
-    leader = jax.process_index() == 0
     if isinstance(path, Remote):
-        with _resumable_remote(path, journal, overwrite, leader) as draft:
+        with _resumable_remote(path, journal, overwrite) as draft:
             yield draft
         return
     partial, path = _partial(path), path.absolute()
-    if leader:
-        _forget(path, journal)  # a kill may have left it there
-    taken = check_destination(path, 0, overwrite)
-    _meet("checked")
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(_claimed(partial, journal, path)) if leader else None
-        _meet("claimed")
+        held: list[IO[str]] = []  # the journal, on host 0
+
+        def claim() -> bool:
+            _forget(path, journal)  # a kill may have left it there
+            taken = check_destination(path, 0, overwrite)
+            held.append(stack.enter_context(_claimed(partial, journal, path)))
+            return taken
+
+        taken = hosts.from_first(claim)
+        hosts.check_shared(partial)
         try:
             yield Draft(partial, partial)
         except BaseException as e:
-            if file is not None and not os.fstat(file.fileno()).st_size:
+            if held and not os.fstat(held[0].fileno()).st_size:
                 shutil.rmtree(partial, ignore_errors=True)
             _raise_full(e, path, None, "; free some and run the same command again: it goes on")
             raise
-        if leader:
+
+        def settle() -> None:
             _rename(partial, path, taken)
             _forget(path, journal)
-        _meet("renamed")
+
+        hosts.from_first(settle)
 
 
 @contextlib.contextmanager
-def _resumable_remote(path: Remote, journal: str, overwrite: bool, leader: bool) -> Iterator[Draft]:
-    begun = (path / journal).is_file() and not any((path / name).is_file() for name in MARKERS)
-    taken = not begun and check_destination(path, 0, overwrite)
-    _meet("checked")
-    if taken and leader:
-        clear(path)
-    _meet("claimed")
+def _resumable_remote(path: Remote, journal: str, overwrite: bool) -> Iterator[Draft]:
+    def claim() -> None:
+        begun = (path / journal).is_file() and not any((path / name).is_file() for name in MARKERS)
+        if not begun and check_destination(path, 0, overwrite):
+            clear(path)
+
+    hosts.from_first(claim)
     with scratch("convert") as folder:
         yield Draft(folder, path)
-        if leader:
+
+        def settle() -> None:
             upload(folder, path, MARKERS)
             _forget(path, journal)
-    _meet("marked")
+
+        hosts.from_first(settle)
 
 
 def _forget(path: Place, journal: str) -> None:
@@ -261,21 +266,6 @@ def _raise_full(e: BaseException, path: str | Path, needed: int | None, then: st
         raise CheckpointError(
             f"{path}: the disk of {parent} is full; {need}{_size(free)} are free{then}"
         ) from e
-
-
-def gather(value: Any) -> list[Any]:
-    """The value of every host, in their order; it has to be JSON."""
-    if jax.process_count() == 1:
-        return [value]
-    text = json.dumps(value).encode()
-    longest = int(np.max(multihost_utils.process_allgather(np.int32(len(text)))))
-    padded = np.frombuffer(text.ljust(longest), np.uint8)
-    return [json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]
-
-
-def _meet(where: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"checkpoint {where}")
 
 
 def _size(n: int) -> str:

@@ -24,10 +24,11 @@ def load(
     """A model ready to run, and its tokenizer or None where there is none.
 
     A directory, of a disk or an object store (gs://, s3://), or a hub name (hf://OWNER/NAME) is a converted
-    checkpoint or a Hugging Face one; `tiny-*` presets get random weights. `mesh`
-    defaults to one device on CPU and else to as many on the tensor axis as divide the model; `dtype` to
-    float32 on CPU and else bfloat16. Redundant experts of the mesh's
-    strategy are in place. Raises CheckpointError, ConfigError or TokenizerError.
+    checkpoint or a Hugging Face one; `tiny-*` presets get random weights. `mesh` defaults to one device on
+    CPU and else to as many on the tensor axis as divide the model, with the others, on several hosts, on the
+    data axis; `dtype` to float32 on CPU and else bfloat16. Each host reads only the shards of its devices.
+    Redundant experts of the mesh's strategy are in place. Raises CheckpointError, ConfigError, TokenizerError
+    or PlaceError.
     """
     path = model_place(path_or_preset)
     on_cpu = jax.default_backend() == "cpu"
@@ -38,7 +39,8 @@ def load(
         raise checkpoint.not_a_checkpoint(path_or_preset)
     cfg = ModelConfig.from_hf(path / "config.json") if kind else ModelConfig.from_preset(name)
     if mesh is None:
-        mesh = widest(cfg, 1 if on_cpu else jax.device_count())
+        hosts = jax.process_count()
+        mesh = widest(cfg, 1 if on_cpu and hosts == 1 else jax.device_count(), whole=hosts > 1)
     tokenizer = None
     if kind is not None:
         from jaxseek.tokenizer import Tokenizer
@@ -58,13 +60,17 @@ def load(
     return model, tokenizer
 
 
-def widest(cfg: ModelConfig, devices: int) -> Strategy:
-    """The default strategy with the longest tensor axis, up to `devices`, that divides the model."""
-    for n in range(devices, 1, -1):
+def widest(cfg: ModelConfig, devices: int, whole: bool = False) -> Strategy:
+    """The default strategy with the longest tensor axis, up to `devices`, that divides the model.
+
+    With `whole` it also divides `devices`, and the data axis takes those that are left.
+    """
+    sizes = [n for n in range(devices, 1, -1) if not whole or devices % n == 0]
+    for n in sizes:
         try:
-            strategy = Strategy.default(tensor=n)
+            strategy = Strategy.default(tensor=n, data=devices // n if whole else 1)
             strategy.check_fits(cfg)
             return strategy
         except ConfigError:
             continue
-    return Strategy.default()
+    return Strategy.default(data=devices if whole else 1)

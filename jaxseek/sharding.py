@@ -22,7 +22,6 @@ from __future__ import annotations
 import difflib
 import functools
 import math
-import os
 import tomllib
 import zlib
 from collections.abc import Callable
@@ -35,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
+from jax.experimental.layout import Format
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -138,7 +138,8 @@ class Strategy:
     def make_mesh(self, devices: list[Any] | None = None) -> Mesh:
         """A mesh of Explicit axes over the first devices (all hosts' devices, in JAX's topology order).
 
-        Raises ConfigError when there are fewer devices than the strategy needs.
+        Raises ConfigError when there are fewer devices than the strategy needs, and when some host has none
+        of those that it takes.
         """
         available = jax.devices() if devices is None else devices
         if self.num_devices > len(available):
@@ -147,12 +148,17 @@ class Strategy:
                 f"the mesh {given} needs {self.num_devices} devices, but {len(available)} are available "
                 f"({available[0].platform}); lower an axis, or set jax_num_cpu_devices to simulate more"
             )
+        taken = available[: self.num_devices]
+        hosts = jax.process_count() if devices is None else 1
+        if len({d.process_index for d in taken}) < hosts:
+            raise ConfigError(
+                f"the mesh has {self.num_devices} devices, which leaves some of {hosts} hosts without one; "
+                f"expected all {len(available)}, such as fsdp={len(available)}"
+            )
         sizes = tuple(n for _, n in self.sizes)
         explicit = (AxisType.Explicit,) * len(sizes)
         # jax.make_mesh does not cut a torus axis in two: it has no 8 x 16 x 4 for an 8x8x8 slice
-        placed = mesh_utils.create_device_mesh(
-            sizes, available[: self.num_devices], allow_split_physical_axes=True
-        )
+        placed = mesh_utils.create_device_mesh(sizes, taken, allow_split_physical_axes=True)
         return Mesh(placed, MESH_AXES, axis_types=explicit)
 
     def abstract_mesh(self) -> AbstractMesh:
@@ -424,6 +430,31 @@ def random_values(seed: int, std: float) -> Callable[[str, nnx.Variable, NamedSh
     return make
 
 
+def in_formats(tree: Any, formats: Any, donate: bool = False) -> Any:
+    """Arrays in these layouts; what is in its own already is returned as it is.
+
+    `jax.device_put` does not take a layout for an array of which other hosts hold parts.
+    """
+
+    def moved(a: Any, wanted: Format) -> jax.Array:
+        if a.format == wanted:
+            return a
+        if a.is_fully_addressable:
+            return jax.device_put(a, wanted, donate=donate)
+        new = _copy_to(wanted)(a)
+        if donate:
+            jax.block_until_ready(new)
+            a.delete()
+        return new
+
+    return jax.tree.map(moved, tree, formats)
+
+
+@functools.cache
+def _copy_to(wanted: Format) -> Any:
+    return jax.jit(lambda a: a, out_shardings=wanted)
+
+
 def device_bytes(tree: Any) -> int:
     """Bytes of a tree's arrays, abstract or not, on one device; int4 is two to a byte, no tile is padded."""
     total = 0
@@ -440,19 +471,3 @@ def platform() -> str:
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
-
-
-def initialize_distributed() -> None:
-    """Join all hosts of a slice, from the same script on every worker.
-
-    On Cloud TPU VMs everything is detected. Elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID say where to meet. Does nothing on a single host.
-    """
-    if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        jax.distributed.initialize(
-            os.environ["JAX_COORDINATOR_ADDRESS"],
-            int(os.environ["JAX_NUM_PROCESSES"]),
-            int(os.environ["JAX_PROCESS_ID"]),
-        )
-    elif len([h for h in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if h]) > 1:
-        jax.distributed.initialize()

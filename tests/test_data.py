@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from oracles import slow
 
 from jaxseek import chat
 from jaxseek.config import ConfigError
@@ -365,19 +364,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("shard", "case"),
-    [
-        *(((0, 1), case) for case in CASES),
-        ((1, 3), "fitted with some dropped"),
-        *(slow((1, 3), c) for c in CASES if c != "fitted with some dropped"),
-    ],
-)
-def test_resuming_anywhere_equals_never_having_stopped(write, tokenizer, case, shard, monkeypatch):
+@pytest.mark.parametrize("case", CASES)
+def test_resuming_anywhere_equals_never_having_stopped(write, tokenizer, case, monkeypatch):
     monkeypatch.setattr("jaxseek.data.rows.WINDOW", 3)
     objective, records, data = CASES[case]
     config = run(objective, write(records), **data)
-    rows = open_rows(config, tokenizer, shard=shard)
+    rows = open_rows(config, tokenizer)
     seen, states, counts = [], [], []
     while rows.counts["epoch"] < 2.5:
         states.append(json.dumps(rows.get_state()))
@@ -385,7 +377,7 @@ def test_resuming_anywhere_equals_never_having_stopped(write, tokenizer, case, s
         seen.append(next(rows))
     assert len(seen) > 5
     for start in {0, 1, 2, 3, 5, len(seen) // 2, len(seen) - 1}:
-        resumed = open_rows(config, tokenizer, shard=shard)
+        resumed = open_rows(config, tokenizer)
         next(resumed)  # wherever it was
         resumed.set_state(json.loads(states[start]))
         for row, state, count in zip(seen[start:], states[start:], counts[start:]):
@@ -418,23 +410,20 @@ def test_an_epoch_has_every_example_once_in_an_order_of_its_own(write, tokenizer
     assert [int(next(fixed)["index"]) for _ in range(46)] == [*range(23)] * 2
 
 
-def test_hosts_have_different_examples_and_together_all(write, tokenizer):
-    config = run("dpo", write(PAIRS))
-    shards = [one_pass(config, tokenizer, shard=(i, 3)) for i in range(3)]
-    assert sorted(int(row["index"]) for rows in shards for row in rows) == list(range(23))
-    endless = [open_rows(config, tokenizer, shard=(i, 3)) for i in range(3)]
-    woven = [int(next(endless[i % 3])["index"]) for i in range(46)]
-    whole = open_rows(config, tokenizer)
-    assert woven == [int(next(whole)["index"]) for _ in range(46)]
+def test_a_state_from_when_hosts_had_shards_is_taken_up(write, tokenizer):
+    rows = open_rows(run("dpo", write(PAIRS)), tokenizer)
+    next(rows)
+    state = rows.get_state() | {"shard": [0, 1]}
+    resumed = open_rows(run("dpo", write(PAIRS)), tokenizer)
+    resumed.set_state(state)
+    assert same(next(resumed), next(rows))
 
 
-def test_a_state_of_other_data_or_hosts_is_refused(write, tokenizer):
+def test_a_state_of_other_data_is_refused(write, tokenizer):
     rows = open_rows(run("dpo", write(PAIRS)), tokenizer)
     state = rows.get_state()
     with pytest.raises(ConfigError, match="has examples 23, and now examples is 22"):
         open_rows(run("dpo", write(PAIRS[1:])), tokenizer).set_state(state)
-    with pytest.raises(ConfigError, match=r"has shard \[0, 1\], and now shard is \[0, 2\]"):
-        open_rows(run("dpo", write(PAIRS)), tokenizer, shard=(0, 2)).set_state(state)
 
 
 # ---- Evaluation data.

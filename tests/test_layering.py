@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 TIERS = [
     {"storage", "host_memory"},
     {"config"},
-    {"rl_config", "placement"},
+    {"rl_config", "placement", "hosts"},
     {"run_config"},
     {"sharding"},
     {"kernels"},

@@ -1,84 +1,222 @@
-"""Two processes on this machine, as two hosts of a slice: they train as one, save, go on and agree."""
+"""Processes on this machine, as the hosts of a slice: they compute what one process does, and say it once."""
 
 import contextlib
 import json
-import os
-import socket
-import subprocess
-import sys
+import time
 
-import jax
 import numpy as np
+import policies
 import pytest
-from test_train_loop import ROOT, home, losses, run, toml  # noqa: F401
+from test_hosts import ROOT, free_port, start
+from test_train_loop import TEXT, home, losses, run, toml, write  # noqa: F401
 
+from jaxseek.loading import load
+from jaxseek.rl.loop import train_grpo
+from jaxseek.rl.reject import reject
+from jaxseek.train import samples
 from jaxseek.train.loop import train
+from jaxseek_convert import save_hf
 
-HOSTS = 2
-
-
-def on_hosts(config, path, devices=1):
-    """The result of the run on each host. What a host prints is kept beside the run file."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    shared = {
-        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-        "JAX_NUM_PROCESSES": str(HOSTS),
-        "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
-    command = [sys.executable, "-m", "jaxseek.cli", "train", toml(config, path), "--json"]
-    with contextlib.ExitStack() as stack:
-        logs = [stack.enter_context(path.with_suffix(f".{i}.log").open("w")) for i in range(HOSTS)]
-        processes = [
-            subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=os.environ | shared | {"JAX_PROCESS_ID": str(i)},
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
-            for i, log in enumerate(logs)
-        ]
-        for process in processes:
-            stack.callback(process.kill)
-        outs = [process.communicate(timeout=300)[0] for process in processes]
-        said = "".join(path.with_suffix(f".{i}.log").read_text()[-2000:] for i in range(HOSTS))
-    assert [process.returncode for process in processes] == [0] * HOSTS, said
-    return [json.loads(out.splitlines()[-1]) for out in outs]
+pytestmark = pytest.mark.slow
 
 
-@pytest.mark.slow
-def test_two_hosts_train_save_and_go_on_as_one(home, tmp_path):  # noqa: F811
-    alike = {
-        "model": str(home / "sparse"),
-        "data": {"shuffle": False, "packing": False, "eval": str(home / "text.jsonl")},
-        "eval": {"rows": 6},
-    }
-    for steps in (3, 6):
-        config = run(home, tmp_path / "two", steps=steps, mesh="expert=2,fsdp=2", **alike)
-        results = on_hosts(config, tmp_path / "two.toml", devices=2)
-        assert results[0] == results[1]
-        assert results[0]["steps"] == steps
-    train(run(home, tmp_path / "one", steps=6, **alike))
-    for name in ("loss", "eval_loss"):
-        one, two = losses(tmp_path / "one", name), losses(tmp_path / "two", name)
-        assert {5} <= one.keys() <= two.keys()
-        np.testing.assert_allclose([two[s] for s in one], list(one.values()), rtol=1e-5)
+def on_hosts(command, count, devices=1, **env):
+    """(exit code, stdout, stderr) of each of `count` processes."""
+    port, env = free_port(), {"JAX_NUM_CPU_DEVICES": str(devices)} | env
+    with contextlib.ExitStack() as closing:
+        processes = []
+        for index in range(count):
+            process = start(command, count, index, port, **env)
+            processes.append(closing.enter_context(process))
+            closing.callback(process.kill)
+        said = [process.communicate(timeout=500) for process in processes]
+    return [(p.returncode, *texts) for p, texts in zip(processes, said)]
 
 
-@pytest.mark.slow
-def test_two_hosts_share_the_reference_of_all_pairs(home, tmp_path):  # noqa: F811
-    results = on_hosts(
-        run(home, tmp_path / "two", "dpo", mesh="fsdp=2", data={"length": 64}), tmp_path / "two.toml"
+def trained(config, path, count, devices=1):
+    """The run's result, by processes with these devices each or, for count 1, in this one."""
+    if count == 1:
+        {"grpo": train_grpo, "reject": reject}.get(config.objective, train)(config)
+        return
+    ends = on_hosts(["train", toml(config, path), "--json"], count, devices)
+    assert [code for code, *_ in ends] == [0] * count, ends
+    assert json.loads(ends[0][1].splitlines()[-1])["out"] == config.out
+    assert not any("{" in out or "step" in out + error for _, out, error in ends[1:])
+
+
+def assert_losses_equal(one, other, names=("loss", "eval_loss")):
+    for name in names:
+        a, b = losses(one, name), losses(other, name)
+        assert a.keys() == b.keys()
+        np.testing.assert_allclose(list(b.values()), list(a.values()), rtol=2e-5, atol=1e-6)
+
+
+def with_evaluation(home, out, mesh, steps, objective="sft", **sections):  # noqa: F811
+    data = {"length": 64, "holdout": 0.2} | sections.pop("data", {})
+    return run(
+        home, out, objective, steps=steps, mesh=mesh, data=data, eval={"every": 2, "rows": 6}, **sections
     )
-    assert results[0] == results[1]
-    with np.load(tmp_path / "two/reference.npz") as kept:
-        assert set(range(8)) <= set(kept["train_index"].tolist())  # two steps are an epoch, in another order
-    margins = losses(tmp_path / "two", "margin")
-    assert abs(margins[0]) < 1e-4
-    assert margins[7] > 0.01
-    assert (tmp_path / "two/model").is_dir()
+
+
+def test_a_run_goes_on_with_any_number_of_hosts(home, tmp_path):  # noqa: F811
+    for i, count in enumerate((1, 2, 4, 2, 1), 1):
+        config = with_evaluation(home, tmp_path / "many", f"fsdp={count}", 2 * i)
+        trained(config, tmp_path / "many.toml", count)
+    trained(with_evaluation(home, tmp_path / "one", "fsdp=1", 10), tmp_path / "one.toml", 1)
+    assert losses(tmp_path / "one").keys() == set(range(10))
+    assert_losses_equal(tmp_path / "one", tmp_path / "many", ("loss",))
+    one, many = losses(tmp_path / "one", "eval_loss"), losses(tmp_path / "many", "eval_loss")
+    np.testing.assert_allclose(list(many.values()), list(one.values()), rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("count", "devices", "mesh"), [(2, 2, "expert=2,fsdp=2"), (4, 1, "tensor=2,fsdp=2"), (2, 1, "tensor=2")]
+)
+def test_pretraining_equals_that_of_one_process(home, tmp_path, count, devices, mesh):  # noqa: F811
+    sparse = {"objective": "pretrain", "model": str(home / "sparse")}
+    one = with_evaluation(home, tmp_path / "one", "fsdp=1", 4, **sparse)
+    trained(one, tmp_path / "one.toml", 1)
+    many = with_evaluation(home, tmp_path / "many", mesh, 4, **sparse)
+    trained(many, tmp_path / "many.toml", count, devices)
+    assert_losses_equal(tmp_path / "one", tmp_path / "many")
+
+
+def test_preferences_and_their_reference_equal_those_of_one_process(home, tmp_path):  # noqa: F811
+    for name, count in (("one", 1), ("many", 2)):
+        config = run(home, tmp_path / name, "dpo", steps=4, mesh=f"fsdp={count}", data={"length": 64})
+        trained(config, tmp_path / f"{name}.toml", count)
+    assert_losses_equal(tmp_path / "one", tmp_path / "many", ("loss", "margin"))
+    with np.load(tmp_path / "one/reference.npz") as one, np.load(tmp_path / "many/reference.npz") as many:
+        assert one["train_index"].tolist() == many["train_index"].tolist()
+        np.testing.assert_allclose(many["train_pair"], one["train_pair"], rtol=1e-5)
+
+
+def test_a_teachers_samples_are_those_of_one_process(home, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(samples, "BATCH", 16)
+    write(tmp_path / "prompts.jsonl", [{"prompt": f"the {w}"} for w in TEXT.split()[:6]])
+    given = {"teacher": str(home / "teacher"), "by": "samples", "max_new_tokens": 12, "per_prompt": 2}
+    data = {"train": str(tmp_path / "prompts.jsonl")}
+    for name, count in (("one", 1), ("many", 2)):
+        config = run(
+            home, tmp_path / name, "distill", distill=given, data=data, steps=2, mesh=f"fsdp={count}"
+        )
+        trained(config, tmp_path / f"{name}.toml", count)
+    assert (tmp_path / "one/samples.jsonl").read_text() == (tmp_path / "many/samples.jsonl").read_text()
+    assert_losses_equal(tmp_path / "one", tmp_path / "many", ("loss",))
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    return policies.make_home(tmp_path_factory.mktemp("policies"))
+
+
+def test_grpo_equals_that_of_one_process_and_goes_on_with_others(policy, tmp_path):
+    much = {"grpo": {"beta": 0.04, "group_size": 4, "routing_replay": True}, "eval": {"every": 2}}
+    for name, stages in (("one", [(1, 3)]), ("two", [(2, 3)]), ("changed", [(2, 2), (4, 3)])):
+        for count, steps in stages:
+            config = policies.config(
+                policy, tmp_path / name, mesh=f"fsdp={count}", rollout={"prompts": 4}, steps=steps, **much
+            )
+            trained(config, tmp_path / f"{name}.toml", count)
+    one, *others = (policies.steps_of(tmp_path / name) for name in ("one", "two", "changed"))
+    for other in others:
+        for name in ("reward", "loss", "grad_norm", "tokens", "entropy"):
+            np.testing.assert_allclose(
+                [r[name] for r in other], [r[name] for r in one], rtol=1e-3, atol=1e-6, err_msg=name
+            )
+
+
+def test_rejection_sampling_keeps_what_one_process_does(policy, tmp_path):
+    for name, count in (("one", 1), ("many", 2)):
+        sections = {"objective": "reject", "reject": {"problems": 8, "per_problem": 4}}
+        config = policies.config(policy, tmp_path / name, "dense", mesh=f"fsdp={count}", **sections)
+        trained(config, tmp_path / f"{name}.toml", count)
+    assert (tmp_path / "one/samples.jsonl").read_text() == (tmp_path / "many/samples.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("source", "mesh"), [("sparse", None), ("sparse", "fsdp=4"), ("hf", "data=2,tensor=2")]
+)
+def test_four_hosts_generate_what_one_does(home, tmp_path, source, mesh):  # noqa: F811
+    if source == "hf":
+        whole, tokenizer = load(home / "sparse")
+        save_hf(whole, tmp_path / "hf", tokenizer=tokenizer)
+    model = tmp_path / "hf" if source == "hf" else home / "sparse"
+    command = ["generate", model, "-p", "the king", "-p", "green tea", "-n", "8", "-t", "0", "--json"]
+    ((_, alone, _),) = on_hosts(command, 1)
+    ends = on_hosts([*command, *(("--mesh", mesh) if mesh else ())], 4)
+    assert [code for code, *_ in ends] == [0] * 4, ends
+    rows = [[line for line in out.splitlines() if line.startswith("{")] for _, out, _ in ends]
+    assert rows == [alone.splitlines(), [], [], []]
+
+
+def test_a_mesh_that_leaves_a_host_without_a_device_is_refused_on_all(home, tmp_path):  # noqa: F811
+    ends = on_hosts(["train", toml(run(home, tmp_path / "run", mesh="fsdp=1"), tmp_path / "run.toml")], 2)
+    assert [code for code, *_ in ends] == [1, 1]
+    for index, (_, _, error) in enumerate(ends):
+        assert f"host {index}: the mesh has 1 devices, which leaves some of 2 hosts without one" in error
+    assert not (tmp_path / "run").exists()
+
+
+ENGINES = """
+from jaxseek.hosts import join
+join()
+from oracles import tiny_config
+from jaxseek.generate.engine import Engine
+from jaxseek.generate.sampling import Sampling
+from jaxseek.lab.chips import Topology
+from jaxseek.lab.job import Job
+from jaxseek.lab.run import measure
+from jaxseek.model import DeepSeek
+from jaxseek.sharding import Strategy
+cfg = tiny_config("v3", num_hidden_layers=2, first_k_dense_replace=1, num_nextn_predict_layers=0)
+for workload, mesh in (("decode", "expert=4,tensor=2"), ("train", "fsdp=2,expert=4")):
+    job = Job(cfg, Strategy.parse(mesh), Topology.parse("v5e:2x4"), workload, 8, 64, "bf16")
+    assert len(measure(job, job.strategy.make_mesh(), 2).seconds) == 2
+model = DeepSeek.init(cfg, Strategy.parse("tensor=2,data=4"))
+greedy = [[1, 2, 3]] * 4, Sampling(6, 0.0)
+plain = [c.tokens for c in Engine(model).generate(*greedy)]
+for owns in (False, True):
+    engine = Engine(model, unroll=False, lay_out=True, owns=owns)
+    assert plain == [c.tokens for c in engine.generate(*greedy)]
+"""
+
+
+def test_hosts_run_what_the_lab_measures_and_decode_in_layouts_of_the_compilers_choice():
+    ends = on_hosts(["-c", ENGINES], 2, devices=4, PYTHONPATH=f"{ROOT}:{ROOT / 'convert'}:{ROOT / 'tests'}")
+    assert [code for code, *_ in ends] == [0, 0], ends
+
+
+def test_a_place_that_the_hosts_do_not_share_is_an_error_on_all(home, tmp_path):  # noqa: F811
+    path = toml(run(home, "mine", mesh="fsdp=2"), tmp_path / "run.toml")
+    port = free_port()
+    with contextlib.ExitStack() as closing:
+        processes = []
+        for index in range(2):
+            (tmp_path / str(index)).mkdir()
+            process = start(["train", path], 2, index, port, cwd=tmp_path / str(index))
+            processes.append(closing.enter_context(process))
+        errors = [process.communicate(timeout=200)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    for index, error in enumerate(errors):
+        assert f"error: host {index}: mine is on host 0's own disk: host 1 does not see it" in error
+    assert not list(tmp_path.glob("*/mine/.jaxseek*"))
+
+
+@pytest.mark.parametrize(("failing", "seconds"), [(0, 60), (1, 200)])
+def test_when_a_host_fails_the_others_end_too(home, tmp_path, failing, seconds):  # noqa: F811
+    for index in range(2):
+        (tmp_path / str(index)).mkdir()
+        if index != failing:
+            (tmp_path / str(index) / "sparse").symlink_to(home / "sparse")
+    port, begin = free_port(), time.monotonic()
+    command = ["generate", "sparse", "-p", "the king", "--mesh", "fsdp=2"]
+    with contextlib.ExitStack() as closing:
+        processes = [start(command, 2, index, port, cwd=tmp_path / str(index)) for index in range(2)]
+        for process in processes:
+            closing.enter_context(process)
+        errors = [process.communicate(timeout=seconds)[1] for process in processes]
+    assert processes[failing].returncode == 1
+    assert f"error: host {failing}: sparse: expected a jaxseek checkpoint" in errors[failing]
+    assert processes[1 - failing].returncode != 0
+    assert time.monotonic() - begin < seconds

@@ -100,8 +100,14 @@ def run(home, out, objective="pretrain", **sections):
 
 def toml(config, path):
     """The run as a file of dotted keys."""
+
+    def shown(value):
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{key} = {shown(v)}" for key, v in value.items()) + "}"
+        return f"[{', '.join(map(shown, value))}]" if isinstance(value, list) else json.dumps(value)
+
     flat = start._flat(config.to_dict())
-    path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in flat.items()), "utf-8")
+    path.write_text("".join(f"{key} = {shown(value)}\n" for key, value in flat.items()), "utf-8")
     return str(path)
 
 
@@ -294,6 +300,16 @@ def test_a_checkpoint_is_of_its_step_though_training_goes_on_in_its_memory(home,
         back, _ = checkpoints.restore(number, state)
         embed_VD = np.asarray(parameters(back.model)["embed_VD"][...])
         assert (embed_VD.min(), embed_VD.max()) == (number, number)
+    checkpoints.close()
+
+
+def test_a_checkpoint_from_when_every_host_had_its_own_place_says_what_to_do(home, tmp_path, state):
+    checkpoints = kept(tmp_path, home, state, {1: None})
+    (file,) = (checkpoints.directory / "1/run").glob("metadata*")
+    saved = json.loads(file.read_text())
+    file.write_text(json.dumps(saved | {"positions": saved["positions"] * 2}))
+    with pytest.raises(CheckpointError, match="older jaxseek on 2 hosts, each with its own place"):
+        checkpoints.restore(1, state)
     checkpoints.close()
 
 

@@ -26,6 +26,7 @@ from rich.progress import (
 from jaxseek import checkpoint, directory
 from jaxseek.directory import CheckpointError
 from jaxseek.host_memory import peak_memory
+from jaxseek.hosts import gather
 from jaxseek.layers.quant import MATRICES
 from jaxseek.storage.hub import model_place
 from jaxseek.storage.place import (
@@ -122,7 +123,7 @@ def convert(
                 if host == 0:
                     _check_room(draft, sink, groups, threads)
                     _resume(draft.weights, sink, journal, threads, stage)
-            journal.done = directory.gather(journal.done)[0]
+            journal.done = gather(journal.done)[0]
             resumed = len(journal.done)
             with _together(src):
                 if checksums and host == 0 and isinstance(at, Path) and not resumed:
@@ -194,7 +195,7 @@ def _together(src: str | Place) -> Iterator[None]:
         yield
     except Exception as e:
         error = e
-    told = directory.gather(None if error is None else str(error))
+    told = gather(None if error is None else str(error))
     if error is not None:
         raise error
     if failed := [(host, text) for host, text in enumerate(told) if text is not None]:

@@ -26,8 +26,9 @@ import numpy as np
 import xxhash
 
 from jaxseek.config import ModelConfig
-from jaxseek.directory import CheckpointError, gather
+from jaxseek.directory import CheckpointError
 from jaxseek.host_memory import resident
+from jaxseek.hosts import gather
 from jaxseek.storage.place import Log, Place, Remote, cut, read_log, remove
 from jaxseek_convert.files import Writer, open_file
 from jaxseek_convert.numbers import Form, Memory, Rows, change

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +15,46 @@ from jaxseek.cli.convert import add_conversion_verbs
 from jaxseek.cli.lab import add_lab_verbs
 from jaxseek.cli.shared import WrongUse, load_model, read_prompts, table
 
+ALL_HOSTS = ("train", "convert", "quantize", "generate", "plan")  # others run on host 0 alone
+NO_DEVICES = ("info", "sweep", "plan")  # the last but with --run
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run a verb. Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong use."""
     args = _parser().parse_args(argv)
     _set_up_jax()
-    from jaxseek.config import ConfigError
+    from jaxseek import hosts
 
+    joined, about = None, f"jaxseek {args.verb}: error:"
     try:
-        return args.run(args) or 0
+        runs = args.verb not in NO_DEVICES or getattr(args, "repeats", 0)
+        devices = bool(runs) and not getattr(args, "dry_run", False)
+        if devices and args.verb in ALL_HOSTS:
+            joined = hosts.join()
+        elif not hosts.runs_here(args.verb, devices):
+            return 0
+        if joined:
+            about = f"{about} host {joined.index}:"
+        with hosts.quiet(bool(joined and joined.index)):
+            return args.run(args) or 0
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        return 1
+        code = 1
     except WrongUse as e:
-        print(f"jaxseek {args.verb}: error: {e}; see jaxseek {args.verb} --help", file=sys.stderr)
-        return 2
+        print(f"{about} {e}; see jaxseek {args.verb} --help", file=sys.stderr)
+        code = 2
     except BrokenPipeError:  # the reader of our output has left: no error of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (ConfigError, ValueError, OSError) as e:
-        if os.environ.get("JAXSEEK_TRACEBACK"):
+        code = 0
+    except Exception as e:
+        expected = isinstance(e, ValueError | OSError) and not os.environ.get("JAXSEEK_TRACEBACK")
+        if not expected and not joined:
             raise
-        print(f"jaxseek {args.verb}: error: {e}", file=sys.stderr)
-        return 1
+        print(f"{about} {e}" if expected else f"{about}\n{traceback.format_exc()}", file=sys.stderr)
+        code = 1
+    if joined:
+        hosts.leave_failed(joined.index, code)
+    return code
 
 
 def _set_up_jax() -> None:
@@ -222,12 +240,10 @@ def _sampling(args: argparse.Namespace, seed: int) -> Any:
 def _train(args: argparse.Namespace) -> int:
     from jaxseek.host_memory import keep_freed_memory
     from jaxseek.run_config import RunConfig, read_toml
-    from jaxseek.sharding import initialize_distributed
 
     stages = "stages" in read_toml(args.run_file, args.set)
     settings = None if stages else RunConfig.from_toml(args.run_file, args.set)
     keep_freed_memory()
-    initialize_distributed()
     from jaxseek.rl.pipeline import Pipeline, run_pipeline, run_stage
 
     if settings is None:
@@ -244,8 +260,9 @@ def _train(args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> None:
     from jaxseek.chat import split_reasoning
     from jaxseek.generate.text import TextStream, encode, engine_for
+    from jaxseek.hosts import from_first
 
-    prompts = read_prompts(args.prompt, args.file)
+    prompts = from_first(lambda: read_prompts(args.prompt, args.file))
     if args.chat:
         system = [{"role": "system", "content": args.system}] if args.system else []
         prompts = [[*system, {"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]

@@ -23,13 +23,11 @@ def open_rows(
     cfg: RunConfig,
     tokenizer: Tokenizer,
     split: str = "train",
-    shard: tuple[int, int] = (0, 1),
     repeat: bool = True,
 ) -> Rows | None:
     """Rows of [data] for the run's objective; None for split="eval" where there is nothing to evaluate on.
 
-    shard: (index, count) of this host; hosts have different examples, all of them together. Without repeat
-    the rows end after one pass, on some hosts earlier than on others. Raises ConfigError for data that
+    Every host reads the same rows. Without repeat they end after one pass. Raises ConfigError for data that
     cannot be used: here if it shows in the first 10,000 records, otherwise where the record is read.
     """
     part = open_split(cfg, split)
@@ -44,7 +42,6 @@ def open_rows(
         pad=0 if tokenizer.pad_id is None else tokenizer.pad_id,
         seed=cfg.seed,
         shuffle=cfg.data.shuffle and split == "train",
-        shard=shard,
         repeat=repeat,
     )
 

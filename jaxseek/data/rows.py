@@ -1,8 +1,9 @@
 """Examples in order, laid into rows of `length` tokens, with a state that takes up exactly where it was.
 
-The order is grain's: shuffled anew each epoch from the seed, repeated, every count-th example to each host,
-tokenised ahead in threads. Rows come in groups: one row, or several where examples are fitted into rows. A
-state is the place in the order where the group begins, and how many of its rows were given out.
+The order is grain's: shuffled anew each epoch from the seed, repeated, tokenised ahead in threads. It is the
+same on every host, which puts its part of each batch on its devices. Rows come in groups: one row, or several
+where examples are fitted into rows. A state is the place in the order where the group begins, and how many of
+its rows were given out.
 """
 
 from __future__ import annotations
@@ -48,16 +49,14 @@ class Rows:
         pad: int,
         seed: int,
         shuffle: bool,
-        shard: tuple[int, int],
         repeat: bool,
     ):
-        self._layout, self._length, self._pad, self._shard = layout, length, pad, shard
+        self._layout, self._length, self._pad = layout, length, pad
         self._seed, self._shuffle = seed % 2**32, shuffle
         self._examples = len(items)
         order = grain.MapDataset.source(items).seed(self._seed)  # pyright: ignore[reportArgumentType]
         order = order.shuffle() if shuffle else order
         order = order.repeat() if repeat else order
-        order = order.slice(slice(shard[0], None, shard[1]))
         options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=32)
         self._items = iter(order.to_iter_dataset(options))
         self._taken = 0  # items consumed
@@ -83,11 +82,11 @@ class Rows:
     @property
     def counts(self) -> dict[str, float]:
         """examples: in the set; epoch: how often it was gone through; too_long: so far dropped or cut."""
-        epoch = self._here()["taken"] * self._shard[1] / self._examples
+        epoch = self._here()["taken"] / self._examples
         return {"examples": self._examples, "epoch": epoch, "too_long": self._too_long}
 
     def get_state(self) -> dict[str, Any]:
-        """Where the next row is; of plain numbers. It belongs to this shard of this data."""
+        """Where the next row is; of plain numbers. It belongs to this data."""
         done = self._given == len(self._group)
         place = self._here() if done else self._begin
         return {**place, "given": 0 if done else self._given, **self._belongs_to()}
@@ -98,7 +97,7 @@ class Rows:
             if state[key] != ours:
                 raise ConfigError(
                     f"the saved place in the data has {key} {state[key]}, and now {key} is {ours}; go on "
-                    "with the data and hosts that the run was started with, or start a new run"
+                    "with the data that the run was started with, or start a new run"
                 )
         self._items.set_state({"next_index": state["taken"]})
         self._taken, self._too_long = state["taken"], state["too_long"]
@@ -113,7 +112,7 @@ class Rows:
         self._items.close()
 
     def _belongs_to(self) -> dict[str, Any]:
-        return {"examples": self._examples, "length": self._length, "shard": list(self._shard)}
+        return {"examples": self._examples, "length": self._length}
 
     def _here(self) -> dict[str, int]:
         """The place before the item that is held, if any."""
@@ -171,7 +170,7 @@ class Rows:
         """
         examples, room, epoch = [], WINDOW * self._length, None
         while room > 0 and (item := self._take()):
-            at = ((self._taken - 1) * self._shard[1] + self._shard[0]) // self._examples
+            at = (self._taken - 1) // self._examples
             if at != (epoch := at if epoch is None else epoch):
                 self._held = item
                 break

@@ -20,7 +20,7 @@ from jaxseek.cache import split_layers
 from jaxseek.generate.sampling import Drawn, Mode, Sampling, SamplingArrays, batch_mode, sample
 from jaxseek.kernels import few_rows
 from jaxseek.model import Caches, DeepSeek
-from jaxseek.sharding import parameters
+from jaxseek.sharding import in_formats, parameters
 
 CAPACITY_STEP = 256  # cache slots are allotted in steps, so that few programs serve all lengths
 
@@ -162,7 +162,7 @@ class Engine:
                 return decode_steps(self.platform)(self.decoder, state, *args, *static)
             program = self._program(state, args, static)
             _, cached, *_ = program.input_formats[0]
-            return program(self.decoder, jax.device_put(state, cached), *args)
+            return program(self.decoder, in_formats(state, cached), *args)
 
     def _program(self, state: State, args: tuple, static: tuple) -> jax.stages.Compiled:
         """`_decode_steps` compiled for weights as they lie; the first one says how that is."""
@@ -190,7 +190,7 @@ class Engine:
         if not self.laid_out:
             formats, *_ = program.input_formats[0]
             for param, found in zip(parameters(self.decoder).values(), jax.tree.leaves(formats)):
-                param.set_value(jax.device_put(param[...], found, donate=self.owns))
+                param.set_value(in_formats(param[...], found, donate=self.owns))
             self.laid_out, self.weights = True, jax.tree.leaves(self.model)
             _PROGRAMS[key()] = program
         return program

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import jax
 from rich.console import Console
@@ -18,7 +17,7 @@ from jaxseek.lab.compile import CompileError, compile_job
 from jaxseek.lab.job import TOKENS_PER_DISPATCH, Job
 from jaxseek.lab.report import Report, draw, lines, report
 from jaxseek.lab.run import Measured, devices_of, measure
-from jaxseek.sharding import Strategy, initialize_distributed
+from jaxseek.sharding import Strategy
 from jaxseek.storage.place import writable, write_text
 
 
@@ -42,7 +41,8 @@ def plan(
     write a profile of it. Returns 1 for a program that does not fit."""
     job, layout = make_job(read_config(model), topology, mesh, workload, batch, context, weights, lora)
     job = dataclasses.replace(job, remat=remat)
-    devices = devices_here(job.topology) if repeats else []
+    devices = devices_of(job.topology, jax.devices()) if repeats else []
+    writes = not devices or jax.process_index() == 0
     console = Console(stderr=True)
     console.print(f"layout: {layout}", highlight=False)
     held = first_pass(job).held / 2**30
@@ -57,9 +57,9 @@ def plan(
         print(json.dumps(found) if as_json else text)
         return 1
     r = report(job, compiled)
-    if hlo:
+    if hlo and writes:
         write_text(writable(hlo), compiled.text)
-    if plot:
+    if plot and writes:
         draw(title(model, job), r, plot)
     found, text = {"model": model, "layout": layout} | r.to_dict(), lines(title(model, job), r)
     if devices and r.fits:
@@ -69,12 +69,6 @@ def plan(
         text += "\n" + beside(r, measured)
     print(json.dumps(found) if as_json else text)
     return 0 if r.fits else 1
-
-
-def devices_here(topology: Topology) -> list[Any]:
-    """The devices of a slice that this process, with those on the other hosts, has. Raises ConfigError."""
-    initialize_distributed()
-    return devices_of(topology, jax.devices())
 
 
 def beside(r: Report, measured: Measured) -> str:

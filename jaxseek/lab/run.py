@@ -24,7 +24,7 @@ from jaxseek.generate import engine
 from jaxseek.lab.chips import Topology
 from jaxseek.lab.job import TOKENS_PER_DISPATCH, Job, abstract_step
 from jaxseek.model import DeepSeek
-from jaxseek.sharding import fill
+from jaxseek.sharding import fill, in_formats
 from jaxseek.storage.place import Mirror, writable
 from jaxseek.train import step as train
 from jaxseek.train.batch import Batch
@@ -92,11 +92,11 @@ class _Calls:
         if self.decodes:  # in layouts of the compiler's choice
             self.step = step.lower(*args).compile()
             weights, self.cached, *_ = self.step.input_formats[0]
-            self.args[0] = jax.device_put(self.args[0], weights, donate=True)
+            self.args[0] = in_formats(self.args[0], weights, donate=True)
 
     def __call__(self) -> Any:
         if self.decodes:
-            self.args[1] = jax.device_put(self.args[1], self.cached)
+            self.args[1] = in_formats(self.args[1], self.cached)
         out = jax.block_until_ready(self.step(*self.args))
         for i, a in enumerate(self.args):
             if isinstance(a, engine.State):  # goes on at the same length

@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxseek.config import ConfigError
+from jaxseek.hosts import from_first
 from jaxseek.rl.problem import Answer, Problem
 from jaxseek.rl.rewards import Rewards
 from jaxseek.rl.rollout import Episode, Sampler, seed_of
@@ -34,13 +34,13 @@ class Marking:
 
     def __call__(self, answers: list[Answer]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Of each answer its reward and, by name, the terms; float64 [N], NaN where one failed."""
-        table = np.full((1 + len(self._names), len(answers)), np.nan)
-        if jax.process_index() == 0:
+
+        def score() -> tuple[np.ndarray, str]:
             scores = self._rewards.score(answers)
             table = np.stack([scores.total, *(scores.parts[name] for name in self._names)])
-            self.failure = str(scores.failures[0]) if scores.failures else ""
-        if jax.process_count() > 1:
-            table = np.asarray(multihost_utils.broadcast_one_to_all(table))
+            return table, str(scores.failures[0]) if scores.failures else ""
+
+        table, self.failure = from_first(score)
         return table[0], dict(zip(self._names, table[1:]))
 
     def close(self) -> None:

@@ -12,13 +12,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxseek.model import DeepSeek
 from jaxseek.rl.rollout import Episode
 from jaxseek.run_config import RunConfig
-from jaxseek.train.batch import Batch, make_batch, to_devices
+from jaxseek.train.batch import Batch, make_batch, to_devices, to_mesh
 
 
 @jax.tree_util.register_dataclass
@@ -179,14 +178,13 @@ def make_policy_batch(
     arrays["positions_BT"] = base.positions_BT + skipped.reshape(A, R, T)
     arrays["prefixes_BT"] = prefixes.reshape(A, R, T)
     arrays |= {f"{name}_BT": _ahead(x_BT).reshape(A, R, T) for name, x_BT in table.items()}
-    placed: Any = to_devices(_own_rows(PolicyBatch(**arrays)), model)
+    placed: Any = to_devices(PolicyBatch(**arrays), model)
     if chosen is not None:
         spec = P(None, *model.strategy.train.spec("batch", "length", None, None))
-        own = _own_rows(chosen.reshape(A, R, *chosen.shape[1:]))
-        experts_BTLK = jax.make_array_from_process_local_data(NamedSharding(model.mesh, spec), own)
+        experts_BTLK = to_mesh(chosen.reshape(A, R, *chosen.shape[1:]), model, spec)
         placed = dataclasses.replace(placed, experts_BTLK=experts_BTLK)
     count = np.int32(-(-max((1 + place.row for place in places), default=0) // R))
-    return dataclasses.replace(placed, count=jax.device_put(count, NamedSharding(model.mesh, P())))
+    return dataclasses.replace(placed, count=to_mesh(np.asarray(count), model, P()))
 
 
 def answers_of(x_ABT: np.ndarray, episodes: list[Episode], shapes: Shapes) -> list[np.ndarray]:
@@ -217,9 +215,3 @@ def _places(episodes: list[Episode], shapes: Shapes) -> list[Place]:
 def _ahead(x_BT: np.ndarray) -> np.ndarray:
     """From a token's own position to that where it is predicted."""
     return np.pad(x_BT[:, 1:], ((0, 0), (0, 1)))
-
-
-def _own_rows(batch: Any) -> Any:
-    """This host's part of every microbatch, of one array or more."""
-    host, hosts = jax.process_index(), jax.process_count()
-    return jax.tree.map(lambda a: np.split(a, hosts, axis=1)[host], batch)

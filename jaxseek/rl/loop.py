@@ -19,6 +19,7 @@ from jaxseek import checkpoint
 from jaxseek.config import ConfigError
 from jaxseek.generate.engine import fetch
 from jaxseek.host_memory import release_freed_memory
+from jaxseek.hosts import most
 from jaxseek.model import DeepSeek
 from jaxseek.rl import grpo
 from jaxseek.rl.evaluate import HeldOut, Marking, evaluate, of_answers
@@ -33,7 +34,6 @@ from jaxseek.rl.watch import Alarms, Clock, of_updates
 from jaxseek.run_config import RunConfig
 from jaxseek.storage.place import place
 from jaxseek.train import lora, start
-from jaxseek.train.batch import most
 from jaxseek.train.checkpoints import Checkpoints
 from jaxseek.train.diagnose import not_finite
 from jaxseek.train.loop import Profile, Result, TrainingError, signals

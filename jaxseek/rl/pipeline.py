@@ -26,6 +26,7 @@ import jax
 
 from jaxseek.checkpoint import write_json
 from jaxseek.config import ConfigError
+from jaxseek.hosts import from_first
 from jaxseek.loading import load
 from jaxseek.rl.evaluate import HeldOut, Marking, evaluate
 from jaxseek.rl.loop import train_grpo
@@ -145,7 +146,7 @@ def _measure(
 ) -> None:
     """OUT/NAME/stage.json: steps and, of a model that the stage left, how it answers held-out problems."""
     run, path = pipeline.stages[name], place(result.out) / "stage.json"
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["steps"] == result.steps:
+    if _reached(pipeline).get(name, {}).get("steps") == result.steps:
         return
     reached: dict[str, Any] = {
         "objective": run.objective,
@@ -170,13 +171,14 @@ def _measure(
 
 
 def _reached(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
+    """Read what the stages that are over have written, as host 0 sees it."""
     paths = {name: place(run.out) / "stage.json" for name, run in pipeline.stages.items()}
-    return {name: json.loads(p.read_text(encoding="utf-8")) for name, p in paths.items() if p.is_file()}
+    return from_first(lambda: {n: json.loads(p.read_text("utf-8")) for n, p in paths.items() if p.is_file()})
 
 
 def _write(pipeline: Pipeline) -> None:
+    reached = _reached(pipeline)
     if jax.process_index() == 0:
-        reached = _reached(pipeline)
         write_json(pipeline.out / "pipeline.json", reached)
         write_text(pipeline.out / "pipeline.md", table(reached) + "\n")
 

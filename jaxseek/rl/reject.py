@@ -12,6 +12,7 @@ import numpy as np
 from jaxseek.config import ConfigError
 from jaxseek.data.sources import open_sources
 from jaxseek.data.split import shuffled
+from jaxseek.hosts import from_first
 from jaxseek.rl.evaluate import Marking
 from jaxseek.rl.problem import Problem
 from jaxseek.rl.rollout import Episode, Sampler, seed_of
@@ -19,7 +20,6 @@ from jaxseek.rl.tasks import open_task
 from jaxseek.run_config import RunConfig
 from jaxseek.storage.place import Log, Place, cut, place, write_text
 from jaxseek.train import start
-from jaxseek.train.batch import meet
 from jaxseek.train.loop import Result, signals
 from jaxseek.train.metrics import Counter
 
@@ -35,13 +35,13 @@ def reject(run: RunConfig) -> Result:
     strategy = start.open_strategy(run, cfg)
     start.claim(run)
     path = place(run.out) / FILE
-    if path.is_file():
+    if from_first(path.is_file):
         return _result(run, path, False)
     tokenizer = start.open_tokenizer(run, cfg)
     task, dtype = open_task(run), start.compute_dtype(run)
     sampler = Sampler(run, tokenizer, run.rollout.dtype or dtype)
     partial = path.with_suffix(".partial.jsonl")
-    kept, done = _whole_rounds(partial)
+    kept, done = from_first(lambda: _whole_rounds(partial))
     rounds = -(-run.reject.problems // run.rollout.prompts)
     with (
         contextlib.ExitStack() as stack,
@@ -84,9 +84,7 @@ def reject(run: RunConfig) -> Result:
             f"{run.out}: no answer to {run.reject.problems} problems ended by itself "
             f"with {wanted or 'a reward'}; lower reject.keep, or raise rollout.max_new_tokens"
         )
-    if jax.process_index() == 0:
-        _finish(run, kept, path)
-    meet("samples are written")
+    from_first(lambda: _finish(run, kept, path))
     return _result(run, path, False)
 
 

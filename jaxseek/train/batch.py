@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -72,19 +71,6 @@ def make_batch(
     return jax.tree.map(lambda a: a.reshape(accumulation, B // accumulation, *a.shape[1:]), batch)
 
 
-def most(n: int) -> int:
-    """The largest n of any host, so that all take part in as many steps."""
-    if jax.process_count() == 1:
-        return n
-    return int(np.max(multihost_utils.process_allgather(np.int32(n))))
-
-
-def meet(where: str) -> None:
-    """Wait until every host is here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(where)
-
-
 def blank_row(run: RunConfig) -> dict[str, np.ndarray]:
     """A row, of a preference run a pair, that weighs nothing: it fills up a batch."""
     shape = (2, run.data.length) if run.objective == "dpo" else (run.data.length,)
@@ -93,12 +79,16 @@ def blank_row(run: RunConfig) -> dict[str, np.ndarray]:
 
 
 def to_devices(batch: Batch, model: DeepSeek) -> Batch:
-    """The batch on the model's mesh; each host gives the rows that it read."""
+    """The batch, which every host has whole, on the model's mesh."""
     rules = model.strategy.train
 
     def put(a: np.ndarray) -> jax.Array:
         names = ("batch", *(None,) * (a.ndim - 3), "length")[: a.ndim - 1]
-        spec = P(None, *rules.spec(*names))
-        return jax.make_array_from_process_local_data(NamedSharding(model.mesh, spec), a)
+        return to_mesh(a, model, P(None, *rules.spec(*names)))
 
     return jax.tree.map(put, batch)
+
+
+def to_mesh(a: np.ndarray, model: DeepSeek, spec: P) -> jax.Array:
+    """An array, which every host has whole, on the model's mesh: each device takes its part."""
+    return jax.make_array_from_callback(a.shape, NamedSharding(model.mesh, spec), a.__getitem__)

@@ -2,13 +2,12 @@
 
 OUT/checkpoints/STEP/params    what training changes of the model, by dotted path
 OUT/checkpoints/STEP/moments   the optimizer's state
-OUT/checkpoints/STEP/run       optimizer steps, and each host's position in the data
+OUT/checkpoints/STEP/run       optimizer steps, and the position in the data
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import shutil
 import tempfile
@@ -21,15 +20,14 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from jaxseek.checkpoint import orbax_writers
 from jaxseek.directory import CheckpointError, orbax_writes, raise_one_host
+from jaxseek.hosts import most
 from jaxseek.run_config import CheckpointConfig
 from jaxseek.storage.place import Place, Remote, download, remove, upload, writable
-from jaxseek.train.batch import most
 from jaxseek.train.step import State, changed, with_values
 
 
@@ -70,7 +68,8 @@ class Checkpoints:
         params = changed(state.model)
         needed = sum(a.nbytes for a in jax.tree.leaves((params, state.moments)))
         disk = self._copies.local if self._copies else self.directory
-        if isinstance(disk, Path) and (free := shutil.disk_usage(disk).free) < needed:
+        free = shutil.disk_usage(disk).free if isinstance(disk, Path) else needed
+        if most(free < needed):
             raise CheckpointError(
                 f"{disk}: a checkpoint needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
                 f"free some and run again, it goes on from {self._last()}"
@@ -78,7 +77,7 @@ class Checkpoints:
         items = ocp.args.Composite(
             params=ocp.args.PyTreeSave(params),
             moments=ocp.args.PyTreeSave(state.moments),
-            run=ocp.args.JsonSave({"updates": int(state.step), "positions": _gather(position)}),
+            run=ocp.args.JsonSave({"updates": int(state.step), "positions": [position]}),
         )
 
         def write() -> None:
@@ -118,7 +117,7 @@ class Checkpoints:
         return min((_loss(self.manager.metrics(step)) for step in self.manager.all_steps()), default=math.inf)
 
     def restore(self, step: int, state: State) -> tuple[State, Any]:
-        """The state of a checkpoint and this host's position in the data.
+        """The state of a checkpoint, on any number of hosts, and the position in the data.
 
         `state` may be abstract: it gives shapes, dtypes, and its model's mesh. Raises CheckpointError.
         """
@@ -143,14 +142,15 @@ class Checkpoints:
                 "remove it to go on from the one before"
             ) from e
         positions = got["run"]["positions"]
-        if len(positions) != jax.process_count():
+        if len(positions) != 1:  # by a jaxseek whose hosts read different examples
             raise CheckpointError(
-                f"{self.directory / str(step)}: was written by {len(positions)} hosts, each with its own "
-                f"place in the data; go on with as many, not {jax.process_count()}"
+                f"{self.directory / str(step)}: was written by an older jaxseek on {len(positions)} hosts, "
+                "each with its own place in the data, expected one place for all. Go on with that version "
+                f"on {len(positions)} hosts, or start a new run from a model that it exported"
             )
         counter = jax.device_put(np.int32(got["run"]["updates"]), NamedSharding(mesh, jax.P()))
         model = with_values(state.model, got["params"])
-        return State(model, got["moments"], counter), positions[jax.process_index()]
+        return State(model, got["moments"], counter), positions[0]
 
     def _guarded(self, act: Any) -> None:
         try:
@@ -245,13 +245,3 @@ def _loss(metrics: Any) -> float:
 def _spec(a: Any) -> jax.P:
     """How an array, real or abstract, is laid out; abstract scalars do not say."""
     return jax.P() if a.sharding is None else a.sharding.spec
-
-
-def _gather(position: Any) -> list[Any]:
-    """Every host's position, in their order."""
-    if jax.process_count() == 1:
-        return [position]
-    text = json.dumps(position).encode()
-    longest = int(np.max(multihost_utils.process_allgather(np.int32(len(text)))))
-    padded = np.frombuffer(text.ljust(longest), np.uint8)
-    return [json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]

@@ -20,12 +20,13 @@ import numpy as np
 from jaxseek import checkpoint
 from jaxseek.config import ConfigError
 from jaxseek.data import Rows, open_rows
+from jaxseek.hosts import most
 from jaxseek.model import DeepSeek
 from jaxseek.run_config import RunConfig, at_fraction
 from jaxseek.storage.place import Mirror, Place, place
 from jaxseek.tokenizer import Tokenizer
 from jaxseek.train import lora, start
-from jaxseek.train.batch import Batch, blank_row, make_batch, most, to_devices
+from jaxseek.train.batch import Batch, blank_row, make_batch, to_devices
 from jaxseek.train.checkpoints import Checkpoints
 from jaxseek.train.diagnose import not_finite
 from jaxseek.train.metrics import MetricsLog, Progress, peak_flops, plot_loss, summarize, train_flops
@@ -95,8 +96,7 @@ class _Training:
         self.run, self.cfg, self.strategy, self.tokenizer = run, cfg, strategy, tokenizer
         self.closing = closing
         self.out = place(run.out)
-        self.hosts = jax.process_index(), jax.process_count()
-        self.rows = _opened(run, tokenizer, "train", self.hosts)
+        self.rows = _opened(run, tokenizer)
         closing.callback(self.rows.close)
         self.objective = Objective(run.recipe, start.compute_dtype(run))
         self.checkpoints = Checkpoints(self.out, run.checkpoint)
@@ -128,21 +128,19 @@ class _Training:
 
     def _eval_batches(self) -> list[Batch]:
         """The same rows at every evaluation, in batches of the run's size."""
-        size, count = self.run.batch.size, self.hosts[1]
-        rows = open_rows(self.run, self.tokenizer, "eval", self.hosts, repeat=False)
+        size = self.run.batch.size
+        rows = open_rows(self.run, self.tokenizer, "eval", repeat=False)
         if rows is None:
             return []
-        mine = [row for row, _ in zip(rows, range(-(-self.run.eval.rows // count)))]
+        some = [row for row, _ in zip(rows, range(self.run.eval.rows))]
         rows.close()
-        own = size // count
-        parts = most(-(-len(mine) // own))
-        if not parts:
+        if not some:
             raise ConfigError("there is nothing to evaluate on; raise data.holdout, or give data.eval more")
-        mine += [blank_row(self.run)] * (parts * own - len(mine))
-        return [self._batch(mine[i * own : (i + 1) * own], "eval") for i in range(parts)]
+        some += [blank_row(self.run)] * (-len(some) % size)
+        return [self._batch(some[i : i + size], "eval") for i in range(0, len(some), size)]
 
     def _batch(self, rows: list[dict[str, Any]], split: str = "train") -> Batch:
-        """This host's rows on the devices."""
+        """Rows on the devices."""
         stacked = {k: np.stack([row[k] for row in rows]) for k in ("tokens", "segments", "weights")}
         reference = None
         if self.run.objective == "dpo":
@@ -210,8 +208,7 @@ class _Training:
     def _next_batch(self, step: int) -> tuple[Batch, Any]:
         """The batch of a step, and where the data stands after it."""
         multiple = self.strategy.parts(self.strategy.train, "batch") * self.run.batch.accumulation
-        own = batch_rows(self.run, step, multiple) // self.hosts[1]
-        rows = [next(self.rows) for _ in range(own)]
+        rows = [next(self.rows) for _ in range(batch_rows(self.run, step, multiple))]
         return self._batch(rows), self.rows.get_state()
 
     def _save_when_due(self, position: Any, stopped: bool, evaluated: bool) -> None:
@@ -275,8 +272,8 @@ class _Training:
 EVALUATED = ("loss", "kl", "margin", "accuracy", "reward_chosen", "reward_rejected")
 
 
-def _opened(run: RunConfig, tokenizer: Tokenizer, split: str, hosts: tuple[int, int]) -> Rows:
-    rows = open_rows(run, tokenizer, split, hosts)
+def _opened(run: RunConfig, tokenizer: Tokenizer) -> Rows:
+    rows = open_rows(run, tokenizer)
     assert rows is not None
     return rows
 
@@ -295,11 +292,7 @@ def signals() -> Iterator[Callable[[], bool]]:
         come.append(number)
 
     def asked() -> bool:
-        if jax.process_count() == 1:
-            return bool(come)
-        from jax.experimental import multihost_utils
-
-        return bool(np.max(multihost_utils.process_allgather(np.int32(len(come)))))
+        return most(len(come)) > 0
 
     try:
         before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}

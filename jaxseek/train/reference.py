@@ -8,14 +8,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxseek.data import open_rows
+from jaxseek.generate.engine import fetch
+from jaxseek.hosts import meet, most
 from jaxseek.model import DeepSeek
 from jaxseek.run_config import RunConfig
 from jaxseek.storage.place import place, write_bytes
 from jaxseek.tokenizer import Tokenizer
-from jaxseek.train.batch import Batch, blank_row, make_batch, meet, most, to_devices
+from jaxseek.train.batch import Batch, blank_row, make_batch, to_devices
 
 SPLITS = ("train", "eval")
 
@@ -57,29 +58,19 @@ def _computed(
     logprobs: Callable[[DeepSeek, Batch], jax.Array],
     split: str,
 ) -> dict[str, np.ndarray]:
-    """The pairs of all hosts, of which each computes a part: in a later epoch any may meet any pair."""
-    host, hosts = jax.process_index(), jax.process_count()
-    modules, own = model.cfg.num_nextn_predict_layers, run.batch.size // hosts
-    rows = open_rows(run, tokenizer, split, (host, hosts), repeat=False)
-    mine = [] if rows is None else list(rows)
+    """The pairs of a split, with their indices."""
+    modules, size = model.cfg.num_nextn_predict_layers, run.batch.size
+    rows = open_rows(run, tokenizer, split, repeat=False)
+    pending = [] if rows is None else list(rows)
     if rows is not None:
         rows.close()
     index, pairs = [], [np.zeros((0, 2), np.float32)]
-    for i in range(most(-(-len(mine) // own))):
-        some = mine[i * own : (i + 1) * own]
-        some += [blank_row(run)] * (own - len(some))
+    for i in range(0, len(pending), size):
+        some = pending[i : i + size]
+        some += [blank_row(run)] * (size - len(some))
         arrays = (np.concatenate([r[k] for r in some]) for k in ("tokens", "segments", "weights"))
         batch = to_devices(make_batch(*arrays, modules=modules), model)
         with model.on_mesh():
-            pairs.append(local_rows(logprobs(model, batch)).reshape(-1, 2))
+            pairs.append(fetch(logprobs(model, batch)).reshape(-1, 2))
         index += [int(r["index"]) for r in some]
-    part = {"index": np.array(index, np.int64), "pair": np.concatenate(pairs)}
-    if hosts > 1:
-        part = multihost_utils.process_allgather(part, tiled=True)
-    return part
-
-
-def local_rows(x_B: jax.Array) -> np.ndarray:
-    """The rows of a batch that this host gave, in its order."""
-    parts = {str(s.index): s for s in x_B.addressable_shards}.values()
-    return np.concatenate([np.asarray(s.data) for s in sorted(parts, key=lambda s: s.index[0].start or 0)])
+    return {"index": np.array(index, np.int64), "pair": np.concatenate(pairs)}

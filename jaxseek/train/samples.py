@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from typing import Any
@@ -13,6 +14,7 @@ from jaxseek.config import ConfigError
 from jaxseek.data import open_prompts
 from jaxseek.generate.sampling import Sampling
 from jaxseek.generate.text import TextStream, encode, engine_for
+from jaxseek.hosts import from_first
 from jaxseek.loading import load
 from jaxseek.run_config import RunConfig
 from jaxseek.sharding import Strategy
@@ -29,15 +31,11 @@ def sampled_run(run: RunConfig, strategy: Strategy, tokenizer: Tokenizer) -> Run
     Answers that were cut off by `max_new_tokens` are left out, as they teach not to end.
     """
     path = place(run.out) / FILE
-    if jax.process_count() > 1:
-        raise ConfigError(
-            'distill.by = "samples" runs on one host; sample there, then train on its samples.jsonl with sft'
-        )
     prompts = [(talk, i) for talk in open_prompts(run) or () for i in range(run.distill.per_prompt)]
-    done = len(read_log(path))  # what a killed run left of a further one is cut off
+    done = from_first(lambda: len(read_log(path)))  # what a killed run left of a further one is cut off
     if done < len(prompts):
         _sample(run, strategy, tokenizer, prompts, done, path)
-    data = dataclasses.replace(run.data, train=[str(_finished(path))])
+    data = dataclasses.replace(run.data, train=[str(from_first(lambda: _finished(path)))])
     return run.replace(objective="sft", data=data)
 
 
@@ -47,7 +45,11 @@ def _sample(run: RunConfig, strategy: Strategy, tokenizer: Tokenizer, prompts: A
     teacher, own = load(run.distill.teacher, strategy)
     own = own or tokenizer
     engine, distill, names = engine_for(teacher), run.distill, run.data.columns
-    with Log(path) as out, Progress(transient=True) as progress:
+    writes = jax.process_index() == 0
+    with (
+        Log(path) if writes else contextlib.nullcontext() as out,
+        Progress(transient=True, disable=not writes) as progress,
+    ):
         task = progress.add_task("sampling the teacher", total=len(prompts), completed=done)
         for begin in range(done, len(prompts), BATCH):
             some = prompts[begin : begin + BATCH]
@@ -64,6 +66,9 @@ def _sample(run: RunConfig, strategy: Strategy, tokenizer: Tokenizer, prompts: A
             stream = TextStream(engine, own, encoded, requests)
             for _ in stream:
                 pass
+            progress.update(task, advance=len(some))
+            if out is None:
+                continue
             for (talk, _), ids, reply in zip(some, encoded, stream.replies()):
                 opening = f"{chat.THINK}\n" if own.opened_think(ids) else ""  # stood in the prompt
                 talk = [*talk, {"role": "assistant", "content": opening + reply.text}]

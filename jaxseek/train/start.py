@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxseek import checkpoint
+from jaxseek import checkpoint, hosts
 from jaxseek.config import ConfigError, ModelConfig, presets
 from jaxseek.data import train_tokenizer
 from jaxseek.data.sources import function
@@ -22,7 +22,6 @@ from jaxseek.storage.hub import model_place
 from jaxseek.storage.place import file_sizes, place, scratch, writable
 from jaxseek.tokenizer import Tokenizer
 from jaxseek.train import lora
-from jaxseek.train.batch import meet
 from jaxseek.train.checkpoints import Checkpoints
 from jaxseek.train.optimizer import decays, make_optimizer
 from jaxseek.train.step import State, init_state
@@ -42,9 +41,14 @@ def claim(run: RunConfig) -> None:
 
     A directory where a run wrote nothing but its settings, because they were wrong, is free for others.
     """
+    hosts.from_first(lambda: _claim(run))
+    hosts.check_shared(place(run.out))
+
+
+def _claim(run: RunConfig) -> None:
     out = writable(run.out)
     kept = out / "run.json"
-    made = [name for name in file_sizes(out) if name not in ("run.json", "run.json.partial")]
+    made = [name for name in file_sizes(out) if not name.startswith(("run.json", hosts.TOKEN))]
     now, before = run.to_dict(), json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
     if before is not None and made:
         was, is_ = _flat(before), _flat(now)
@@ -60,19 +64,21 @@ def claim(run: RunConfig) -> None:
             )
     elif made or (out.exists() and not out.is_dir()):
         raise ConfigError(f"{out} is not empty and holds no run; choose another out")
-    meet("run is checked")
-    if jax.process_index() == 0 and now != before:
+    if now != before:
         checkpoint.write_json(kept, now)  # at once: a run that is killed here starts again
-    meet("run is claimed")
 
 
 def finished(run: RunConfig) -> int | None:
     """The steps that a run took which is over, be it before its last step; None for one that can go on."""
     path = place(run.out) / "model"
-    if checkpoint.kind_of(path) is None:
-        return None
-    origin = checkpoint.read_manifest(path)["origin"]
-    return origin["steps"] if origin["run"]["steps"] == run.steps else None
+
+    def steps() -> int | None:
+        if checkpoint.kind_of(path) is None:
+            return None
+        origin = checkpoint.read_manifest(path)["origin"]
+        return origin["steps"] if origin["run"]["steps"] == run.steps else None
+
+    return hosts.from_first(steps)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -101,7 +107,10 @@ def _made_tokenizer(run: RunConfig, cfg: ModelConfig) -> Tokenizer:
             f"for train:{cfg.vocab_size} at most, or raise [config] vocab_size"
         )
     made = place(run.out) / "tokenizer"
-    if jax.process_index() == 0 and Tokenizer.from_dir(made) is None:
+
+    def make() -> None:
+        if Tokenizer.from_dir(made) is not None:
+            return
         with scratch("tokenizer") as folder:
             if run.tokenizer.startswith("python:"):
                 function(run.tokenizer)(folder)
@@ -109,7 +118,8 @@ def _made_tokenizer(run: RunConfig, cfg: ModelConfig) -> Tokenizer:
                 train_tokenizer(run, folder)
             if new := Tokenizer.from_dir(folder):
                 new.save(made)
-    meet("tokenizer is made")
+
+    hosts.from_first(make)
     tokenizer = Tokenizer.from_dir(made)
     if tokenizer is None:
         raise ConfigError(f"{run.tokenizer} has made no tokenizer; expected tokenizer.json or a .model file")
@@ -153,17 +163,14 @@ def model_config(run: RunConfig) -> ModelConfig:
 
 def open_strategy(run: RunConfig, cfg: ModelConfig) -> Strategy:
     """The run's mesh: as it says, or all devices on the fsdp axis. ConfigError where it does not fit."""
-    hosts, devices = jax.process_count(), jax.device_count()
-    alone = jax.default_backend() == "cpu" and hosts == 1
-    strategy = Strategy.parse(run.mesh or {"fsdp": 1 if alone else devices})
+    several = jax.process_count() > 1
+    one = jax.default_backend() == "cpu" and not several
+    strategy = Strategy.parse(run.mesh or {"fsdp": 1 if one else jax.device_count()})
     strategy.check_fits(cfg)
+    if several:
+        strategy.make_mesh()  # an error now, before the run has a directory
     refuse_slots(strategy, "training")
     rows, microbatches = strategy.parts(strategy.train, "batch"), run.batch.accumulation
-    if hosts > 1 and (strategy.num_devices != devices or rows % hosts):
-        raise ConfigError(
-            f"the mesh has {strategy.num_devices} devices and splits the batch in {rows} parts, expected all "
-            f"{devices} devices of the {hosts} hosts, and as many parts for each host"
-        )
     if run.objective in ("grpo", "reject"):  # whose rows are packed to fit
         rollout = run.rollout
         if rollout.max_prompt_tokens + rollout.max_new_tokens > cfg.max_position_embeddings:
