@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Lowest first. A module imports from lower tiers, and within its own folder.
 TIERS = [
-    {"config", "host_memory"},
+    {"config", "host_memory", "machine"},
     {"rl_config", "placement"},
     {"run_config"},
     {"sharding"},

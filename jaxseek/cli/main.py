@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from jaxseek import __version__
 from jaxseek.cli.convert import add_conversion_verbs
+from jaxseek.cli.doctor import add_doctor_verb
 from jaxseek.cli.lab import add_lab_verbs
-from jaxseek.cli.shared import WrongUse, load_model, read_prompts, table
+from jaxseek.cli.shared import WrongUse, load_model, read_prompts, say_unused_accelerator, table
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,6 +23,8 @@ def main(argv: list[str] | None = None) -> int:
     _set_up_jax()
     from jaxseek.config import ConfigError
 
+    if args.verb != "doctor":  # which says more
+        say_unused_accelerator()
     try:
         return args.run(args) or 0
     except KeyboardInterrupt:
@@ -37,6 +41,11 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"jaxseek {args.verb}: error: {e}", file=sys.stderr)
         return 1
+    except RuntimeError as e:
+        if "Unable to initialize backend" not in str(e) or os.environ.get("JAXSEEK_TRACEBACK"):
+            raise
+        print(f"jaxseek {args.verb}: error: {e}; jaxseek doctor says more", file=sys.stderr)
+        return 1
 
 
 def _set_up_jax() -> None:
@@ -51,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="jaxseek", description="The DeepSeek family in JAX: convert, generate, chat, inspect."
     )
+    top.add_argument("--version", action="version", version=f"jaxseek {__version__}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, run: Any, text: str, example: str) -> argparse.ArgumentParser:
@@ -194,6 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true")
 
     add_lab_verbs(verb)
+    add_doctor_verb(verb)
     return top
 
 
@@ -201,10 +212,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _quickstart(args: argparse.Namespace) -> None:
+    import jax
+
     from jaxseek.host_memory import keep_freed_memory
     from jaxseek.rl.quickstart import quickstart
 
     keep_freed_memory()
+    say_unused_accelerator(jax.default_backend())
     result = quickstart(args.out, args.seed, args.minutes)
     print(result)
     if args.json:
@@ -220,6 +234,8 @@ def _sampling(args: argparse.Namespace, seed: int) -> Any:
 
 
 def _train(args: argparse.Namespace) -> int:
+    import jax
+
     from jaxseek.host_memory import keep_freed_memory
     from jaxseek.run_config import RunConfig, read_toml
     from jaxseek.sharding import initialize_distributed
@@ -228,6 +244,7 @@ def _train(args: argparse.Namespace) -> int:
     settings = None if stages else RunConfig.from_toml(args.run_file, args.set)
     keep_freed_memory()
     initialize_distributed()
+    say_unused_accelerator(jax.default_backend())
     from jaxseek.rl.pipeline import Pipeline, run_pipeline, run_stage
 
     if settings is None:
