@@ -29,7 +29,7 @@ _TPU_NAMES = {
 _ACCELERATOR_CLASS, _DISPLAY_CLASS = "0x12", "0x03"  # first byte of a PCI class
 CUDA_PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
 # Releases of libtpu with wrong results, by their first three numbers.
-BAD_LIBTPU = {
+BAD_LIBTPU: dict[tuple[int, ...], str] = {
     (0, 0, 42): "gradients of gathers outside jax.jit are wrong (jax issue 39025)",
     (0, 0, 48): "gradients of a sharded embedding accumulated in a scan are wrong (openxla/xla issue 49143)",
 }
@@ -127,7 +127,7 @@ def _unreachable(accelerator: Accelerator) -> tuple[str, str] | None:
 
 def good_release_for_tpu(jax: str) -> str:
     """The installed release of jax, or the nearest one here whose libtpu is not in BAD_LIBTPU."""
-    bad = {(0, 10, 2): "0.10.1", (0, 11, 2): "0.12.0"}
+    bad: dict[tuple[int, ...], str] = {(0, 10, 2): "0.10.1", (0, 11, 2): "0.12.0"}
     return bad.get(numbers(jax)[:3], jax)
 
 
@@ -156,7 +156,7 @@ def numbers(version: str) -> tuple[int, ...]:
 
 
 def holders(accelerator: Accelerator, root: Path = Path("/")) -> dict[int, str]:
-    """Other processes that have the accelerator's files open, and their commands; all users' only for root."""
+    """Other processes that have the accelerator's files open, and their commands; as root, all users'."""
     files = {str(p) for p in accelerator.devices}
     found = {}
     for process in sorted((root / "proc").glob("[0-9]*")):

@@ -1,7 +1,7 @@
 """`jaxseek doctor`: versions, hardware, what JAX uses of it, and how to mend what does not go together.
 
-It says something useful where importing JAX or Flax fails or hangs, so it imports neither: `jaxseek.cli.probe`
-does, in a process with a time limit.
+It says something useful where importing JAX or Flax fails or hangs, so it imports neither:
+`jaxseek.cli.probe` does, in a process with a time limit.
 """
 
 from __future__ import annotations

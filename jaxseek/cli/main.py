@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jaxseek import __version__
+import jaxseek
 from jaxseek.cli.convert import add_conversion_verbs
 from jaxseek.cli.doctor import add_doctor_verb
 from jaxseek.cli.lab import add_lab_verbs
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="jaxseek", description="The DeepSeek family in JAX: convert, generate, chat, inspect."
     )
-    top.add_argument("--version", action="version", version=f"jaxseek {__version__}")
+    top.add_argument("--version", action="version", version=f"jaxseek {jaxseek.__version__}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, run: Any, text: str, example: str) -> argparse.ArgumentParser:
@@ -143,9 +143,10 @@ def _parser() -> argparse.ArgumentParser:
         _train,
         "Pretraining, SFT, DPO, distillation, GRPO or a pipeline of them by a run file; the same command "
         "goes on with a stopped run.",
-        "jaxseek train configs/runs/pretrain-tiny.toml --set steps=100 --set out=runs/mine",
+        "jaxseek train pretrain-tiny --set steps=100 --set out=runs/mine",
     )
-    p.add_argument("run_file", metavar="RUN.toml", help="run file; configs/runs has one of each kind")
+    p.add_argument("run_file", nargs="?", metavar="RUN.toml", help="run file, or the name of a shipped one")
+    p.add_argument("--list", action="store_true", help="name every shipped run file and what it trains")
     p.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key (data.length=512)"
     )
@@ -234,6 +235,14 @@ def _sampling(args: argparse.Namespace, seed: int) -> Any:
 
 
 def _train(args: argparse.Namespace) -> int:
+    if args.list:
+        from jaxseek.run_config import headline, shipped_runs
+
+        runs = {name: headline(path) for name, path in shipped_runs().items()}
+        print(json.dumps(runs) if args.json else "\n".join(f"{n:22} {text}" for n, text in runs.items()))
+        return 0
+    if not args.run_file:
+        raise WrongUse("no run file: give RUN.toml, or --list for the shipped ones")
     import jax
 
     from jaxseek.host_memory import keep_freed_memory
