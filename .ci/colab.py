@@ -3,8 +3,9 @@
     python3.13 .ci/colab.py              resolve for the CPU, TPU and GPU runtimes, and install nothing
     python3.13 .ci/colab.py --install cpu        install it for the CPU runtime and generate with it
 
-Each runtime is a fresh virtual environment with the versions in .ci/colab/, in which notebooks/first_cell.py runs as it
-is printed. Fails unless jax, jaxlib and libtpu or the CUDA plugin belong together and the kernel stays as it is.
+Each runtime is a fresh virtual environment with the versions in .ci/colab/, in which notebooks/first_cell.py runs
+as it is printed. Fails unless jax, jaxlib and libtpu or the CUDA plugin belong together and the kernel stays as it
+is.
 """
 
 import argparse
@@ -107,7 +108,7 @@ def make_image(folder: Path, image: dict[str, str]) -> str:
     venv.create(folder / "image", with_pip=True)
     python = str(folder / "image/bin/python")
     real = [f"{n}=={v}" for n, v in image.items() if not n.startswith("nvidia-")]
-    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", *real], check=True)
+    subprocess.run([python, "-m", "pip", "install", "-qq", "--no-deps", *real], check=True)
     for name, version in image.items():
         if name.startswith("nvidia-"):
             info = folder / "image" / SITE / f"{name.replace('-', '_')}-{version}.dist-info"
