@@ -1,10 +1,10 @@
-"""What the notebooks' first cell would change in Colab, starting from the packages of Colab's images.
+"""What the notebooks' first cell changes in Colab, starting from the packages of Colab's images.
 
     python3.13 .ci/colab.py              resolve for the CPU, TPU and GPU runtimes, and install nothing
     python3.13 .ci/colab.py --install cpu        install it for the CPU runtime and generate with it
 
-Each runtime is a fresh virtual environment with the versions in .ci/colab/, in which notebooks/first_cell.py runs
-as it is printed. Fails unless jax, jaxlib and libtpu or the CUDA plugin belong together and the kernel stays as it
+Each runtime is a fresh virtual environment with the versions in .ci/colab/, in which notebooks/first_cell.py
+runs as it is printed. Fails unless jax, jaxlib and libtpu or the CUDA plugin belong together and the kernel stays as it
 is.
 """
 
@@ -129,7 +129,10 @@ def run_cell(
         (tools / "nvidia-smi").chmod(0o755)
     env = os.environ | {"COLAB_RELEASE_TAG": "test", "PATH": f"{tools}:{os.environ['PATH']}"}
     env |= {"COLAB_TPU_ADDR": "localhost"} if runtime == "tpu" else {}
-    env |= {} if install else {"PIP_DRY_RUN": "1", "PIP_REPORT": str(folder / "report.json")}
+    if not install:
+        dry = f'"install", "--dry-run", "--report", "{folder}/report.json", '
+        assert cell.count('"install", ') == 1
+        cell = cell.replace('"install", ', dry)
     env.pop("PYTHONPATH", None)
     return subprocess.run([python, "-c", cell], env=env, capture_output=True, text=True, cwd=folder)
 
