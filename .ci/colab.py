@@ -4,8 +4,8 @@
     python3.13 .ci/colab.py --install cpu        install it for the CPU runtime and generate with it
 
 Each runtime is a fresh virtual environment with the versions in .ci/colab/, in which notebooks/first_cell.py
-runs as it is printed. Fails unless jax, jaxlib and libtpu or the CUDA plugin belong together and the kernel stays as it
-is.
+runs as it is printed. Fails unless jax, jaxlib and libtpu or the CUDA plugin belong together and the kernel
+stays as it is.
 """
 
 import argparse

@@ -12,7 +12,10 @@ import sys
 import uuid
 from typing import Any
 
-IMPORTS = ("numpy", "jax", "flax.nnx", "optax", "orbax.checkpoint", "grain", "sentencepiece", "tokenizers")
+IMPORTS = (
+    *("numpy", "jax", "flax.nnx", "optax", "orbax.checkpoint", "grain", "tokenizers"),
+    "sentencepiece.sentencepiece_model_pb2",  # fails where protobuf is older than it was generated for
+)
 _EXTRAS = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs", "hf": "huggingface_hub"}
 
 
