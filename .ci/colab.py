@@ -50,7 +50,7 @@ def examine(runtime: str, install: bool) -> list[str]:
     image = read_image(ROOT / f".ci/colab/{runtime}.txt")
     with tempfile.TemporaryDirectory() as folder:
         python = make_image(Path(folder), image)
-        checkout = Path(folder) / "jaxseek"
+        checkout = Path(folder) / "clone"
         subprocess.run(["git", "clone", "-q", ROOT, checkout], check=True)
         cell = (checkout / "notebooks/first_cell.py").read_text(encoding="utf-8")
         cell = re.sub(r'^REPO_URL = ".*"', f'REPO_URL = "file://{checkout}"', cell, flags=re.M)

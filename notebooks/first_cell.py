@@ -59,7 +59,8 @@ def set_up():
             )
 
     in_colab = "google.colab" in sys.modules or "COLAB_RELEASE_TAG" in os.environ
-    if importlib.util.find_spec("jaxseek") is None:
+    package = importlib.util.find_spec("jaxseek")
+    if package is None or package.origin is None:  # a clone's folder of that name is no installation
         if not in_colab:
             raise RuntimeError("jaxseek is not installed: pip install -e '.[notebooks]' in a clone of it")
         install(extra_for_runtime())

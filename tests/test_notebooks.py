@@ -55,6 +55,7 @@ def test_filling_in_an_address_gives_a_badge_and_taking_it_back_leaves_no_trace(
     ],
 )
 def test_without_jaxseek_the_cell_says_what_to_do(tmp_path, variables, says):
+    (tmp_path / "jaxseek").mkdir()  # a clone in the notebook's folder
     cell = re.sub(r'^REPO_URL = ".*"', 'REPO_URL = ""', CELL, flags=re.M)
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | variables
     command = [sys.executable, "-S", "-c", cell]  # without installed packages
