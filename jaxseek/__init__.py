@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jaxseek.loading import load
     from jaxseek.model import DeepSeek
 
+__version__ = "0.1.0"
 __all__ = ["ConfigError", "DeepSeek", "ModelConfig", "generate", "load"]
 
 _HOMES = {

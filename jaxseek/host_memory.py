@@ -85,6 +85,11 @@ def free_memory() -> int:
     return (_kib("/proc/meminfo", "MemAvailable") << 10) or 4 << 30
 
 
+def total_memory() -> int:
+    """Bytes of memory of this machine; 0 outside Linux."""
+    return _kib("/proc/meminfo", "MemTotal") << 10
+
+
 def _kib(path: str, field: str) -> int:
     """A figure of the kernel's, 0 where there is none."""
     try:

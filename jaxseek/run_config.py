@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
+import re
+import textwrap
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from jaxseek.config import ConfigError
+from jaxseek.config import ConfigError, configs_dir
 from jaxseek.rl_config import (
     PRESETS,
     GrpoConfig,
@@ -359,12 +362,44 @@ def _get(config: Any, dotted: str) -> Any:
     return config
 
 
+def shipped_runs() -> dict[str, Path]:
+    """Names and paths of the run files that come with jaxseek."""
+    return {p.stem: p for p in sorted((configs_dir() / "runs").glob("*.toml"))}
+
+
+def headline(path: Path, width: int = 90) -> str:
+    """First sentence of the comment that opens a TOML file, shortened to `width`."""
+    lines = itertools.takewhile(lambda l: l.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    text = " ".join(line.strip("# ") for line in lines)
+    return textwrap.shorten(re.split(r"[.;](?:\s|$)|: jaxseek ", text)[0], width, placeholder=" ...")
+
+
+def find_run_file(name: str | Path) -> Path:
+    """The file at this path, or else the shipped one of this name, with or without .toml or its old folder.
+
+    Raises ConfigError, with the names that are close.
+    """
+    path, shipped = Path(name), shipped_runs()
+    if path.is_file():
+        return path
+    if (
+        path.parent in (Path(), Path("configs/runs"))
+        and path.suffix in ("", ".toml")
+        and path.stem in shipped
+    ):
+        return shipped[path.stem]
+    near = difflib.get_close_matches(path.stem, shipped, 3)
+    hint = f"did you mean {' or '.join(near)}?" if near else "jaxseek train --list names the shipped ones"
+    raise ConfigError(f"{name}: no such run file; {hint}")
+
+
 def read_toml(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
-    """The tables of a run file with `key=value` overrides put in. Raises ConfigError."""
+    """The tables of a run file, or of a shipped one by its name, with `key=value` overrides put in.
+
+    Raises ConfigError.
+    """
     try:
-        raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such run file") from None
+        raw = tomllib.loads(find_run_file(path).read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path}: not valid TOML ({e})") from None
     for override in overrides:

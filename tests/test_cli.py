@@ -1,6 +1,7 @@
 """The command line: exit codes, one-line errors, JSON, and text that streams and stops."""
 
 import json
+from pathlib import Path
 
 import pytest
 from oracles import quick_compilation  # noqa: F401
@@ -12,6 +13,7 @@ from jaxseek.generate.engine import Engine
 from jaxseek.generate.sampling import Sampling
 from jaxseek.generate.text import TextStream, generate
 from jaxseek.model import DeepSeek
+from jaxseek.run_config import find_run_file, shipped_runs
 from jaxseek.tokenizer import train_sentencepiece
 from jaxseek_convert import save_hf
 
@@ -53,6 +55,7 @@ def test_help_of_every_verb_shows_an_example(capsys):
         "train",
         "info",
         "bench",
+        "doctor",
     ):
         with pytest.raises(SystemExit) as stop:
             main([verb, "--help"])
@@ -115,9 +118,7 @@ def test_train_says_in_one_line_what_is_wrong_with_a_run_and_ends_with_its_resul
         f'[data]\ntrain = "{tmp_path}/data.jsonl"\nlength = 32\n'
         "[batch]\nsize = 2\n[log]\ntensorboard = false\n"
     )
-    with pytest.raises(SystemExit) as stop:
-        main(["train"])
-    assert stop.value.code == 2
+    assert main(["train"]) == 2
     assert "RUN.toml" in capsys.readouterr().err
     for argv, message in (
         (["absent.toml"], "absent.toml: no such run file"),
@@ -137,6 +138,29 @@ def test_train_says_in_one_line_what_is_wrong_with_a_run_and_ends_with_its_resul
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (result["steps"], result["stopped"]) == (2, False)
     assert main(["generate", str(tmp_path / "out/model"), "-p", "the", "-n", "2", "--json"]) == 0
+
+
+def test_a_shipped_run_is_found_by_its_name_from_any_folder(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--list"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in listed} == set(shipped_runs())
+    assert all(len(line.split()) > 4 for line in listed), "each says what it trains"
+    shipped = find_run_file("pretrain-tiny")
+    assert shipped.name == "pretrain-tiny.toml"
+    assert find_run_file("pretrain-tiny.toml") == find_run_file("configs/runs/pretrain-tiny.toml") == shipped
+    (tmp_path / "pretrain-tiny.toml").write_text("steps = 'many'")  # a file of one's own comes first
+    assert find_run_file("pretrain-tiny.toml") == Path("pretrain-tiny.toml")
+    for given in ("elsewhere/pretrain-tiny.toml", "pretrain-tinny"):
+        assert main(["train", given]) == 1
+        assert f"{given}: no such run file; did you mean pretrain-tiny" in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"jaxseek {jaxseek.__version__}\n"
 
 
 def test_generate_is_a_function_even_after_its_package_was_imported(tiny):

@@ -5,6 +5,7 @@ import functools
 from dataclasses import dataclass
 from math import exp, log
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -713,7 +714,7 @@ def test_a_mesh_gives_what_one_device_gives(kind, spec):
     with jax.set_mesh(mesh):
         got = run({n: jax.device_put(x, NamedSharding(mesh, spec)) for n, x in arrays.items()})
     assert got[0][1].sharding.spec == spec
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), got, expected)
+    chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
 # -------------------------------------------------------------------- metrics and types

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Lowest first. A module imports from lower tiers, and within its own folder.
 TIERS = [
-    {"storage", "host_memory"},
+    {"storage", "host_memory", "machine"},
     {"config"},
     {"rl_config", "placement", "hosts"},
     {"run_config"},

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -276,10 +277,7 @@ def test_the_newest_checkpoints_stay_and_the_best(home, tmp_path, state):
     back, position = again.restore(3, state)
     assert position == {"step": 3}
     assert int(back.step) == 6
-    for ours, theirs in zip(
-        jax.tree.leaves((back.model, back.moments)), jax.tree.leaves((state.model, state.moments))
-    ):
-        np.testing.assert_array_equal(ours, theirs)
+    chex.assert_trees_all_equal((back.model, back.moments), (state.model, state.moments))
     again.close()
 
 

@@ -11,12 +11,14 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import jaxseek
 from jaxseek.cli.convert import add_conversion_verbs
+from jaxseek.cli.doctor import add_doctor_verb
 from jaxseek.cli.lab import add_lab_verbs
-from jaxseek.cli.shared import WrongUse, load_model, read_prompts, table
+from jaxseek.cli.shared import WrongUse, load_model, read_prompts, say_unused_accelerator, table
 
 ALL_HOSTS = ("train", "convert", "quantize", "generate", "plan")  # others run on host 0 alone
-NO_DEVICES = ("info", "sweep", "plan")  # the last but with --run
+NO_DEVICES = ("info", "sweep", "doctor", "plan")  # the last but with --run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,10 +27,12 @@ def main(argv: list[str] | None = None) -> int:
     _set_up_jax()
     from jaxseek import hosts
 
+    if args.verb != "doctor":  # which says more
+        say_unused_accelerator()
     joined, about = None, f"jaxseek {args.verb}: error:"
     try:
         runs = args.verb not in NO_DEVICES or getattr(args, "repeats", 0)
-        devices = bool(runs) and not getattr(args, "dry_run", False)
+        devices = bool(runs) and not getattr(args, "dry_run", False) and not getattr(args, "list", False)
         if devices and args.verb in ALL_HOSTS:
             joined = hosts.join()
         elif not hosts.runs_here(args.verb, devices):
@@ -47,14 +51,23 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except Exception as e:
-        expected = isinstance(e, ValueError | OSError) and not os.environ.get("JAXSEEK_TRACEBACK")
-        if not expected and not joined:
+        text = _in_one_line(e)
+        if text is None and not joined:
             raise
-        print(f"{about} {e}" if expected else f"{about}\n{traceback.format_exc()}", file=sys.stderr)
+        print(f"{about} {text or traceback.format_exc()}", file=sys.stderr)
         code = 1
     if joined:
         hosts.leave_failed(joined.index, code)
     return code
+
+
+def _in_one_line(e: Exception) -> str | None:
+    """Tell what was wrong; None for an error that is no fault of the user's or the machine's."""
+    if os.environ.get("JAXSEEK_TRACEBACK"):
+        return None
+    if isinstance(e, RuntimeError) and "Unable to initialize backend" in str(e):
+        return f"{e}; jaxseek doctor says more"
+    return str(e) if isinstance(e, ValueError | OSError) else None
 
 
 def _set_up_jax() -> None:
@@ -69,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="jaxseek", description="The DeepSeek family in JAX: convert, generate, chat, inspect."
     )
+    top.add_argument("--version", action="version", version=f"jaxseek {jaxseek.__version__}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, run: Any, text: str, example: str) -> argparse.ArgumentParser:
@@ -151,9 +165,10 @@ def _parser() -> argparse.ArgumentParser:
         _train,
         "Pretraining, SFT, DPO, distillation, GRPO or a pipeline of them by a run file; the same command "
         "goes on with a stopped run.",
-        "jaxseek train configs/runs/pretrain-tiny.toml --set steps=100 --set out=runs/mine",
+        "jaxseek train pretrain-tiny --set steps=100 --set out=runs/mine",
     )
-    p.add_argument("run_file", metavar="RUN.toml", help="run file; configs/runs has one of each kind")
+    p.add_argument("run_file", nargs="?", metavar="RUN.toml", help="run file, or the name of a shipped one")
+    p.add_argument("--list", action="store_true", help="name every shipped run file and what it trains")
     p.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key (data.length=512)"
     )
@@ -212,6 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true")
 
     add_lab_verbs(verb)
+    add_doctor_verb(verb)
     return top
 
 
@@ -219,10 +235,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _quickstart(args: argparse.Namespace) -> None:
+    import jax
+
     from jaxseek.host_memory import keep_freed_memory
     from jaxseek.rl.quickstart import quickstart
 
     keep_freed_memory()
+    say_unused_accelerator(jax.default_backend())
     result = quickstart(args.out, args.seed, args.minutes)
     print(result)
     if args.json:
@@ -238,12 +257,23 @@ def _sampling(args: argparse.Namespace, seed: int) -> Any:
 
 
 def _train(args: argparse.Namespace) -> int:
+    if args.list:
+        from jaxseek.run_config import headline, shipped_runs
+
+        runs = {name: headline(path) for name, path in shipped_runs().items()}
+        print(json.dumps(runs) if args.json else "\n".join(f"{n:22} {text}" for n, text in runs.items()))
+        return 0
+    if not args.run_file:
+        raise WrongUse("no run file: give RUN.toml, or --list for the shipped ones")
+    import jax
+
     from jaxseek.host_memory import keep_freed_memory
     from jaxseek.run_config import RunConfig, read_toml
 
     stages = "stages" in read_toml(args.run_file, args.set)
     settings = None if stages else RunConfig.from_toml(args.run_file, args.set)
     keep_freed_memory()
+    say_unused_accelerator(jax.default_backend())
     from jaxseek.rl.pipeline import Pipeline, run_pipeline, run_stage
 
     if settings is None:

@@ -7,7 +7,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from jaxseek.machine import unused_accelerator
 from jaxseek.storage.place import place, writable
+
+_said = False
 
 
 class WrongUse(Exception):
@@ -19,6 +22,19 @@ def check_outputs(*names: str | None) -> None:
     for name in names:
         if name:
             writable(name)
+
+
+def say_unused_accelerator(backend: str | None = None) -> None:
+    """One line on stderr, once a process, where this machine has an accelerator that JAX does not use.
+
+    Called before a verb runs, which finds what the installed packages cannot drive, and with JAX's `backend`
+    where a verb computes with it.
+    """
+    global _said
+    if not _said and (found := unused_accelerator(backend=backend)):
+        _said = True
+        what, mend = found
+        print(f"jaxseek: {what}. Mend it: {mend} (JAX_PLATFORMS=cpu chooses the CPU)", file=sys.stderr)
 
 
 def table(title: str, rows: dict[str, str]) -> None:
@@ -34,9 +50,12 @@ def table(title: str, rows: dict[str, str]) -> None:
 
 def load_model(source: str, mesh: str | None, dtype: str | None, quiet: bool = False) -> tuple[Any, Any]:
     """A model and its tokenizer or None, which it says unless `quiet`."""
+    import jax
+
     from jaxseek.loading import load
 
     model, tokenizer = load(source, mesh=mesh, dtype=dtype)
+    say_unused_accelerator(jax.default_backend())
     if tokenizer is None and not quiet:
         print("no tokenizer beside the weights: prompts and replies are token ids", file=sys.stderr)
     return model, tokenizer
