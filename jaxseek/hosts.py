@@ -86,16 +86,13 @@ def join() -> Cluster | None:
         if os.environ.get(_COUNT) == "1":
             _keep_to_own_chips()
         return None
+    if found.index == 0:
+        _check_port(os.environ.get(_ADDRESS) or _own_address())
     seconds, all_here = _seconds(), threading.Event()
     threading.Thread(target=_watch, args=(found, seconds, all_here), daemon=True).start()
     try:
         address = os.environ.get(_ADDRESS)
         jax.distributed.initialize(address, found.count, found.index, initialization_timeout=seconds + 60)
-    except jax.errors.JaxRuntimeError as e:
-        raise ConfigError(
-            f"host {found.index} of {found.count} cannot join at {_meeting_place()} ({e}); if another "
-            f"process has the port, end it, or set another on every worker ({_ADDRESS}, JAX_COORDINATOR_PORT)"
-        ) from e
     finally:
         all_here.set()
     return found
@@ -148,6 +145,20 @@ def _seconds() -> int:
     if not text.isdecimal() or int(text) == 0:
         raise ConfigError(f"{TIMEOUT} is {text!r}, expected a number of seconds, such as 300")
     return int(text)
+
+
+def _check_port(address: str) -> None:
+    """Raise ConfigError where another process has the port of host 0: JAX may crash on it."""
+    port = address.rpartition(":")[2]
+    with socket.socket() as own:
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            own.bind(("", int(port or 0)))
+        except OSError as e:
+            raise ConfigError(
+                f"hosts cannot meet at {address}: port {port} of host 0 is taken ({e}); end the process that "
+                f"has it, or set another on every worker (in {_ADDRESS}, or as JAX_COORDINATOR_PORT)"
+            ) from None
 
 
 def _watch(found: Cluster, seconds: int, all_here: threading.Event) -> None:
@@ -217,6 +228,15 @@ def _detected() -> Cluster | None:
         )
         return None
     return None if count is None or index is None else Cluster(count, index)
+
+
+def _own_address() -> str:
+    """Address and port of this host, host 0, as JAX detects it; empty where it cannot be resolved."""
+    from jax._src.clusters import ClusterEnv
+
+    with contextlib.suppress(RuntimeError):
+        return ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, 1)[0] or ""
+    return ""
 
 
 def _meeting_place() -> str:

@@ -122,6 +122,9 @@ ENVIRONMENTS = {
 }  # fmt: skip
 
 
+INDICES = {"TPU_WORKER_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"}
+
+
 @pytest.fixture
 def joined(monkeypatch):
     """Where JAX was told to meet: a list of (address, count, index)."""
@@ -191,6 +194,28 @@ def test_jax_is_told_to_join_where_there_are_several_hosts_and_nowhere_else(monk
     found = hosts.join()
     assert joined == ([] if expected is None else [expected])
     assert found == (None if expected is None else Cluster(*expected[1:]))
+
+
+@pytest.mark.parametrize("case", ["a TPU slice of GCE", "GKE", "SLURM", "Open MPI"])
+def test_host_0_looks_whether_its_port_is_free(monkeypatch, joined, case):
+    variables, metadata, *rest, expected = ENVIRONMENTS[case]
+    first = {"agent-worker-number": "0"}
+    set_up(
+        monkeypatch,
+        variables | dict.fromkeys(INDICES & variables.keys(), "0"),
+        metadata and metadata | first,
+        *rest,
+    )
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("JAX_COORDINATOR_PORT", str(port))
+        with pytest.raises(
+            ConfigError, match=f"meet at {expected[0].split(':')[0]}:{port}: port {port} of host 0 is"
+        ):
+            hosts.join()
+    assert not joined
+    assert hosts.join() == Cluster(4, 0)
+    assert joined == [(f"{expected[0].split(':')[0]}:{port}", 4, 0)]
 
 
 def test_a_cluster_that_cannot_be_told_is_said(monkeypatch, joined, capsys):
@@ -296,7 +321,7 @@ def test_a_port_that_another_process_has_is_said():
         with process:
             _, error = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "error: host 0 of 2 cannot join at localhost:" in error
+    assert "of host 0 is taken" in error
     assert "JAX_COORDINATOR_PORT" in error
     assert "Traceback" not in error
 
