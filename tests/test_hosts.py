@@ -16,6 +16,7 @@ import pytest
 from jax._src import distributed, xla_bridge
 from jax._src.clusters import cloud_tpu_cluster, cluster, k8s_cluster
 from oracles import tiny_config
+from test_convert_stream import tree
 
 from jaxseek import checkpoint, hosts
 from jaxseek.cli.main import main
@@ -23,6 +24,7 @@ from jaxseek.config import ConfigError
 from jaxseek.generate.text import generate
 from jaxseek.hosts import Cluster
 from jaxseek.model import DeepSeek
+from jaxseek_convert import convert
 
 ROOT = Path(__file__).parent.parent
 
@@ -353,3 +355,16 @@ def test_two_hosts_generate_what_one_does_and_print_it_once(tmp_path):
     assert "{" not in one
     assert "tok/s" in error
     assert "tok/s" not in other
+
+
+def test_two_hosts_share_a_conversion_and_say_once_what_came_of_it(tmp_path):
+    model = DeepSeek.init(tiny_config("llama", num_hidden_layers=1, vocab_size=64))
+    checkpoint.save(model, tmp_path / "model")
+    port, command = free_port(), ["convert", tmp_path / "model", tmp_path / "hf", "--to", "hf", "--json"]
+    with start(command, 2, 0, port) as first, start(command, 2, 1, port) as second:
+        (zero, error), (one, other) = (p.communicate(timeout=120) for p in (first, second))
+    assert [first.returncode, second.returncode] == [0, 0], error + other
+    convert(tmp_path / "model", tmp_path / "alone", to="hf", progress=False)
+    assert tree(tmp_path / "hf") == tree(tmp_path / "alone")
+    assert '"tensors"' in zero
+    assert "{" not in one

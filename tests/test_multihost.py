@@ -2,20 +2,26 @@
 
 import contextlib
 import json
+import shutil
 import time
 
+import buckets
 import numpy as np
 import policies
 import pytest
+from test_convert_stream import ODD, fp8_tensors, tree
+from test_convert_stream import write as write_fp8
 from test_hosts import ROOT, free_port, start
 from test_train_loop import TEXT, home, losses, run, toml, write  # noqa: F401
 
+from jaxseek.bench_convert import synthetic
 from jaxseek.loading import load
 from jaxseek.rl.loop import train_grpo
 from jaxseek.rl.reject import reject
+from jaxseek.storage import place as places
 from jaxseek.train import samples
 from jaxseek.train.loop import train
-from jaxseek_convert import save_hf
+from jaxseek_convert import convert, save_hf
 
 pytestmark = pytest.mark.slow
 
@@ -220,3 +226,91 @@ def test_when_a_host_fails_the_others_end_too(home, tmp_path, failing, seconds):
     assert f"error: host {failing}: sparse: expected a jaxseek checkpoint" in errors[failing]
     assert processes[1 - failing].returncode != 0
     assert time.monotonic() - begin < seconds
+
+
+# ---- Conversion: each host writes its own files.
+
+
+def converted(src, dst, count, *options, **env):
+    """The last line that host 0 says, of a conversion by these processes."""
+    ends = on_hosts(["convert", src, dst, "--json", *options], count, **env)
+    assert [code for code, *_ in ends] == [0] * count, ends
+    assert not any("{" in out or "GB of weights" in error for _, out, error in ends[1:])
+    return json.loads(next(l for l in ends[0][1].splitlines() if l.startswith("{")))
+
+
+@pytest.fixture
+def shards(tmp_path):
+    return write_fp8(tmp_path / "fp8", ODD, fp8_tensors(ODD), 3, weight_block_size=[128, 128])
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_conversion_by_several_hosts_has_the_bytes_of_one(shards, tmp_path, count):
+    for to, options in (("jaxseek", ()), ("hf", ("--dtype", "bf16"))):
+        convert(shards, tmp_path / f"one-{to}", to=to, dtype=(options or (None,))[-1], progress=False)
+        found = converted(shards, tmp_path / f"many-{to}", count, "--to", to, "--verify", *options)
+        assert tree(tmp_path / f"many-{to}") == tree(tmp_path / f"one-{to}")
+        assert found["tensors_resumed"] == 0
+    assert sorted(p.name for p in tmp_path.iterdir() if "many" in p.name) == ["many-hf", "many-jaxseek"]
+
+
+def test_a_conversion_that_was_killed_goes_on_with_another_number_of_hosts(tmp_path):
+    synthetic(tmp_path / "hf", 0.3, 8)
+    convert(tmp_path / "hf", tmp_path / "one", progress=False)
+    for count in (2, 3, 1):
+        port = free_port()
+        command = ["convert", tmp_path / "hf", tmp_path / "many", "--memory", "2GiB"]
+        processes = [start(command, count, index, port) for index in range(count)]
+        left = tmp_path / "many.jaxseek-partial"
+        until = time.monotonic() + 60
+        while time.monotonic() < until and not list(left.glob("params/*/c.*")):
+            time.sleep(0.05)
+        time.sleep(0.3)
+        for process in processes:
+            process.kill()
+            process.communicate()
+    found = converted(tmp_path / "hf", tmp_path / "many", 4)
+    assert found["tensors_resumed"] > 0
+    assert tree(tmp_path / "many") == tree(tmp_path / "one")
+
+
+def test_several_hosts_convert_into_a_bucket_and_train_there(shards, home, tmp_path):  # noqa: F811
+    convert(shards, tmp_path / "one", progress=False)
+    with buckets.running("gcs") as (url, env):
+        converted(shards, f"{url}/ours", 2, "--verify", **env)
+        with pytest.MonkeyPatch.context() as m:
+            for name, value in env.items():
+                m.setenv(name, value)
+            places._driver.cache_clear()
+            convert(f"{url}/ours", tmp_path / "back", to="hf", progress=False)
+            convert(tmp_path / "one", tmp_path / "own", to="hf", progress=False)
+            assert tree(tmp_path / "back") == tree(tmp_path / "own")
+            for steps, count in ((2, 2), (4, 1)):  # and goes on with one
+                config = run(
+                    home, f"{url}/run", "sft", steps=steps, mesh=f"fsdp={count}", data={"length": 64}
+                )
+                if count == 2:
+                    ends = on_hosts(["train", toml(config, tmp_path / "run.toml"), "--json"], 2, **env)
+                    assert [code for code, *_ in ends] == [0, 0], ends
+                else:
+                    train(config)
+            alone = run(home, tmp_path / "alone", "sft", steps=4, mesh="fsdp=1", data={"length": 64})
+            train(alone)
+            assert_losses_equal(tmp_path / "alone", f"{url}/run", ("loss",))
+            tokens = [[1, 2, 3]]
+            a, b = load(f"{url}/run/model")[0](tokens), load(tmp_path / "alone/model")[0](tokens)
+            np.testing.assert_allclose(a, b, atol=1e-4)
+    places._driver.cache_clear()
+
+
+def test_an_error_of_one_host_ends_a_conversion_on_all(shards, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(shards, broken)
+    file = sorted(broken.glob("*.safetensors"))[-1]
+    file.write_bytes(file.read_bytes()[:-1])
+    begin = time.monotonic()
+    ends = on_hosts(["convert", broken, tmp_path / "new"], 2)
+    assert [code for code, *_ in ends] == [1, 1]
+    assert all("the header describes" in error and "Traceback" not in error for _, _, error in ends), ends
+    assert time.monotonic() - begin < 60
+    assert not (tmp_path / "new").exists()
