@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from jaxseek import checkpoint
-from jaxseek.config import ConfigError, ModelConfig, presets
+from jaxseek.config import ModelConfig, presets
 from jaxseek.model import DeepSeek
 from jaxseek.redundancy import place_experts
 from jaxseek.sharding import Strategy
@@ -59,10 +59,7 @@ def load(
 def widest(cfg: ModelConfig, devices: int) -> Strategy:
     """The default strategy with the longest tensor axis, up to `devices`, that divides the model."""
     for n in range(devices, 1, -1):
-        try:
-            strategy = Strategy.default(tensor=n)
-            strategy.check_fits(cfg)
+        strategy = Strategy.default(tensor=n)
+        if not strategy.misfits(cfg):
             return strategy
-        except ConfigError:
-            continue
     return Strategy.default()

@@ -29,10 +29,12 @@ class Timed:
 
 @dataclass(frozen=True)
 class Report:
-    """Of one step on one device. `seconds` by kind; `lower` overlaps everything, `upper` nothing.
+    """A step on one device. `seconds` by kind; `lower` overlaps everything, `upper` nothing.
 
-    `xla` and `pallas` share the core and add up; `collective` and `copy` (prefetch from HBM) may run beside
-    them. `dispatch` are seconds outside the loop over decode steps, once per dispatch.
+    `xla` and `pallas` share the core and add up; prefetches from HBM (`copy`) and collectives that the
+    schedule starts ahead may run beside them. The core waits for all other collectives, `awaited` seconds:
+    where there are such, `lower` is out of reach, and `expected` adds them. `dispatch` are seconds outside
+    the loop over decode steps, once per dispatch.
     """
 
     job: Job
@@ -44,7 +46,14 @@ class Report:
     operations: list[Timed]
     dispatch: float
     left_out: dict[str, list[str]]
+    awaited: float = 0.0
     compile_seconds: float = 0.0
+
+    @property
+    def expected(self) -> float:
+        s = self.seconds
+        beside = max(s["collective"] - self.awaited, s["copy"])
+        return max(s["xla"] + s["pallas"] + self.awaited, beside, self.lower)
 
     @property
     def lower(self) -> float:
@@ -86,6 +95,7 @@ class Report:
             "kernel_calls": self.kernel_calls,
             "seconds": self.seconds
             | {"lower": self.lower, "upper": self.upper, "per_dispatch": self.dispatch},
+            "expected_ms": self.expected * 1e3,
             "roofline": {
                 "hbm_seconds": e.hbm_seconds,
                 "flops_seconds": e.flops_seconds,
@@ -150,6 +160,7 @@ def summarise(
         seconds=seconds,
         scopes=dict(sorted(scopes.items(), key=lambda kv: -sum(kv[1].values()))),
         operations=sorted(step, key=lambda t: -t.seconds),
+        awaited=sum(t.seconds for t in step if t.op.awaited),
         dispatch=sum(t.seconds for t in timed) - sum(t.seconds for t in step),
         left_out={
             "no_cycles": program.sentinels,
@@ -196,8 +207,8 @@ def filled(job: Job) -> float:
 # -------------------------------------------------------------------- to read
 
 
-def lines(title: str, r: Report) -> str:
-    """The report as text."""
+def lines(title: str, r: Report, memory: list[str] | None = None) -> str:
+    """The report as text; `memory` are lines in place of what the program alone takes."""
     gib, m, s, e = 2**30, r.memory, {k: v * 1e3 for k, v in r.seconds.items()}, r.estimate
     usable, reached = r.job.topology.chip.device.usable / gib, [e.limit / r.upper, e.limit / r.lower]
     chips = math.prod(r.job.topology.dims)
@@ -206,9 +217,16 @@ def lines(title: str, r: Report) -> str:
     parts = ", ".join(f"{k} {m[k] / gib:.2f}" for k in ("weights", "cache", "optimizer", "temp") if m[k])
     out = [
         title,
-        f"  memory   peak {m['peak'] / gib:.2f} of {usable:.2f} GiB per device ({parts}): "
-        + ("fits" if r.fits else "DOES NOT FIT"),
-        f"  step     {r.lower * 1e3:.3f} to {r.upper * 1e3:.3f} ms (all overlapped, nothing overlapped)",
+        *(
+            memory
+            or [
+                f"  memory   peak {m['peak'] / gib:.2f} of {usable:.2f} GiB per device ({parts}): "
+                + ("fits" if r.fits else "DOES NOT FIT")
+            ]
+        ),
+        f"  step     {r.lower * 1e3:.3f} to {r.upper * 1e3:.3f} ms (all overlapped, nothing overlapped), "
+        f"{r.expected * 1e3:.3f} expected: the schedule waits for {r.awaited * 1e3:.3f} of "
+        f"{s['collective']:.3f} ms of collectives",
         f"           XLA {s['xla']:.3f} ms ({r.cycles / 1e6:.2f} M cycles), kernels {s['pallas']:.3f} "
         f"({r.kernel_calls:,} calls), "
         f"collectives {s['collective']:.3f}, prefetch {s['copy']:.3f}",
@@ -279,7 +297,8 @@ def draw(title: str, r: Report, path: str) -> None:
         if any(values):
             right.barh(names, values, left=start, label=label)
             start = [a + b for a, b in zip(start, values)]
-    for value, label in ((r.estimate.limit, "roofline"), (r.lower, "overlapped"), (r.upper, "in turn")):
+    values = (r.estimate.limit, r.lower, r.expected, r.upper)
+    for value, label in zip(values, ("roofline", "overlapped", "expected", "in turn")):
         right.plot([], [], " ", label=f"{label}: {value * 1e3:.2f} ms")
     right.set(xlabel="ms per step")
     right.legend(fontsize=8, loc="lower right")

@@ -131,16 +131,25 @@ def _given_tokenizer(run: RunConfig) -> Tokenizer:
 
 
 def model_config(run: RunConfig) -> ModelConfig:
-    """The config of the run's model, with its `[config]` fields changed. ConfigError for a quantised one."""
+    """The config of the run's model, with its `[config]` fields changed.
+
+    Raises ConfigError for a quantised one, CheckpointError for one that is not there. The name of a released
+    model stands for random weights in pretraining alone.
+    """
     kind = checkpoint.kind_of(run.model)
-    if kind is None and run.model not in presets():
+    random = run.model.startswith("tiny-") or run.objective == "pretrain"
+    if kind is None and not (random and run.model in presets()):
         raise checkpoint.not_a_checkpoint(run.model)
     if kind == "jaxseek" and checkpoint.stored_quantization(checkpoint.read_manifest(Path(run.model))):
         raise ConfigError(
             f"{run.model} is quantised, so it cannot be trained; convert it first: "
             f"jaxseek convert {run.model} DST --dtype bfloat16"
         )
-    cfg = ModelConfig.from_hf(run.model) if kind else ModelConfig.from_preset(run.model)
+    return with_changes(run, ModelConfig.from_hf(run.model) if kind else ModelConfig.from_preset(run.model))
+
+
+def with_changes(run: RunConfig, cfg: ModelConfig) -> ModelConfig:
+    """A config with the run's `[config]` fields changed. Raises ConfigError for fields it has not."""
     if not run.config:
         return cfg
     fields = cfg.to_hf()
@@ -154,14 +163,21 @@ def open_strategy(run: RunConfig, cfg: ModelConfig) -> Strategy:
     hosts, devices = jax.process_count(), jax.device_count()
     alone = jax.default_backend() == "cpu" and hosts == 1
     strategy = Strategy.parse(run.mesh or {"fsdp": 1 if alone else devices})
-    strategy.check_fits(cfg)
-    refuse_slots(strategy, "training")
-    rows, microbatches = strategy.parts(strategy.train, "batch"), run.batch.accumulation
+    rows = strategy.parts(strategy.train, "batch")
     if hosts > 1 and (strategy.num_devices != devices or rows % hosts):
         raise ConfigError(
             f"the mesh has {strategy.num_devices} devices and splits the batch in {rows} parts, expected all "
             f"{devices} devices of the {hosts} hosts, and as many parts for each host"
         )
+    check_strategy(run, cfg, strategy)
+    return strategy
+
+
+def check_strategy(run: RunConfig, cfg: ModelConfig, strategy: Strategy) -> None:
+    """Raise ConfigError where the mesh does not fit the model, or the run's rows fit neither."""
+    strategy.check_fits(cfg)
+    refuse_slots(strategy, "training")
+    rows, microbatches = strategy.parts(strategy.train, "batch"), run.batch.accumulation
     if run.objective in ("grpo", "reject"):  # whose rows are packed to fit
         rollout = run.rollout
         if rollout.max_prompt_tokens + rollout.max_new_tokens > cfg.max_position_embeddings:
@@ -170,7 +186,7 @@ def open_strategy(run: RunConfig, cfg: ModelConfig) -> Strategy:
                 f"{rollout.max_new_tokens} are more than the model's context of "
                 f"{cfg.max_position_embeddings}; lower one"
             )
-        return strategy
+        return
     if run.batch.size % (rows * microbatches):
         raise ConfigError(
             f"batch.size {run.batch.size} is not divisible by the mesh's {rows} parts of the batch x "
@@ -189,7 +205,6 @@ def open_strategy(run: RunConfig, cfg: ModelConfig) -> Strategy:
     groups = run.loss.device_groups
     if (run.loss.device_balance or run.loss.communication_balance) and cfg.n_routed_experts % groups:
         raise ConfigError(f"loss.device_groups {groups} does not divide the {cfg.n_routed_experts} experts")
-    return strategy
 
 
 def open_model(run: RunConfig, cfg: ModelConfig, strategy: Strategy) -> DeepSeek:
