@@ -42,7 +42,7 @@ from jaxseek.sharding import fill, parameters
 from jaxseek.store import LAYOUT, Array
 
 FORMAT = 1
-_HUB = "huggingface.co/deepseek-ai"
+_HUB = "hf://deepseek-ai"
 DTYPES = ("bfloat16", "float16", "float32")
 _CHUNK_BYTES = 64 << 20  # of storage: the least that is read at a time, and that replicas share in writing
 
@@ -195,8 +195,8 @@ def not_a_checkpoint(path_or_preset: str | Path) -> CheckpointError:
             return CheckpointError(f"{name}: is a preset with random weights, so there is nothing to convert")
         source = known[name].read_text(encoding="utf-8").partition("\n")[0].removeprefix("# deepseek-ai/")
         return CheckpointError(
-            f"{name}: is the name of a released model, whose weights are not part of jaxseek. Download "
-            f"{_HUB}/{source} into a directory DIR, then run: jaxseek convert DIR {name}/"
+            f"{name}: is the name of a released model, whose weights are not part of jaxseek. Convert them "
+            f"into a directory of that name: jaxseek convert {_HUB}/{source} {name}"
         )
     if path.name.endswith(".gguf") and path.is_file():
         return CheckpointError(f"{path}: is a GGUF file; convert it first: jaxseek convert {path} DST")

@@ -187,7 +187,7 @@ def test_every_shipped_run_file_is_read(path):
 BASES = {"671b": "deepseek-v3-base", "qwen-7b": "deepseek-r1-distill-qwen-7b"}
 
 
-@pytest.mark.parametrize("path", [p for p in shipped() if "671b" in p.stem or "qwen" in p.stem])
+@pytest.mark.parametrize("path", [p for p in shipped() if any(b in p.stem for b in BASES)])
 def test_runs_of_r1s_size_fit_its_model_and_their_mesh(path):
     base = next(preset for part, preset in BASES.items() if part in path.stem)
     for run in runs_of(path):

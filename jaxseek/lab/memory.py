@@ -68,11 +68,11 @@ def points(job: Job, compiled: Mapping[str, Compiled]) -> list[Point]:
     kind, reference = train_run(job).reference.kind, 0.0
     if "log-probs" in compiled:
         reference = compiled["log-probs"].given["reference"]
-    copy = rollout.given["weights"]
+    copy = _made(compiled["lay out"])  # without the arrays that it shares with the policy
     prompts = _made(compiled["read"])
-    cache = rollout.memory["argument"] - copy
+    cache = rollout.memory["argument"] - rollout.given["weights"]
     more: dict[str, dict[str, float]] = {
-        "lay out": {"rollout": _made(compiled["lay out"])},
+        "lay out": {"rollout": copy},
         "read": {"rollout": copy, "caches": prompts},
         "seat": {"rollout": copy, "caches": prompts + cache},
         "rollout": {"rollout": copy, "caches": prompts + cache},

@@ -51,9 +51,7 @@ class Report:
 
     @property
     def expected(self) -> float:
-        s = self.seconds
-        beside = max(s["collective"] - self.awaited, s["copy"])
-        return max(s["xla"] + s["pallas"] + self.awaited, beside, self.lower)
+        return max(self.seconds["xla"] + self.seconds["pallas"] + self.awaited, self.lower)
 
     @property
     def lower(self) -> float:
@@ -209,24 +207,16 @@ def filled(job: Job) -> float:
 
 def lines(title: str, r: Report, memory: list[str] | None = None) -> str:
     """The report as text; `memory` are lines in place of what the program alone takes."""
-    gib, m, s, e = 2**30, r.memory, {k: v * 1e3 for k, v in r.seconds.items()}, r.estimate
-    usable, reached = r.job.topology.chip.device.usable / gib, [e.limit / r.upper, e.limit / r.lower]
+    s, e = {k: v * 1e3 for k, v in r.seconds.items()}, r.estimate
+    reached = [e.limit / r.upper, e.limit / r.lower]
     chips = math.prod(r.job.topology.dims)
     rates = [r.job.tokens / r.upper, r.job.tokens / r.lower]
     floors = f"HBM {e.hbm_seconds * 1e3:.3f}, flops {e.flops_seconds * 1e3:.3f}"
-    parts = ", ".join(f"{k} {m[k] / gib:.2f}" for k in ("weights", "cache", "optimizer", "temp") if m[k])
     out = [
         title,
-        *(
-            memory
-            or [
-                f"  memory   peak {m['peak'] / gib:.2f} of {usable:.2f} GiB per device ({parts}): "
-                + ("fits" if r.fits else "DOES NOT FIT")
-            ]
-        ),
-        f"  step     {r.lower * 1e3:.3f} to {r.upper * 1e3:.3f} ms (all overlapped, nothing overlapped), "
-        f"{r.expected * 1e3:.3f} expected: the schedule waits for {r.awaited * 1e3:.3f} of "
-        f"{s['collective']:.3f} ms of collectives",
+        *(memory or [_memory(r)]),
+        f"  step     {r.expected * 1e3:.3f} ms; {r.lower * 1e3:.3f} with all overlapped, {r.upper * 1e3:.3f} "
+        f"with nothing; {r.awaited * 1e3:.3f} of {s['collective']:.3f} ms of collectives are waited for",
         f"           XLA {s['xla']:.3f} ms ({r.cycles / 1e6:.2f} M cycles), kernels {s['pallas']:.3f} "
         f"({r.kernel_calls:,} calls), "
         f"collectives {s['collective']:.3f}, prefetch {s['copy']:.3f}",
@@ -255,6 +245,14 @@ def lines(title: str, r: Report, memory: list[str] | None = None) -> str:
         if names:
             out.append(f"  {what.replace('_', ' ')}: {len(names)} ({', '.join(names[:5])})")
     return "\n".join(out)
+
+
+def _memory(r: Report) -> str:
+    """What the program takes of a device's memory."""
+    gib, m, usable = 2**30, r.memory, r.job.topology.chip.device.usable
+    parts = ", ".join(f"{k} {m[k] / gib:.2f}" for k in ("weights", "cache", "optimizer", "temp") if m[k])
+    fits = "fits" if r.fits else "DOES NOT FIT"
+    return f"  memory   peak {m['peak'] / gib:.2f} of {usable / gib:.2f} GiB per device ({parts}): {fits}"
 
 
 def _alike(operations: list[Timed]) -> list[tuple[Timed, int]]:
