@@ -311,7 +311,7 @@ class RunConfig:
         made = sampling and self.task.kind in ("arithmetic", "countdown")
         need(bool(data.train) or made, "data.train names no source, expected a list of files")
         need(
-            batch.size % batch.accumulation == 0,
+            sampling or batch.size % batch.accumulation == 0,  # which learn from as many rows as they sample
             f"batch.size {batch.size} is not divisible by batch.accumulation {batch.accumulation}",
         )
         need(

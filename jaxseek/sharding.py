@@ -197,7 +197,7 @@ class Strategy:
         splits = itertools.product(divisors, repeat=len(MESH_AXES))
         whole = (sizes for sizes in splits if math.prod(sizes) == self.num_devices)
         for sizes in sorted(whole, key=lambda sizes: (*distance(sizes), [-n for n in sizes])):
-            found = dict(zip(MESH_AXES, sizes))
+            found: dict[str, int] = dict(zip(MESH_AXES, sizes))
             try:
                 strategy = replace(self._build(found, self.tables), redundant_experts=self.redundant_experts)
             except ConfigError:

@@ -70,7 +70,7 @@ class Room:
         """For groups of answers to prompts of up to `longest` tokens, which with their answers have up to
         `need`; rounded to what the mesh divides. `slots` 0: all sequences at a time."""
         prefill, decode = strategy.prefill, strategy.decode
-        whole = int(np.lcm(*(strategy.parts(decode, axis) for axis in ("cache_batch", "batch"))))
+        whole = int(np.lcm(strategy.parts(decode, "cache_batch"), strategy.parts(decode, "batch")))
         rows, columns = (strategy.parts(prefill, axis) for axis in ("batch", "length"))
         step = int(np.lcm(whole, rows))
         prompts += -prompts % step

@@ -28,7 +28,7 @@ from jaxseek.redundancy import place_experts, refuse_slots
 from jaxseek.rl.evaluate import at_a_time
 from jaxseek.rl.experience import MOST_IN_A_ROW, PolicyBatch
 from jaxseek.rl.objective import PolicyObjective, make_logprobs
-from jaxseek.rl.rollout import as_in_decode, cast
+from jaxseek.rl.rollout import as_in_decode, cast, in_decode
 from jaxseek.run_config import RunConfig
 from jaxseek.sharding import Rules, Strategy, device_bytes, fill
 from jaxseek.train import lora
@@ -172,7 +172,7 @@ def abstract_step(job: Job, mesh: Mesh) -> tuple[Any, tuple, dict[str, int]]:
     model, run = fill(abstract_model(job), mesh, value), train_run(job)
     model = lora.adapt(model, run.lora, 0) if job.lora else model
     if job.run and job.workload in ("read", "seat", "rollout"):  # by the sampler's copy of the policy
-        layout = functools.partial(as_in_decode.__wrapped__, dtype=sampling_dtype(run))
+        layout = functools.partial(in_decode, dtype=sampling_dtype(run))
         model = placed(jax.eval_shape(layout, model))
     reference = 0
     if job.workload == "log-probs":

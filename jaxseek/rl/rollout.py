@@ -150,8 +150,7 @@ def seed_of(*parts: int) -> int:
     return (int(high) << 31) ^ int(low)
 
 
-@jit_sharing
-def as_in_decode(model: DeepSeek, dtype: str) -> DeepSeek:
+def in_decode(model: DeepSeek, dtype: str) -> DeepSeek:
     """The model without adapters, cast, and laid out as decoding uses it, so that no step moves weights."""
     model = cast(lora.merged(model) if lora.is_adapted(model) else model, dtype)
     rules, values = model.strategy.decode, []
@@ -159,6 +158,9 @@ def as_in_decode(model: DeepSeek, dtype: str) -> DeepSeek:
         value, axes = param.get_value(), param.get_metadata("axes")
         values.append(rules.shard(value, *(None,) * (value.ndim - len(axes)), *axes))
     return jax.tree.unflatten(jax.tree.structure(model), values)
+
+
+as_in_decode = jit_sharing(in_decode)
 
 
 def cast(model: DeepSeek, dtype: Any) -> DeepSeek:
