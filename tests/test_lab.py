@@ -544,17 +544,25 @@ def test_tables_of_free_sizes_compute_what_one_device_computes(table, sizes):
     assert tokens(mesh) == tokens(None)
 
 
-def test_a_shipped_layout_computes_what_one_device_computes():
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("deepseek-v2-lite.v5e-2x4.decode", {}),
+        slow("deepseek-v2-lite.v5e-2x4.grpo", {}),
+        ("deepseek-v3.v5p-8x8x8.grpo", {"expert": 2, "context": 4}),
+    ],
+)
+def test_a_shipped_layout_computes_what_one_device_computes(name, sizes):
     one = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
     cfg = tiny_config("v3", **one, num_attention_heads=8, num_key_value_heads=8)
     prompts = [random_tokens(4, 8)[i, : 3 + i].tolist() for i in range(4)]
-    mesh = configs_dir() / "meshes" / "deepseek-v2-lite.v5e-2x4.decode.toml"
+    mesh = Strategy.from_toml(configs_dir() / "meshes" / f"{name}.toml", **sizes)
 
     def tokens(mesh):
         engine = Engine(random_model(cfg, mesh=mesh))
         return [c.tokens for c in engine.generate(prompts, Sampling(max_new_tokens=6, temperature=0.0))]
 
-    assert tokens(str(mesh)) == tokens(None)
+    assert tokens(mesh) == tokens(None)
 
 
 def test_plan_says_what_is_missing(monkeypatch, capsys):

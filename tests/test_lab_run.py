@@ -14,7 +14,7 @@ from jaxseek.cli import main as cli
 from jaxseek.config import ConfigError
 from jaxseek.lab import analytic, memory, plan, run
 from jaxseek.lab.chips import Topology
-from jaxseek.lab.job import Job, abstract_step
+from jaxseek.lab.job import Job, abstract_step, train_run
 from jaxseek.lab.report import Report
 from jaxseek.model import DeepSeek
 from jaxseek.rl.rollout import as_engine
@@ -115,6 +115,17 @@ def test_every_program_of_a_grpo_step_can_be_compiled(program):
         found = step.trace(*args).lower().compile().memory_analysis()
     assert given["weights"] > 0
     assert found.argument_size_in_bytes > 0
+
+
+def test_the_experts_of_a_rollout_are_part_of_the_update_that_replays_them():
+    j = job("grpo", "fsdp=2,expert=4")
+    run = train_run(j)
+    run = run.replace(grpo=dataclasses.replace(run.grpo, routing_replay=True))
+    mesh = j.strategy.make_mesh()
+    with jax.set_mesh(mesh):
+        _, (_, _, batch, *_), _ = abstract_step(dataclasses.replace(j, run=run), mesh)
+    assert batch.experts_BTLK.shape == (1, 8, 64, 1, SMALL.num_experts_per_tok)
+    assert batch.experts_BTLK.sharding.spec[1] == batch.tokens_BT.sharding.spec[1]
 
 
 def test_random_numbers_are_of_the_wanted_spread_on_any_mesh_and_norms_are_one():

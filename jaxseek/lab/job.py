@@ -113,7 +113,7 @@ class Job:
 
     @property
     def trains(self) -> bool:
-        """Whether a step changes weights."""
+        """Whether it computes as training does, with the trainer's weights."""
         return self.phase == "train"
 
     @property
@@ -284,7 +284,13 @@ def _batch(job: Job, run: RunConfig, array: Any) -> Batch:
         names = ("batch", *(None,) * (a.ndim - 3), "length")[: a.ndim - 1]
         return array((*a.shape[:-1], job.context), a.dtype, P(None, *job.rules.spec(*names)))
 
-    return jax.tree.map(batch, fields)
+    placed = jax.tree.map(batch, fields)
+    if run.objective == "grpo" and _records_experts(run):
+        sparse = sum(map(job.cfg.is_moe_layer, range(job.cfg.num_hidden_layers)))
+        shape = (*placed.tokens_BT.shape, sparse, job.cfg.num_experts_per_tok)
+        spec = P(None, *job.rules.spec("batch", "length", None, None))
+        placed = dataclasses.replace(placed, experts_BTLK=array(shape, jnp.int32, spec))
+    return placed
 
 
 # -------------------------------------------------------------------- what else a GRPO step runs
