@@ -672,7 +672,7 @@ def test_an_evaluation_reads_a_prompt_for_every_answer_that_decodes_at_a_time():
     strategy = Strategy.parse("fsdp=8")
     assert (run.rollout.prompts, run.grpo.group_size) == (4, 16)
     found = room(run, strategy)
-    assert (found.prompts, found.slots, found.capacity) == (64, 128, 512)  # 4 prompts are 8 on 8 devices
+    assert (found.prompts, found.slots, found.capacity) == (64, 64, 512)
     run = run.replace(rollout=dataclasses.replace(run.rollout, slots=16))
     assert (room(run, strategy).prompts, room(run, strategy).slots) == (16, 16)
 

@@ -243,9 +243,9 @@ def train_run(job: Job) -> RunConfig:
     }  # fmt: skip
     if job.workload == "grpo":
         group = math.gcd(job.batch, 16)
-        half = max(job.context // 2, 1)
+        half, size = max(job.context // 2, 1), {"prompts": job.batch // group, "slots": job.batch}
         raw |= {"objective": "grpo", "loss": {}, "rewards": [{"kind": "exact"}], "batch": {}}
-        raw |= {"rollout": {"prompts": job.batch // group, "max_prompt_tokens": half, "max_new_tokens": half}}
+        raw |= {"rollout": size | {"max_prompt_tokens": half, "max_new_tokens": half}}
         raw |= {"grpo": {"group_size": group} if group > 1 else {"group_size": 1, "baseline": "none"}}
         raw |= {"reference": {"kind": "base" if job.lora else "device"}}
     raw |= {"lora": {"rank": job.lora}} if job.lora else {"optimizer": {"moments": "bfloat16"}}
