@@ -148,9 +148,10 @@ def beside(r: Report, measured: Measured) -> str:
 
 def title(model: str, job: Job) -> str:
     sizes = " x ".join(f"{a}={n}" for a, n in job.strategy.sizes if n > 1) or "one device"
+    rows = f"{job.microbatches} x {job.batch}" if job.microbatches > 1 else f"{job.batch}"
     adapters = f" with adapters of rank {job.lora}" if job.lora else ""
     return (
-        f"{model}, {job.workload}{adapters} of {job.batch} x {job.context:,} tokens, {job.weights} weights, "
+        f"{model}, {job.workload}{adapters} of {rows} x {job.context:,} tokens, {job.weights} weights, "
         f"on {job.topology.name} as {sizes}"
     )
 

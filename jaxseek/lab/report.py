@@ -102,7 +102,7 @@ class Report:
             },
             "tokens_per_second": {
                 "per_chip": [r / chips for r in rates],
-                "per_sequence": [r / job.batch for r in rates],
+                "per_sequence": [r / job.batch / job.microbatches for r in rates],
             },
             "scopes": self.scopes,
             "dearest": [_row(t) for t in self.operations[:10]],
@@ -211,18 +211,21 @@ def lines(title: str, r: Report, memory: list[str] | None = None) -> str:
     reached = [e.limit / r.upper, e.limit / r.lower]
     chips = math.prod(r.job.topology.dims)
     rates = [r.job.tokens / r.upper, r.job.tokens / r.lower]
+    waits = f"; {r.awaited * 1e3:.3f} of {s['collective']:.3f} ms of collectives are waited for"
+    waits = waits if s["collective"] else ""
+    sequences = r.job.batch * r.job.microbatches
     floors = f"HBM {e.hbm_seconds * 1e3:.3f}, flops {e.flops_seconds * 1e3:.3f}"
     out = [
         title,
         *(memory or [_memory(r)]),
         f"  step     {r.expected * 1e3:.3f} ms; {r.lower * 1e3:.3f} with all overlapped, {r.upper * 1e3:.3f} "
-        f"with nothing; {r.awaited * 1e3:.3f} of {s['collective']:.3f} ms of collectives are waited for",
+        f"with nothing{waits}",
         f"           XLA {s['xla']:.3f} ms ({r.cycles / 1e6:.2f} M cycles), kernels {s['pallas']:.3f} "
         f"({r.kernel_calls:,} calls), "
         f"collectives {s['collective']:.3f}, prefetch {s['copy']:.3f}",
         f"  limit    {e.limit * 1e3:.3f} ms ({floors}), {reached[0]:.0%} to {reached[1]:.0%} reached",
         f"  tokens/s {_range([x / chips for x in rates])} per chip, "
-        f"{_range([x / r.job.batch for x in rates])} per sequence",
+        f"{_range([x / sequences for x in rates])} per sequence",
     ]
     if r.dispatch:
         out.append(f"  and      {r.dispatch * 1e3:.3f} ms once per dispatch of {TOKENS_PER_DISPATCH} steps")
