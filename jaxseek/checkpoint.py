@@ -193,8 +193,8 @@ def not_a_checkpoint(path_or_preset: str | Place) -> CheckpointError:
             return CheckpointError(f"{name}: is a preset with random weights, so there is nothing to convert")
         source = known[name].read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
         return CheckpointError(
-            f"{name}: is the name of a released model, whose weights are not part of jaxseek; convert them "
-            f"first: jaxseek convert {HUB}{source} {name}/"
+            f"{name}: is the name of a released model, whose weights are not part of jaxseek. Convert them "
+            f"into a directory of that name: jaxseek convert {HUB}{source} {name}"
         )
     if path.name.endswith(".gguf") and path.is_file():
         return CheckpointError(f"{path}: is a GGUF file; convert it first: jaxseek convert {path} DST")

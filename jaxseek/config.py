@@ -202,6 +202,8 @@ class ModelConfig:
         if isinstance(source, dict):
             raw, where = dict(source), "config"
         else:
+            if isinstance(source, str) and "://" in source:
+                raise ConfigError(f"{source}: is a URL; pass jaxseek.storage.place.place({source!r}) instead")
             path: Any = Path(source) if isinstance(source, str) else source
             path = path / "config.json" if path.is_dir() else path
             where = str(path)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from jaxseek import checkpoint
-from jaxseek.config import ConfigError, ModelConfig, presets
+from jaxseek.config import ModelConfig, presets
 from jaxseek.model import DeepSeek
 from jaxseek.redundancy import place_experts
 from jaxseek.sharding import Strategy
@@ -65,12 +65,8 @@ def widest(cfg: ModelConfig, devices: int, whole: bool = False) -> Strategy:
 
     With `whole` it also divides `devices`, and the data axis takes those that are left.
     """
-    sizes = [n for n in range(devices, 1, -1) if not whole or devices % n == 0]
-    for n in sizes:
-        try:
-            strategy = Strategy.default(tensor=n, data=devices // n if whole else 1)
-            strategy.check_fits(cfg)
+    for n in range(devices, 1, -1):
+        strategy = Strategy.default(tensor=n, data=devices // n if whole else 1)
+        if not strategy.misfits(cfg) and (not whole or devices % n == 0):
             return strategy
-        except ConfigError:
-            continue
     return Strategy.default(data=devices if whole else 1)

@@ -314,7 +314,7 @@ class RunConfig:
         made = sampling and self.task.kind in ("arithmetic", "countdown")
         need(bool(data.train) or made, "data.train names no source, expected a list of files")
         need(
-            batch.size % batch.accumulation == 0,
+            sampling or batch.size % batch.accumulation == 0,  # which learn from as many rows as they sample
             f"batch.size {batch.size} is not divisible by batch.accumulation {batch.accumulation}",
         )
         need(
@@ -374,6 +374,11 @@ def headline(path: Path, width: int = 90) -> str:
     return textwrap.shorten(re.split(r"[.;](?:\s|$)|: jaxseek ", text)[0], width, placeholder=" ...")
 
 
+def is_run_file(name: str) -> bool:
+    """Tell whether this names a run file, by its ending or as a shipped one, and not a model."""
+    return name.endswith(".toml") or name in shipped_runs()
+
+
 def find_run_file(name: str | Path) -> Path:
     """The file at this path, or else the shipped one of this name, with or without .toml or its old folder.
 
@@ -382,13 +387,10 @@ def find_run_file(name: str | Path) -> Path:
     path, shipped = Path(name), shipped_runs()
     if path.is_file():
         return path
-    if (
-        path.parent in (Path(), Path("configs/runs"))
-        and path.suffix in ("", ".toml")
-        and path.stem in shipped
-    ):
-        return shipped[path.stem]
-    near = difflib.get_close_matches(path.stem, shipped, 3)
+    known = path.name.removesuffix(".toml")
+    if path.parent in (Path(), Path("configs/runs")) and known in shipped:
+        return shipped[known]
+    near = difflib.get_close_matches(known, shipped, 3)
     hint = f"did you mean {' or '.join(near)}?" if near else "jaxseek train --list names the shipped ones"
     raise ConfigError(f"{name}: no such run file; {hint}")
 

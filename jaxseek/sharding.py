@@ -21,11 +21,12 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 import math
 import tomllib
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,8 @@ class Rules:
 class Strategy:
     """Mesh sizes and rule tables; hashable, so that compiled functions are keyed by it.
 
-    `placement` is a file that `jaxseek placement` writes.
+    `placement` is a file that `jaxseek placement` writes. `tables` are the rules as written, with axes of any
+    size, from which the same strategy is made in other sizes.
     """
 
     sizes: tuple[tuple[str, int], ...]
@@ -121,6 +123,7 @@ class Strategy:
     decode: Rules
     redundant_experts: int = 0
     placement: str | None = None
+    tables: dict[str, dict[str, Any]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def has_slots(self) -> bool:
@@ -167,7 +170,50 @@ class Strategy:
         return AbstractMesh(tuple(n for _, n in self.sizes), MESH_AXES, axis_types=explicit)
 
     def check_fits(self, cfg: ModelConfig) -> None:
-        """Raise ConfigError, naming every axis that does not divide what it splits."""
+        """Raise ConfigError, naming every axis that does not divide what it splits, and the nearest sizes for
+        as many devices that do."""
+        if self.has_slots and not cfg.n_routed_experts:
+            raise ConfigError(f"a {cfg.model_type} model has no experts for [weights] redundant_experts")
+        if not (problems := self.misfits(cfg)):
+            return
+        found = self.nearest(cfg)
+        choose = "Choose another size"
+        if found is not None:
+            own = ",".join(f"{a}={n}" for a, n in found.items() if n > 1)
+            where = f"--mesh {own}" if self.tables == _default_tables() else f"{own} in its [mesh]"
+            choose = f"With as many devices, {where} fits; choose it or another size"
+        raise ConfigError(
+            f"the mesh does not fit the model: {'; '.join(problems)}. {choose}, or free the axis by a rule "
+            "such as kv_heads = [] in the strategy's TOML"
+        )
+
+    def nearest(self, cfg: ModelConfig) -> dict[str, int] | None:
+        """Sizes of as many devices with which this strategy fits the model, None where no such are there.
+
+        They are the fewest doublings and halvings (by logarithm) away, then split the fewest axes; axes of
+        these sizes come first.
+        """
+        asked = dict(self.sizes)
+        divisors = [n for n in range(1, self.num_devices + 1) if self.num_devices % n == 0]
+
+        def distance(sizes: tuple[int, ...]) -> tuple[float, int]:
+            moved = sum(abs(math.log(n / asked[a])) for a, n in zip(MESH_AXES, sizes))
+            return round(moved, 6), sum(n > 1 for n in sizes)
+
+        splits = itertools.product(divisors, repeat=len(MESH_AXES))
+        whole = (sizes for sizes in splits if math.prod(sizes) == self.num_devices)
+        for sizes in sorted(whole, key=lambda sizes: (*distance(sizes), [-n for n in sizes])):
+            found: dict[str, int] = dict(zip(MESH_AXES, sizes))
+            try:
+                strategy = replace(self._build(found, self.tables), redundant_experts=self.redundant_experts)
+            except ConfigError:
+                continue
+            if not strategy.misfits(cfg):
+                return dict(sorted(found.items(), key=lambda kv: asked[kv[0]] == 1))
+        return None
+
+    def misfits(self, cfg: ModelConfig) -> list[str]:
+        """Every axis that does not divide what it splits, or splits two axes of an array, in words."""
         size = dict(self.sizes)
         dims = {
             "vocab": cfg.vocab_size,
@@ -182,8 +228,6 @@ class Strategy:
             "expert": cfg.n_routed_experts,
             "expert_mlp": cfg.moe_intermediate_size,
         }
-        if self.has_slots and not cfg.n_routed_experts:
-            raise ConfigError(f"a {cfg.model_type} model has no experts for [weights] redundant_experts")
         tables: dict[str, list[str]] = {}
         for where in ("weights", *PHASES):
             for name, axes in getattr(self, where).table:
@@ -202,11 +246,7 @@ class Strategy:
                     problems.append(f"{one} and {other} of an array are both split over {over} ([{where}])")
         if cfg.n_routed_experts == 0 and size["expert"] > 1:
             problems.append(f"expert={size['expert']}, but the model has no routed experts")
-        if problems:
-            raise ConfigError(
-                f"the mesh does not fit the model: {'; '.join(problems)}. Choose another size, "
-                "or free the axis by a rule such as kv_heads = [] in the strategy's TOML"
-            )
+        return problems
 
     @classmethod
     def from_toml(cls, path: str | Path, **sizes: int) -> Strategy:
@@ -272,7 +312,7 @@ class Strategy:
                 raise ConfigError(f"mesh axis {axis} has size {n!r}, expected a positive integer")
         full = tuple((a, sizes.get(a, 1)) for a in MESH_AXES)
         weights, train, prefill, decode = (_rules(k, tables[k], dict(full)) for k in ("weights", *PHASES))
-        return cls(full, weights, train, prefill, decode)
+        return cls(full, weights, train, prefill, decode, tables=tables)
 
 
 def _together(cfg: ModelConfig, phase: str) -> list[tuple[str, str]]:
@@ -375,6 +415,7 @@ def jit_sharing(f: Callable[..., Any]) -> Callable[..., Any]:
     """`jax.jit` of a function of a tree of arrays (its other arguments are static), without its copies.
 
     What `f` returns as it was given is the very array, which jit would copy: weights that need no move, say.
+    `call.new` is the compiled part: the arrays that are new, and where they go.
     """
 
     @functools.partial(jax.jit, static_argnums=1)
@@ -390,6 +431,7 @@ def jit_sharing(f: Callable[..., Any]) -> Callable[..., Any]:
         old, made = jax.tree.leaves(tree), iter(made)
         return jax.tree.unflatten(form.structure, [next(made) if i is None else old[i] for i in form.given])
 
+    call.new = new  # type: ignore[attr-defined]
     return call
 
 

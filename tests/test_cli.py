@@ -73,11 +73,7 @@ def test_wrong_use_is_2_and_failure_is_1_with_one_line(capsys, tiny, tmp_path):
         (["info", "deepseek-v33"], 1, "did you mean deepseek-v3"),
         (["info", "deepseek-v3", "--mesh", "tensr=4"], 1, "did you mean tensor"),
         (["info", "deepseek-v3", "--mesh", "expert=3"], 1, "expert 256 is not divisible by expert=3"),
-        (
-            ["generate", "deepseek-r1", "-p", "x"],
-            1,
-            "jaxseek convert hf://deepseek-ai/DeepSeek-R1 deepseek-r1/",
-        ),
+        (["generate", "deepseek-r1", "-p", "x"], 1, "convert hf://deepseek-ai/DeepSeek-R1 deepseek-r1"),
         (["generate", str(tmp_path / "absent"), "-p", "x"], 1, "does not exist"),
         (["generate", str(tiny), "-p", "fox " * 200], 1, "no room in the context of 128"),
         (["generate", str(tiny), "-p", "x", "-t", "-1"], 1, "temperature is -1.0"),

@@ -1,6 +1,7 @@
 """The sharding lab without a TPU compiler: reading programs, the torus, first estimates, reports, errors."""
 
 import dataclasses
+import gzip
 import importlib.util
 import json
 import math
@@ -13,9 +14,11 @@ from jaxseek.cli import main as cli
 from jaxseek.config import ConfigError, ModelConfig, configs_dir
 from jaxseek.generate.engine import Engine
 from jaxseek.generate.sampling import Sampling
-from jaxseek.lab import analytic, collectives, compile, hlo, plan, report, sweep
+from jaxseek.lab import analytic, collectives, compile, hlo, memory, plan, planned_run, report, sweep
 from jaxseek.lab.chips import CHIPS, HOP_SECONDS, Topology
-from jaxseek.lab.job import Job
+from jaxseek.lab.job import Job, room, train_run
+from jaxseek.rl.experience import Shapes
+from jaxseek.rl_config import ReferenceConfig
 from jaxseek.sharding import Strategy
 
 TINY = ModelConfig.from_preset("tiny-v3")
@@ -391,6 +394,41 @@ def test_a_report_adds_up():
     assert not summary(peak=16 * 2.0**30).fits
 
 
+def test_collectives_that_the_schedule_waits_for_are_added_and_those_it_starts_ahead_run_beside():
+    def expected(*awaited):
+        found = [
+            hlo.Op(str(i), "all-reduce", "collective", "", "", 1, bytes=1e9, groups=((0, 1),), awaited=a)
+            for i, a in enumerate(awaited)
+        ]
+        core = hlo.Op("a", "fusion", "xla", "", "", 1, cycles=150_000_000)
+        coords = tuple((i % 2, i // 2) for i in range(8))
+        r = report.summarise(job(workload="prefill"), hlo.Program([core, *found]), {"peak": 0.0}, coords)
+        return r, r.seconds["collective"]
+
+    waits, collectives = expected(True, True)
+    assert waits.expected == pytest.approx(0.1 + collectives) == waits.upper
+    beside, collectives = expected(False, False)
+    assert beside.expected == pytest.approx(0.1) == beside.lower
+    both, collectives = expected(True, False)
+    assert both.expected == pytest.approx(0.1 + collectives / 2)
+    assert both.lower < both.expected < both.upper
+    assert both.to_dict()["expected_ms"] == pytest.approx(1e3 * both.expected)
+    assert f"  step     {both.expected * 1e3:.3f} ms; " in report.lines("", both, memory=["..."])
+
+
+@pytest.mark.parametrize(
+    ("line", "awaited"),
+    [
+        ("%a = bf16[8]{0} all-reduce(%x), replica_groups={}", True),
+        ("%a = bf16[8]{0} all-reduce-start(%x), replica_groups={}", False),
+        ('%a = bf16[8]{0} all-reduce(%x), replica_groups={}, frontend_attributes={chain_id="1"}', False),
+    ],
+)
+def test_a_collective_is_awaited_unless_it_is_started_ahead(line, awaited):
+    text = f"ENTRY %main (x: bf16[8]) -> bf16[8] {{\n  %x = bf16[8]{{0}} parameter(0)\n  {line}\n}}\n"
+    assert [o.awaited for o in hlo.read_program(text).ops] == [awaited]
+
+
 def test_a_kernel_costs_its_bytes_or_flops_and_a_call_at_the_least():
     def seconds(**figures):
         kernel = hlo.Op("a", "custom-call", "pallas", "", "", 3, **figures)
@@ -473,14 +511,15 @@ def test_shipped_layouts_fit_their_model_and_slice(path):
     chip, _, dims = slice_.partition("-")
     strategy = Strategy.from_toml(path)
     assert strategy.num_devices == Topology.parse(f"{chip}:{dims}").num_devices
-    assert workload in ("decode", "prefill", "train")
-    batch = strategy.num_devices if workload == "train" else 128 if ".many." in path.name else 8
+    assert workload in ("decode", "prefill", "train", "grpo")
+    batch = strategy.num_devices if workload in ("train", "grpo") else 128 if ".many." in path.name else 8
     topology = Topology.parse(f"{chip}:{dims}")
     found = Job(ModelConfig.from_preset(preset), strategy, topology, workload, batch, 2048)
     assert path in plan.shipped(found.cfg, topology, workload)
-    assert analytic.first_pass(
-        dataclasses.replace(found, weights="bf16" if workload == "train" else "int8")
-    ).held < (topology.chip.device.usable)
+    if workload == "grpo":
+        found = dataclasses.replace(found, lora=16 if "lite" in preset else 0)
+    found = found if found.trains else dataclasses.replace(found, weights="int8")
+    assert analytic.first_pass(found).held < topology.chip.device.usable
 
 
 @pytest.mark.slow
@@ -505,17 +544,25 @@ def test_tables_of_free_sizes_compute_what_one_device_computes(table, sizes):
     assert tokens(mesh) == tokens(None)
 
 
-def test_a_shipped_layout_computes_what_one_device_computes():
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("deepseek-v2-lite.v5e-2x4.decode", {}),
+        slow("deepseek-v2-lite.v5e-2x4.grpo", {}),
+        ("deepseek-v3.v5p-8x8x8.grpo", {"expert": 2, "context": 4}),
+    ],
+)
+def test_a_shipped_layout_computes_what_one_device_computes(name, sizes):
     one = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
     cfg = tiny_config("v3", **one, num_attention_heads=8, num_key_value_heads=8)
     prompts = [random_tokens(4, 8)[i, : 3 + i].tolist() for i in range(4)]
-    mesh = configs_dir() / "meshes" / "deepseek-v2-lite.v5e-2x4.decode.toml"
+    mesh = Strategy.from_toml(configs_dir() / "meshes" / f"{name}.toml", **sizes)
 
     def tokens(mesh):
         engine = Engine(random_model(cfg, mesh=mesh))
         return [c.tokens for c in engine.generate(prompts, Sampling(max_new_tokens=6, temperature=0.0))]
 
-    assert tokens(str(mesh)) == tokens(None)
+    assert tokens(mesh) == tokens(None)
 
 
 def test_plan_says_what_is_missing(monkeypatch, capsys):
@@ -567,6 +614,144 @@ def test_a_sweep_is_a_table_a_front_a_verdict_and_a_picture(tmp_path):
     assert list(rows.columns[1].cells) == ["fast", "large", "slow", "none"]
     sweep.draw("tiny", entries, tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
+
+
+# -------------------------------------------------------------------- GRPO steps and run files
+
+
+def compiled(folder, given, argument, output=0, alias=0, temp=0):
+    memory = {"argument": argument, "output": output, "alias": alias, "temp": temp, "generated_code": 1}
+    return compile.Compiled(given, memory, tuple((i % 2, i // 2) for i in range(8)), {}, folder)
+
+
+def step(folder):
+    """The programs of a GRPO step with sizes that are told apart."""
+    (folder / "program.hlo.gz").write_bytes(gzip.compress(PROGRAM.encode()))
+    return {
+        "lay out": compiled(folder, {"weights": 1000}, 1000, output=300, temp=40),
+        "read": compiled(folder, {"weights": 320}, 330, output=60, temp=500),
+        "seat": compiled(folder, {"weights": 320}, 140, output=80, alias=80, temp=90),
+        "rollout": compiled(folder, {"weights": 320, "cache": 70}, 400, output=80, alias=75, temp=9),
+        "log-probs": compiled(folder, {"weights": 310, "reference": 310}, 320, output=2, temp=600),
+        "grpo": compiled(
+            folder, {"weights": 1000, "optimizer": 2000}, 3100, output=3100, alias=3090, temp=800
+        ),
+    }
+
+
+@pytest.mark.parametrize(("kind", "more", "later"), [("device", 310, 0), ("host", 0, 310)])
+def test_each_point_of_a_grpo_step_has_all_that_is_there_at_a_time(kind, more, later, tmp_path):
+    run = train_run(job("fsdp=8", workload="grpo")).replace(reference=ReferenceConfig(kind))
+    found = memory.points(job("fsdp=8", workload="grpo", run=run), step(tmp_path))
+    trainer = 1000 + 2000 + 100 + more
+    assert {p.name: p.total for p in found} == {
+        "laying out weights for decoding": trainer + 300 + 41,
+        "reading prompts": trainer + 300 + 60 + 501,
+        "giving slots to answers": trainer + 300 + 60 + 80 + 91,
+        "decoding": trainer + 300 + 60 + 80 + 5 + 10,
+        "log-probabilities": trainer + later + 2 + 601,
+        "update": trainer + 10 + 801,
+    }
+    lines = memory.table(found, 3900.0)
+    assert lines[0].endswith("reading prompts: DOES NOT FIT" if more else "log-probabilities: DOES NOT FIT")
+    assert "fits" in memory.table(found, 2.0**30)[0]
+    assert len(lines) == 2 + 6
+
+
+def test_without_a_reference_nothing_computes_log_probabilities():
+    run = train_run(job("fsdp=8", workload="grpo"))
+    assert "log-probs" in memory.programs(job("fsdp=8", workload="grpo", run=run))
+    without = run.replace(grpo=dataclasses.replace(run.grpo, beta=0.0))
+    found = memory.programs(job("fsdp=8", workload="grpo", run=without))
+    assert list(found) == ["lay out", "read", "seat", "rollout", "grpo"]
+    assert {j.workload for j in found.values()} == set(found)
+
+
+def test_an_evaluation_reads_a_prompt_for_every_answer_that_decodes_at_a_time():
+    run = train_run(job("fsdp=8", workload="grpo", batch=64))
+    strategy = Strategy.parse("fsdp=8")
+    assert (run.rollout.prompts, run.grpo.group_size) == (4, 16)
+    found = room(run, strategy)
+    assert (found.prompts, found.slots, found.capacity) == (64, 64, 512)
+    run = run.replace(rollout=dataclasses.replace(run.rollout, slots=16))
+    assert (room(run, strategy).prompts, room(run, strategy).slots) == (16, 16)
+
+
+RUNS = configs_dir() / "runs"
+SLICES = {"v5e-1": "v5e:1x1", "v5e-8": "v5e:2x4", "671b": "v5p:8x8x8"}
+
+
+@pytest.mark.parametrize(
+    ("path", "topology"),
+    [(p, s) for p in sorted(RUNS.glob("*.toml")) for part, s in SLICES.items() if part in p.stem],
+    ids=lambda value: getattr(value, "stem", value),
+)
+def test_run_files_for_a_slice_are_planned_as_they_train(path, topology):
+    overrides = ["model=deepseek-v3-base"] if path.stem == "r1-671b-reason" else []
+    if path.stem == "r1-671b-all":
+        overrides = ["stages.rules.model=deepseek-v3-base"]
+    for run, model in planned_run.read_runs(str(path), overrides).values():
+        found = planned_run.job_of(run, model, topology)
+        assert (found.workload, found.lora, found.remat) == (
+            planned_run.WORKLOAD[run.objective], run.lora.rank, run.remat,
+        )  # fmt: skip
+        assert analytic.first_pass(found).held < 0.5 * found.topology.chip.device.usable
+        if found.workload == "grpo":
+            shapes = Shapes.of(run, found.strategy.parts(found.rules, "batch"), 16)
+            assert (found.batch, found.microbatches) == (shapes.rows, run.batch.accumulation)
+            rollout = memory.programs(found)["rollout"]
+            assert rollout.context >= run.rollout.max_prompt_tokens + run.rollout.max_new_tokens
+
+
+def test_a_model_that_is_not_here_is_known_by_its_name_and_else_asked_for(tmp_path):
+    assert planned_run.config_of("DeepSeek-V3-Base") == ModelConfig.from_preset("deepseek-v3-base")
+    assert planned_run.config_of("out/tiny-v3") == TINY
+    with pytest.raises(ConfigError, match=r"'runs/mine/model' is not here, .* --set model=deepseek-v3-base"):
+        planned_run.config_of("runs/mine/model")
+
+
+@pytest.fixture
+def run_file(tmp_path):
+    text = (RUNS / "grpo-smollm2-gsm8k.toml").read_text().replace("out/smollm2", "tiny-v3")
+    path = tmp_path / "mine.toml"
+    path.write_text(text.replace("[data]", "[lora]\nrank = 4\n[data]"))
+    return str(path)
+
+
+def test_plan_takes_a_run_file_in_place_of_a_model(run_file, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def fake(job, progress):
+        asked.append(job)
+        return step(tmp_path)[job.workload]
+
+    monkeypatch.setattr(plan, "compile_job", fake)
+    arguments = ["plan", run_file, "--topology", "v5e:2x4", "--set", "grpo.beta=0.04"]
+    assert cli.main([*arguments, "--workload", "grpo"]) == 0  # which it says too
+    text = capsys.readouterr().out
+    assert "mine: tiny-v3, grpo with adapters of rank 4" in text
+    assert "log-probabilities" in text
+    assert "fits" in text
+    assert [j.workload for j in asked] == list(memory.NAMES)
+    assert {j.run.grpo.beta for j in asked} == {0.04}
+    assert cli.main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [p["point"] for p in found["points"]] == list(memory.NAMES.values())
+    assert all(p["sum"] == sum(p["bytes"].values()) for p in found["points"])
+    assert cli.main([*arguments, "--batch", "3", "--lora", "8", "--mesh", "fsdp=8"]) == 1
+    error = capsys.readouterr().err
+    assert "--mesh fsdp=8 (it has none), --batch 3 (it has 8), --lora 8 (it has 4); leave that out" in error
+    assert "--set KEY=VALUE" in error
+    assert cli.main([*arguments, "--set", "objective=dpo"]) == 1
+    assert "objective dpo has no plan; expected one of pretrain, sft, grpo" in capsys.readouterr().err
+    assert cli.main(["plan", "tiny-v3", "--topology", "v5e:2x4", "--set", "steps=3"]) == 2
+
+
+def test_a_stage_is_planned_with_the_model_that_the_first_one_has():
+    found = planned_run.read_runs(str(RUNS / "r1-671b-zero.toml"))
+    assert {name: model for name, (_, model) in found.items()} == dict.fromkeys(found, "DeepSeek-V3-Base")
+    only = planned_run.read_runs(str(RUNS / "r1-671b-zero.toml"), ["only=to-64k"])
+    assert [(name, model) for name, (_, model) in only.items()] == [("to-64k", "DeepSeek-V3-Base")]
 
 
 @pytest.mark.slow

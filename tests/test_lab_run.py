@@ -5,17 +5,22 @@ import functools
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles import quick_compilation, slow, tiny_config  # noqa: F401
 
 from jaxseek.cli import main as cli
 from jaxseek.config import ConfigError
-from jaxseek.lab import analytic, plan, run
+from jaxseek.lab import analytic, memory, plan, run
 from jaxseek.lab.chips import Topology
-from jaxseek.lab.job import Job, abstract_step
+from jaxseek.lab.job import Job, abstract_step, train_run
 from jaxseek.lab.report import Report
-from jaxseek.sharding import Strategy, parameters
+from jaxseek.model import DeepSeek
+from jaxseek.rl.rollout import as_engine
+from jaxseek.run_config import LoraConfig
+from jaxseek.sharding import Strategy, device_bytes, parameters
+from jaxseek.train import lora
 
 SMALL = tiny_config("v3", num_hidden_layers=2, first_k_dense_replace=1, num_nextn_predict_layers=0)
 
@@ -80,6 +85,47 @@ def test_with_adapters_nothing_else_has_moments_and_the_first_estimate_counts_th
     assert whole["optimizer"] == pytest.approx(whole["weights"], rel=0.01)
     assert estimate.weights == pytest.approx(few["weights"], rel=1e-6)
     assert estimate.optimizer == pytest.approx(2 * adapters, rel=1e-6)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_rollout_that_is_planned_has_the_arrays_that_a_sampler_makes(rank):
+    j = job("grpo", "fsdp=2,expert=4", lora=rank)
+    policy = DeepSeek.init(SMALL, "fsdp=2,expert=4", dtype=jnp.bfloat16 if rank else jnp.float32)
+    if rank:
+        policy = lora.adapt(policy, LoraConfig(rank), 0)
+    made = as_engine(policy, "bfloat16").model
+    mesh = j.strategy.make_mesh()
+    with jax.set_mesh(mesh):
+        program = memory.programs(j)["rollout"]
+        _, (planned, *_), given = abstract_step(program, mesh)
+        _, (_, (dtype,)), _ = abstract_step(memory.programs(j)["lay out"], mesh)
+    assert dtype == "bfloat16"
+    assert given["weights"] == device_bytes(made)
+    for a, b in zip(jax.tree.leaves(planned), jax.tree.leaves(made), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+
+
+@pytest.mark.parametrize("program", ["seat", slow("lay out"), slow("read"), slow("log-probs")])
+def test_every_program_of_a_grpo_step_can_be_compiled(program):
+    j = job("grpo", "fsdp=2,expert=4")
+    mesh = j.strategy.make_mesh()
+    with jax.set_mesh(mesh):
+        step, args, given = abstract_step(memory.programs(j)[program], mesh)
+        found = step.trace(*args).lower().compile().memory_analysis()
+    assert given["weights"] > 0
+    assert found.argument_size_in_bytes > 0
+
+
+def test_the_experts_of_a_rollout_are_part_of_the_update_that_replays_them():
+    j = job("grpo", "fsdp=2,expert=4")
+    run = train_run(j)
+    run = run.replace(grpo=dataclasses.replace(run.grpo, routing_replay=True))
+    mesh = j.strategy.make_mesh()
+    with jax.set_mesh(mesh):
+        _, (_, _, batch, *_), _ = abstract_step(dataclasses.replace(j, run=run), mesh)
+    assert batch.experts_BTLK.shape == (1, 8, 64, 1, SMALL.num_experts_per_tok)
+    assert batch.experts_BTLK.sharding.spec[1] == batch.tokens_BT.sharding.spec[1]
 
 
 def test_random_numbers_are_of_the_wanted_spread_on_any_mesh_and_norms_are_one():

@@ -15,9 +15,11 @@ from oracles import quick_compilation, undrawn  # noqa: F401
 from policies import make_home, values_of
 
 from jaxseek import checkpoint
+from jaxseek.checkpoint import CheckpointError
 from jaxseek.cli.main import main
 from jaxseek.config import ConfigError, ModelConfig, configs_dir
 from jaxseek.rl import pipeline as pipelines
+from jaxseek.rl.experience import Shapes
 from jaxseek.rl.pipeline import Pipeline, run_pipeline, table
 from jaxseek.run_config import RunConfig, read_toml
 from jaxseek.sharding import Strategy
@@ -187,7 +189,7 @@ def test_every_shipped_run_file_is_read(path):
 BASES = {"671b": "deepseek-v3-base", "qwen-7b": "deepseek-r1-distill-qwen-7b"}
 
 
-@pytest.mark.parametrize("path", [p for p in shipped() if "671b" in p.stem or "qwen" in p.stem])
+@pytest.mark.parametrize("path", [p for p in shipped() if any(b in p.stem for b in BASES)])
 def test_runs_of_r1s_size_fit_its_model_and_their_mesh(path):
     base = next(preset for part, preset in BASES.items() if part in path.stem)
     for run in runs_of(path):
@@ -214,6 +216,22 @@ def test_r1s_figures_in_updates_are_those_of_the_paper():
     assert last["preferences"].steps * 16 == 400
     assert {run.rollout.temperature for run in last.values()} == {0.7}
     assert [len(run.rewards) for run in last.values()] == [3, 4]
+
+
+def test_a_row_has_two_of_the_longest_answers_unless_that_leaves_chips_without_rows():
+    zero = Pipeline.from_toml(configs_dir() / "runs" / "r1-671b-zero.toml").stages
+    shapes = [Shapes.of(run, 32, 16) for run in zero.values()]
+    assert [(s.microbatches, s.rows, s.length) for s in shapes] == [(8, 32, 2 * 34816), (16, 32, 67584)]
+
+
+def test_the_name_of_a_released_model_is_no_model_to_go_on_from():
+    run = RunConfig.from_toml(configs_dir() / "runs" / "grpo-r1-qwen-1.5b.v5e-1.toml")
+    with pytest.raises(
+        CheckpointError, match=f"convert hf://deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B {run.model}"
+    ):
+        start.model_config(run)
+    pretrain = RunConfig.from_toml(configs_dir() / "runs" / "pretrain-v3.toml")
+    assert start.model_config(pretrain) == ModelConfig.from_preset("deepseek-v3")
 
 
 def test_meshes_of_shipped_runs_are_known():

@@ -1,13 +1,18 @@
 """Strategies: what a user may write for a mesh, and what is refused with both numbers in the message."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 from oracles import random_model, tiny_config
 
-from jaxseek.config import ConfigError, ModelConfig, configs_dir
+from jaxseek.config import ConfigError, ModelConfig, configs_dir, presets
 from jaxseek.sharding import MESH_AXES, PHASES, Strategy, jit_sharing, parameters
 
 DENSE, V3 = tiny_config("llama"), tiny_config("v3")
@@ -168,6 +173,46 @@ def test_more_devices_than_there_are_names_both_numbers():
 def test_a_mesh_that_does_not_divide_the_model_names_both_numbers(cfg, mesh, message):
     with pytest.raises(ConfigError, match=f"the mesh does not fit the model: .*{message}"):
         Strategy.parse(mesh).check_fits(cfg)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(sorted(presets())),
+    st.sampled_from(TABLES),
+    st.dictionaries(st.sampled_from(MESH_AXES), st.sampled_from([2, 3, 4, 8, 16, 64]), max_size=2),
+)
+def test_a_proposed_mesh_fits_the_model_and_has_as_many_devices(preset, table, asked):
+    cfg, file = ModelConfig.from_preset(preset), configs_dir() / "meshes" / f"{table}.toml"
+    strategy = Strategy.from_toml(file, **asked)
+    found = strategy.nearest(cfg)
+    if not strategy.misfits(cfg):
+        assert {a: n for a, n in found.items() if n > 1} == sizes(strategy)  # nothing is nearer than itself
+        return
+    with pytest.raises(ConfigError) as e:
+        strategy.check_fits(cfg)
+    named = re.search(r"as many devices, (?:--mesh )?([a-z0-9=,]+)", str(e.value))
+    if found is None:
+        assert named is None
+        return
+    proposed = dict(kv.split("=") for kv in named[1].split(","))
+    other = Strategy.from_toml(file, **{a: int(n) for a, n in proposed.items()})
+    assert sizes(other) == {a: n for a, n in found.items() if n > 1}
+    assert other.num_devices == strategy.num_devices == math.prod(asked.values())
+    other.check_fits(cfg)
+
+
+@pytest.mark.parametrize(
+    ("preset", "mesh", "proposal"),
+    [
+        ("deepseek-r1-distill-qwen-1.5b", "tensor=8", "--mesh tensor=2,data=4 fits"),
+        ("deepseek-r1-distill-qwen-1.5b", "expert=4,tensor=2", "--mesh tensor=2,data=4 fits"),
+        ("deepseek-v2-lite", "expert=4,tensor=32", "--mesh expert=8,tensor=16 fits"),
+        ("deepseek-v2-lite", "deepseek-v3.v5e-8x8.decode", "in its [mesh] fits"),
+    ],
+)
+def test_the_proposed_mesh_is_the_nearest_and_keeps_the_axes_that_were_asked_for(preset, mesh, proposal):
+    with pytest.raises(ConfigError, match=re.escape(proposal)):
+        Strategy.parse(mesh).check_fits(ModelConfig.from_preset(preset))
 
 
 def test_freeing_an_axis_lets_a_mesh_fit(tmp_path):

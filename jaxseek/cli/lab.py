@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 from jaxseek.cli.shared import WrongUse, check_outputs, load_model, read_prompts
 
@@ -14,32 +15,40 @@ def add_lab_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
         "plan",
         _plan,
         "What a step costs on a TPU slice, by compiling it for the slice where there is no TPU: memory, "
-        "time, the dearest operations, every collective. Exit code 1 where it does not fit.",
-        "jaxseek plan deepseek-v2-lite --topology v5e:2x4 --workload decode --batch 8 --context 2048",
+        "time, the dearest operations, every collective; of a GRPO step the memory at each of its points. "
+        "Exit code 1 where it does not fit.",
+        "jaxseek plan deepseek-v2-lite --topology v5e:2x4 --workload decode --batch 8 --context 2048\n"
+        "  jaxseek plan configs/runs/grpo-r1-qwen-1.5b.v5e-1.toml --topology v5e:1x1",
     )
 
-    def lab_arguments(p: argparse.ArgumentParser) -> None:
-        p.add_argument("model", help="preset, checkpoint or Hugging Face directory, or config.json")
+    def lab_arguments(p: argparse.ArgumentParser, model: str, **defaults: Any) -> None:
+        p.add_argument("model", help=model)
         p.add_argument("--topology", required=True, metavar="CHIP:AxB", help="such as v5e:8x8 or v5p:4x4x4")
         workloads = ("decode", "prefill", "train", "rollout", "grpo")
-        p.add_argument("--workload", choices=workloads, default="decode")
-        p.add_argument("--context", type=int, default=2048, help="tokens of a sequence (default 2048)")
-        p.add_argument("--weights", choices=("bf16", "int8", "int4", "fp8"), default="bf16")
+        p.add_argument("--workload", choices=workloads, help="default decode")
+        p.add_argument("--context", type=int, help="tokens of a sequence (default 2048)")
+        p.add_argument("--weights", choices=("bf16", "int8", "int4", "fp8"), help="default bf16")
         p.add_argument("--json", action="store_true")
         p.add_argument("--plot", metavar="FILE", help="draw it")
+        p.set_defaults(**defaults)
 
-    lab_arguments(p)
+    one = "preset, checkpoint or Hugging Face directory, or config.json"
+    lab_arguments(p, f"{one}; or a run file (RUN.toml), which says all that `jaxseek train` would do")
+    p.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of a run file"
+    )
     p.add_argument(
         "--mesh",
         help="axis sizes (tensor=4,expert=2), a strategy TOML, or a shipped one's name (default: the shipped "
         "layout for this model, slice and workload, or else sizes chosen by a first estimate)",
     )
-    p.add_argument("--batch", type=int, default=8, help="sequences (default 8)")
-    p.add_argument("--lora", type=int, default=0, metavar="RANK", help="train and grpo: only adapters learn")
+    p.add_argument(
+        "--batch", type=int, help="sequences (default 8; to train, as many as devices if these are more)"
+    )
+    p.add_argument("--lora", type=int, metavar="RANK", help="train and grpo: only adapters learn")
     p.add_argument(
         "--remat",
         choices=("none", "dots", "costly", "full"),
-        default="full",
         help="of training: what the backward pass computes again, as in a run file (default full)",
     )
     p.add_argument("--hlo", metavar="FILE", help="write the compiled program's text")
@@ -62,7 +71,7 @@ def add_lab_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
         "estimate, compiled as `plan` does. Started again, it goes on where it was.",
         "jaxseek sweep deepseek-v2-lite --topology v5e:2x4 --batch 8 64 --plot sweep.png",
     )
-    lab_arguments(p)
+    lab_arguments(p, one, workload="decode", context=2048, weights="bf16")
     p.add_argument("--mesh", nargs="+", default=[], help="compare these instead, each as `plan` takes it")
     p.add_argument("--batch", type=int, nargs="+", default=[8], help="sequences; several are compared")
     p.add_argument("--keep", type=int, default=8, metavar="N", help="layouts to compile for each batch")
@@ -100,13 +109,16 @@ def add_lab_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
 
 def _plan(args: argparse.Namespace) -> int:
     from jaxseek.lab.plan import plan
+    from jaxseek.run_config import is_run_file
 
     if args.trace and not args.repeats:
         raise WrongUse("--trace is of a run: give --run too")
+    if args.set and not is_run_file(args.model):
+        raise WrongUse(f"--set changes a run file, and {args.model} is a model")
     check_outputs(args.plot, args.hlo, args.trace)
     layout = args.model, args.topology, args.mesh, args.workload, args.batch, args.context, args.weights
     run = {"lora": args.lora, "remat": args.remat, "repeats": args.repeats, "trace": args.trace}
-    return plan(*layout, as_json=args.json, hlo=args.hlo, plot=args.plot, **run)
+    return plan(*layout, overrides=args.set, as_json=args.json, hlo=args.hlo, plot=args.plot, **run)
 
 
 def _sweep(args: argparse.Namespace) -> int:

@@ -189,6 +189,7 @@ class Engine:
         program = _PROGRAMS[key()]
         if not self.laid_out:
             formats, *_ = program.input_formats[0]
+            self.weights = []  # so that an old array goes as soon as its new one is there
             for param, found in zip(parameters(self.decoder).values(), jax.tree.leaves(formats)):
                 param.set_value(in_formats(param[...], found, donate=self.owns))
             self.laid_out, self.weights = True, jax.tree.leaves(self.model)

@@ -19,6 +19,7 @@ import numpy as np
 from jaxseek.generate.engine import Engine, State, draw, fetch, read_prompts, split
 from jaxseek.generate.sampling import Mode, Sampling, SamplingArrays, batch_mode
 from jaxseek.model import DeepSeek
+from jaxseek.sharding import Strategy
 
 LENGTH_STEP = 16  # cache slots and prompt lengths are rounded up to it
 WIDTH = 64  # tokens of a dispatch at most
@@ -48,6 +49,45 @@ class GroupTiming:
     prompt_tokens: int
     new_tokens: int
     occupancy: float
+
+
+@dataclass(frozen=True)
+class Room:
+    """Shapes of the arrays of one call of `sample_groups`.
+
+    `prompts` rows of `length` tokens are read into caches of `prompt_capacity`; `slots` sequences decode at a
+    time, with caches of `capacity`.
+    """
+
+    prompts: int
+    length: int
+    prompt_capacity: int
+    slots: int
+    capacity: int
+
+    @classmethod
+    def of(cls, strategy: Strategy, prompts: int, group: int, longest: int, need: int, slots: int) -> Room:
+        """For groups of answers to prompts of up to `longest` tokens, which with their answers have up to
+        `need`; rounded to what the mesh divides. `slots` 0: all sequences at a time."""
+        prefill, decode = strategy.prefill, strategy.decode
+        whole = int(np.lcm(strategy.parts(decode, "cache_batch"), strategy.parts(decode, "batch")))
+        rows, columns = (strategy.parts(prefill, axis) for axis in ("batch", "length"))
+        step = int(np.lcm(whole, rows))
+        prompts += -prompts % step
+        total = prompts * group
+        length = max(LENGTH_STEP, 1 << (longest - 1).bit_length())
+        length += -length % columns
+        splits = [strategy.parts(rules, "cache_length") for rules in (prefill, decode)]
+        step = int(np.lcm.reduce([LENGTH_STEP, columns, *splits]))
+        capacity = max(need, length)
+        capacity += -capacity % step
+        return cls(
+            prompts=prompts,
+            length=length,
+            prompt_capacity=capacity if max(splits) > 1 else length,  # split alike, or cut short
+            slots=min(total, slots + -slots % whole) if slots else total,
+            capacity=capacity,
+        )
 
 
 # Given an answer so far, how many of its tokens to keep where it is to end there; else None.
@@ -95,21 +135,11 @@ class _Groups:
         ]
         strategy = self.model.strategy
         self.parts = strategy.parts(strategy.decode, "cache_batch")
-        rows, columns = (strategy.parts(strategy.prefill, axis) for axis in ("batch", "length"))
-        whole = int(np.lcm(self.parts, strategy.parts(strategy.decode, "batch")))
-        step = int(np.lcm(whole, rows))
-        self.P = len(prompts) + -len(prompts) % step
-        total = self.P * self.G
-        self.B = total if not slots else min(total, slots + -slots % whole)
-        longest = max(map(len, prompts))
-        self.T = max(LENGTH_STEP, 1 << (longest - 1).bit_length())
-        self.T += -self.T % columns
         need = max(len(p) + max(b) for p, b in zip(prompts, self.budgets))
-        splits = [strategy.parts(rules, "cache_length") for rules in (strategy.prefill, strategy.decode)]
-        step = int(np.lcm.reduce([LENGTH_STEP, columns, *splits]))
-        capacity = max(need, capacity, self.T)
-        self.capacity = capacity + -capacity % step
-        self.prompt_capacity = self.capacity if max(splits) > 1 else self.T  # split alike, or cut short
+        longest = max(map(len, prompts))
+        room = Room.of(strategy, len(prompts), self.G, longest, max(need, capacity), slots)
+        self.P, self.T, self.B = room.prompts, room.length, room.slots
+        self.capacity, self.prompt_capacity = room.capacity, room.prompt_capacity
         self.mode = mode or batch_mode([r for g in requests for r in g])
         width = max(1, *(len(r.stop_ids) for g in requests for r in g))
         self.blank_stops = np.full(width, -1, np.int32)

@@ -99,8 +99,8 @@ def first_pass(job: Job) -> Estimate:
     for p in params:
         at_rest, used = (p.bytes / _parts(p, r, strategy) for r in (strategy.weights, rules))
         weights += at_rest
-        if train and p.trained:  # two moments, in bfloat16 where all is trained
-            optimizer += at_rest * (2 if job.lora else 1)
+        if train and p.trained:  # two moments of a float32 parameter
+            optimizer += at_rest * (2 if job.float32_moments else 1)
         looked_up = p.name == "embed_VD" and not cfg.tie_word_embeddings
         read += 0 if looked_up else used * (touched if "expert" in p.axes else 1.0)
         experts += used * (most * _idle(job, p.bits) - touched) if decode and "expert" in p.axes else 0.0
@@ -121,10 +121,10 @@ def first_pass(job: Job) -> Estimate:
         optimizer=optimizer,
         hbm_seconds=touches / chip.hbm_bandwidth,
         flops_seconds=_flops(job) / strategy.num_devices / chip.peak["bf16"],
-        collective_seconds=traffic.seconds,
+        collective_seconds=traffic.seconds * job.microbatches,
         expert_seconds=experts / chip.hbm_bandwidth,
         small_seconds=_small_operations(job) * chip.operation_cycles / chip.clock,
-        collective_bytes=traffic.bytes,
+        collective_bytes=traffic.bytes * job.microbatches,
     )
 
 
@@ -320,6 +320,8 @@ def candidates(
             name = f"{table} " + ",".join(f"{a}={n}" for a, n in sizes.items() if n > 1)
             try:
                 strategy = Strategy.from_toml(path, **sizes)
+                if strategy.misfits(cfg):
+                    continue
                 yield name.strip(), Job(cfg, strategy, topology, workload, batch, context, weights, lora)
             except ConfigError:
                 continue

@@ -47,7 +47,8 @@ class Op:
     """What runs `times` times: `cycles` of XLA's code, or flops and bytes of a kernel, collective or copy.
 
     Everything is of one turn and of one device. `groups` are a collective's replica groups, or its pairs
-    (source, target); `dispatch` marks what stands outside the loop over steps; `what` is the JAX primitive.
+    (source, target), and it is `awaited` where the schedule starts nothing beside it; `dispatch` marks what
+    stands outside the loop over steps; `what` is the JAX primitive.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Op:
     bytes: float = 0.0
     groups: tuple[tuple[int, ...], ...] = ()
     algorithm: str = ""
+    awaited: bool = False
     dispatch: bool = False
 
 
@@ -262,6 +264,7 @@ def _ops(i, here, computations, times, dispatch, program, chains) -> Iterator[Op
         opcode = found.opcode.removesuffix("-start")
         if opcode in COLLECTIVES:
             # one that runs beside several fusions stands in each of them, with the same chain_id
+            started = found.opcode.endswith("-start") or i.opcode == "async-start"
             if chain := re.search(r'chain_id="(\d+)"', found.attributes):
                 if chain[1] in chains:
                     continue
@@ -279,6 +282,7 @@ def _ops(i, here, computations, times, dispatch, program, chains) -> Iterator[Op
                 kind="collective",
                 bytes=sum(map(shape_bytes, operands)),
                 groups=groups,
+                awaited=not started and chain is None,
                 algorithm=algorithm[1] if algorithm else "",
             )
     if i.opcode == "custom-call" and '"tpu_custom_call"' in i.attributes:

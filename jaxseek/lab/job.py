@@ -7,6 +7,8 @@ modelled here, and nothing is allocated.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,23 +19,28 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxseek.config import ConfigError, ModelConfig
-from jaxseek.generate import engine
+from jaxseek.generate import engine, groups
 from jaxseek.generate.sampling import Sampling, SamplingArrays
 from jaxseek.lab.chips import Topology
 from jaxseek.layers.quant import quantize_abstract
 from jaxseek.model import DeepSeek
 from jaxseek.redundancy import place_experts, refuse_slots
+from jaxseek.rl.evaluate import at_a_time
 from jaxseek.rl.experience import MOST_IN_A_ROW, PolicyBatch
-from jaxseek.rl.objective import PolicyObjective
+from jaxseek.rl.objective import PolicyObjective, make_logprobs
+from jaxseek.rl.rollout import as_in_decode, cast, in_decode
 from jaxseek.run_config import RunConfig
 from jaxseek.sharding import Rules, Strategy, device_bytes, fill
-from jaxseek.train.batch import make_batch
-from jaxseek.train.lora import adapt
+from jaxseek.train import lora
+from jaxseek.train.batch import Batch, make_batch
 from jaxseek.train.objectives import Objective
 from jaxseek.train.optimizer import decays, make_optimizer
 from jaxseek.train.step import State, make_step, trained
 
 WORKLOADS = ("decode", "prefill", "train", "rollout", "grpo")
+# What else a GRPO step runs: it lays the policy out for decoding, reads prompts, gives their answers slots,
+# and computes log-probabilities.
+OF_GRPO = ("lay out", "read", "seat", "log-probs")
 WEIGHTS = ("bf16", "int8", "int4", "fp8")
 TOKENS_PER_DISPATCH = 32  # the engine's default
 
@@ -44,8 +51,9 @@ class Job:
 
     Training rests in float32 (its moments in bfloat16) and computes in bfloat16, as the trainer does with
     DeepSeek-V3's run file; `grpo` is the update on sampled answers, a row of `context` tokens each. With
-    `lora` only adapters of that rank are trained, on bfloat16 weights. All workloads but `train` leave the
-    multi-token module out, as `convert --no-mtp` does.
+    `lora` only adapters of that rank are trained, on bfloat16 weights. A `run` says all of this itself, and
+    `batch` is then the rows of a microbatch. All workloads but `train` leave the multi-token module out, as
+    `convert --no-mtp` does.
     """
 
     cfg: ModelConfig
@@ -57,15 +65,19 @@ class Job:
     weights: str = "bf16"
     lora: int = 0
     remat: str = "full"
+    run: RunConfig | None = None
 
     def __post_init__(self) -> None:
-        if self.workload not in WORKLOADS:
+        if self.run is not None:
+            object.__setattr__(self, "lora", self.run.lora.rank)
+            object.__setattr__(self, "remat", self.run.remat)
+        if self.workload not in WORKLOADS + OF_GRPO:
             raise ConfigError(f"workload {self.workload!r}: expected one of {', '.join(WORKLOADS)}")
         if self.weights not in WEIGHTS:
             raise ConfigError(f"weights {self.weights!r}: expected one of {', '.join(WEIGHTS)}")
         if self.trains and self.weights != "bf16":
             raise ConfigError(f"training updates its weights: --weights {self.weights} is for the others")
-        if self.lora < 0 or (self.lora and not self.trains):
+        if self.lora < 0 or (self.lora and not (self.trains or self.run)):
             raise ConfigError(f"lora {self.lora}: expected a rank above 0, and workload train or grpo")
         if self.workload != "train" and self.cfg.num_nextn_predict_layers:
             object.__setattr__(self, "cfg", dataclasses.replace(self.cfg, num_nextn_predict_layers=0))
@@ -94,11 +106,14 @@ class Job:
     @property
     def phase(self) -> str:
         """The table of the strategy that lays this workload out."""
-        return {"rollout": "decode", "grpo": "train"}.get(self.workload, self.workload)
+        return {
+            "rollout": "decode", "grpo": "train", "log-probs": "train",
+            "lay out": "decode", "read": "prefill", "seat": "decode",
+        }.get(self.workload, self.workload)  # fmt: skip
 
     @property
     def trains(self) -> bool:
-        """Whether a step changes weights."""
+        """Whether it computes as training does, with the trainer's weights."""
         return self.phase == "train"
 
     @property
@@ -106,14 +121,26 @@ class Job:
         return getattr(self.strategy, self.phase)
 
     @property
+    def microbatches(self) -> int:
+        """Number of microbatches in a training step."""
+        return self.run.batch.accumulation if self.run and self.trains else 1
+
+    @property
+    def float32_moments(self) -> bool:
+        """Whether the optimizer's moments rest in float32: those of adapters do."""
+        return self.run.optimizer.moments == "float32" if self.run else bool(self.lora)
+
+    @property
     def tokens(self) -> int:
-        """That a step makes or reads."""
-        return self.batch * (1 if self.phase == "decode" else self.context)
+        """Tokens that a step makes or reads."""
+        return self.microbatches * self.batch * (1 if self.phase == "decode" else self.context)
 
 
 def abstract_model(job: Job) -> DeepSeek:
     """The model's shapes and shardings, in the dtype that its weights rest in."""
-    dtype = jnp.float32 if job.trains and not job.lora else jnp.bfloat16
+    dtype = jnp.dtype((job.run.compute_dtype if job.run else "") or "bfloat16")
+    if (job.trains or job.run) and not job.lora:
+        dtype = jnp.dtype("float32")
     model = job_weights(DeepSeek.abstract(job.cfg, job.strategy, dtype), job.weights)
     place_experts(model)
     return model
@@ -142,27 +169,55 @@ def abstract_step(job: Job, mesh: Mesh) -> tuple[Any, tuple, dict[str, int]]:
     def value(path: str, param: Any, sharding: NamedSharding) -> Any:
         return array(param.get_value().shape, param.get_value().dtype, sharding.spec)
 
-    model = fill(abstract_model(job), mesh, value)
-    model = adapt(model, train_run(job).lora, 0) if job.lora else model
+    model, run = fill(abstract_model(job), mesh, value), train_run(job)
+    model = lora.adapt(model, run.lora, 0) if job.lora else model
+    if job.run and job.workload in ("read", "seat", "rollout"):  # by the sampler's copy of the policy
+        layout = functools.partial(in_decode, dtype=sampling_dtype(run))
+        model = placed(jax.eval_shape(layout, model))
+    reference = 0
+    if job.workload == "log-probs":
+        other = placed(jax.eval_shape(functools.partial(_reference, run), model))
+        reference = device_bytes(other) if run.grpo.beta and run.reference.kind != "base" else 0
+        model = model if run.grpo.old_logprobs == "trainer" else other
     given = {"weights": device_bytes(model)}
-    if job.trains:
-        step, args = _train(job, model, array, placed)
+    if job.workload in ("train", "grpo"):
+        step, args = _train(job, run, model, array, placed)
         given["optimizer"] = device_bytes(args[0].moments)
+    elif job.workload == "log-probs":
+        count = array((), jnp.int32, P())
+        batch = dataclasses.replace(_batch(job, run, array), count=count)
+        step, args = make_logprobs(_objective(job, run)), (model, batch)
+        given["reference"] = reference
     elif job.workload == "prefill":
         step, args = _prefill(job, model)
+    elif job.workload == "lay out":
+        step, args = as_in_decode.new, (model, (sampling_dtype(run),))  # type: ignore[attr-defined]
+    elif job.workload == "read":
+        step, args = _read(job, run, model)
+    elif job.workload == "seat":
+        step, args = _seat(job, run, model, array, placed)
     else:
         step, args = _decode(job, model, array, placed)
         given["cache"] = device_bytes(args[1].caches)
     return step, args, given
 
 
-def _decode(job: Job, model: DeepSeek, array: Any, placed: Any) -> tuple[Any, tuple]:
-    B, rules, width = job.batch, job.rules, TOKENS_PER_DISPATCH
-    caches = placed(jax.eval_shape(lambda: model.init_caches(B, job.context, "bfloat16", rules)))
+def _state(job: Job, model: DeepSeek, dtype: str, array: Any, placed: Any) -> engine.State:
+    """The engine's state between dispatches, for `batch` sequences of `context` tokens."""
+    B, rules = job.batch, job.rules
+    caches = placed(jax.eval_shape(lambda: model.init_caches(B, job.context, dtype, rules)))
     kinds = (jnp.int32, jnp.int32, jnp.bool)
-    state = engine.State(caches, *(array((B,), kind, rules.spec("batch")) for kind in kinds))
+    return engine.State(caches, *(array((B,), kind, rules.spec("batch")) for kind in kinds))
+
+
+def _decode(job: Job, model: DeepSeek, array: Any, placed: Any) -> tuple[Any, tuple]:
+    B, width = job.batch, TOKENS_PER_DISPATCH
     temperature, record = (1.0, ("logprobs",)) if job.workload == "rollout" else (0.0, ())
-    sampling = Sampling(temperature=temperature, top_p=1.0)
+    sampling, dtype = Sampling(temperature=temperature, top_p=1.0), "bfloat16"
+    if job.run:
+        sampling, dtype = _sampling(job.run), sampling_dtype(job.run)
+        record += ("experts",) if _records_experts(job.run) else ()
+    state = _state(job, model, dtype, array, placed)
     params, done_B, stops_BK = SamplingArrays.of([sampling] * B), np.zeros(B, bool), np.full((B, 1), -1)
     step = engine.laid_out_steps(model, state, width=width, mode=sampling.mode, record=record)
     return step, (model, state, done_B, params, stops_BK.astype(np.int32), np.int32(width), np.int32(B))
@@ -176,38 +231,116 @@ def _prefill(job: Job, model: DeepSeek) -> tuple[Any, tuple]:
 
 
 def train_run(job: Job) -> RunConfig:
-    """The run that a training job is a step of: DeepSeek-V3's pretraining as run_config.py has it, or GRPO as
-    R1-Zero's."""
+    """The run that a training job is a step of, unless it has one: DeepSeek-V3's pretraining as run_config.py
+    has it, or GRPO as R1-Zero's, with a context that prompts and answers share evenly."""
+    if job.run is not None:
+        return job.run
     raw: dict[str, Any] = {
         "objective": "pretrain", "model": job.cfg.model_type, "out": "-", "steps": 1,
         "compute_dtype": "bfloat16", "batch": {"size": job.batch},
-        "data": {"train": ["-"], "length": job.context}, "loss": {"sequence_balance": 1e-4},
+        "data": {"train": ["-"], "length": max(job.context, 2)}, "loss": {"sequence_balance": 1e-4},
         "remat": job.remat,
     }  # fmt: skip
     if job.workload == "grpo":
-        raw |= {"objective": "grpo", "loss": {}, "rewards": [{"kind": "exact"}]}
+        group = math.gcd(job.batch, 16)
+        half, size = max(job.context // 2, 1), {"prompts": job.batch // group, "slots": job.batch}
+        raw |= {"objective": "grpo", "loss": {}, "rewards": [{"kind": "exact"}], "batch": {}}
+        raw |= {"rollout": size | {"max_prompt_tokens": half, "max_new_tokens": half}}
+        raw |= {"grpo": {"group_size": group} if group > 1 else {"group_size": 1, "baseline": "none"}}
+        raw |= {"reference": {"kind": "base" if job.lora else "device"}}
     raw |= {"lora": {"rank": job.lora}} if job.lora else {"optimizer": {"moments": "bfloat16"}}
     return RunConfig.from_dict(raw)
 
 
-def _train(job: Job, model: DeepSeek, array: Any, placed: Any) -> tuple[Any, tuple]:
-    run, rules = train_run(job), job.rules
+def _train(job: Job, run: RunConfig, model: DeepSeek, array: Any, placed: Any) -> tuple[Any, tuple]:
     optimizer = make_optimizer(run.recipe, decays(model))
     moments = placed(jax.eval_shape(optimizer.init, trained(model)))
     state = State(model, moments, array((), jnp.int32, P()))
-    rows = np.zeros((job.batch, 2), np.int8)  # of any length: only the fields are wanted
-    fields = make_batch(rows, rows, rows, job.cfg.num_nextn_predict_layers)
-    objective = Objective(run.recipe, jnp.dtype(run.compute_dtype))
-    if job.workload == "grpo":  # with the log-probabilities that a rollout records, and a reference
-        known = ("mask_BT", "advantage_BT", "sampled_BT", "reference_BT")
+    weight = np.float32(0.3 if job.cfg.num_nextn_predict_layers else 0)
+    step = make_step(_objective(job, run), optimizer, "tpu")
+    return step, (state, None, _batch(job, run, array), weight, np.float32(0.001))
+
+
+def _objective(job: Job, run: RunConfig) -> Objective:
+    dtype = jnp.dtype(run.compute_dtype or "bfloat16")
+    if run.objective == "grpo":
+        return PolicyObjective(run.recipe, dtype, MOST_IN_A_ROW)
+    return Objective(run.recipe, dtype)
+
+
+def _batch(job: Job, run: RunConfig, array: Any) -> Batch:
+    """All microbatches of a step, on the devices."""
+    rows = np.zeros((job.microbatches * job.batch, 2), np.int8)  # of any length: only the fields are wanted
+    fields = make_batch(rows, rows, rows, job.cfg.num_nextn_predict_layers, job.microbatches)
+    if run.objective == "grpo":  # with the log-probabilities that a rollout records, and others as wanted
+        known = {"mask", "advantage", "sampled"} | ({"reference"} if run.grpo.beta else set())
+        known |= {"drawn"} if run.grpo.importance_cap else set()
+        known |= {"old"} if run.grpo.old_logprobs == "trainer" else set()
+        more = dict.fromkeys((f"{name}_BT" for name in known), fields.segments_BT.astype(np.float32))
         fields = dataclasses.replace(fields, prefixes_BT=fields.segments_BT)
-        fields = PolicyBatch(**vars(fields), **dict.fromkeys(known, rows[None].astype(np.float32)))
-        objective = PolicyObjective(run.recipe, objective.dtype, MOST_IN_A_ROW)
+        fields = PolicyBatch(**vars(fields), **more)
 
     def batch(a: np.ndarray) -> jax.ShapeDtypeStruct:
         names = ("batch", *(None,) * (a.ndim - 3), "length")[: a.ndim - 1]
-        return array((*a.shape[:-1], job.context), a.dtype, P(None, *rules.spec(*names)))
+        return array((*a.shape[:-1], job.context), a.dtype, P(None, *job.rules.spec(*names)))
 
-    weight = np.float32(0.3 if job.cfg.num_nextn_predict_layers else 0)
-    step = make_step(objective, optimizer, "tpu")
-    return step, (state, None, jax.tree.map(batch, fields), weight, np.float32(0.001))
+    placed = jax.tree.map(batch, fields)
+    if run.objective == "grpo" and _records_experts(run):
+        sparse = sum(map(job.cfg.is_moe_layer, range(job.cfg.num_hidden_layers)))
+        shape = (*placed.tokens_BT.shape, sparse, job.cfg.num_experts_per_tok)
+        spec = P(None, *job.rules.spec("batch", "length", None, None))
+        placed = dataclasses.replace(placed, experts_BTLK=array(shape, jnp.int32, spec))
+    return placed
+
+
+# -------------------------------------------------------------------- what else a GRPO step runs
+
+
+def sampling_dtype(run: RunConfig) -> str:
+    """The dtype of a rollout's weights and caches."""
+    return run.rollout.dtype or run.compute_dtype or "bfloat16"
+
+
+def room(run: RunConfig, strategy: Strategy) -> groups.Room:
+    """Shapes of a rollout and of an evaluation, whichever are larger: that has a prompt for every answer."""
+    rollout, held_out = run.rollout, at_a_time(run)
+    need = rollout.max_prompt_tokens + rollout.max_new_tokens
+    sizes = (rollout.max_prompt_tokens, need, rollout.slots)
+    one = groups.Room.of(strategy, rollout.prompts, run.grpo.group_size, *sizes)
+    other = groups.Room.of(strategy, held_out, 1, *sizes)
+    return dataclasses.replace(
+        one, prompts=max(one.prompts, other.prompts), slots=max(one.slots, other.slots)
+    )
+
+
+def _sampling(run: RunConfig) -> Sampling:
+    rollout = run.rollout
+    return Sampling(1, rollout.temperature, rollout.top_k, rollout.top_p, rollout.min_p)
+
+
+def _records_experts(run: RunConfig) -> bool:
+    return run.grpo.routing_replay or run.rollout.record_experts
+
+
+def _reference(run: RunConfig, model: DeepSeek) -> DeepSeek:
+    """The policy that KL is measured against, as ReferencePolicy has it."""
+    if run.reference.kind == "base":
+        return lora.base(model)
+    return cast(lora.merged(model) if lora.is_adapted(model) else model, run.compute_dtype or "bfloat16")
+
+
+def _read(job: Job, run: RunConfig, model: DeepSeek) -> tuple[Any, tuple]:
+    found = room(run, job.strategy)
+    tokens_PT, lengths_P = np.zeros((found.prompts, found.length), np.int32), np.ones(found.prompts, np.int32)
+    how = (found.prompt_capacity, sampling_dtype(run), _records_experts(run))
+    return groups._read, (model, tokens_PT, lengths_P, *how)
+
+
+def _seat(job: Job, run: RunConfig, model: DeepSeek, array: Any, placed: Any) -> tuple[Any, tuple]:
+    found, rules, dtype, sampling = room(run, job.strategy), job.rules, sampling_dtype(run), _sampling(run)
+    state, size = _state(job, model, dtype, array, placed), (found.prompts, found.prompt_capacity)
+    caches = placed(jax.eval_shape(lambda: model.init_caches(*size, dtype, rules)))
+    logits_PV = array((found.prompts, job.cfg.vocab_size), jnp.float32, rules.spec("batch", "vocab"))
+    lengths_P, prompt_B = np.ones(found.prompts, np.int32), np.zeros(job.batch, np.int32)
+    params = SamplingArrays.of([sampling] * job.batch)
+    return groups._fill, (model, state, caches, logits_PV, lengths_P, prompt_B, params, sampling.mode)

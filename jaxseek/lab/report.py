@@ -30,10 +30,12 @@ class Timed:
 
 @dataclass(frozen=True)
 class Report:
-    """Of one step on one device. `seconds` by kind; `lower` overlaps everything, `upper` nothing.
+    """A step on one device. `seconds` by kind; `lower` overlaps everything, `upper` nothing.
 
-    `xla` and `pallas` share the core and add up; `collective` and `copy` (prefetch from HBM) may run beside
-    them. `dispatch` are seconds outside the loop over decode steps, once per dispatch.
+    `xla` and `pallas` share the core and add up; prefetches from HBM (`copy`) and collectives that the
+    schedule starts ahead may run beside them. The core waits for all other collectives, `awaited` seconds:
+    where there are such, `lower` is out of reach, and `expected` adds them. `dispatch` are seconds outside
+    the loop over decode steps, once per dispatch.
     """
 
     job: Job
@@ -45,7 +47,12 @@ class Report:
     operations: list[Timed]
     dispatch: float
     left_out: dict[str, list[str]]
+    awaited: float = 0.0
     compile_seconds: float = 0.0
+
+    @property
+    def expected(self) -> float:
+        return max(self.seconds["xla"] + self.seconds["pallas"] + self.awaited, self.lower)
 
     @property
     def lower(self) -> float:
@@ -87,6 +94,7 @@ class Report:
             "kernel_calls": self.kernel_calls,
             "seconds": self.seconds
             | {"lower": self.lower, "upper": self.upper, "per_dispatch": self.dispatch},
+            "expected_ms": self.expected * 1e3,
             "roofline": {
                 "hbm_seconds": e.hbm_seconds,
                 "flops_seconds": e.flops_seconds,
@@ -95,7 +103,7 @@ class Report:
             },
             "tokens_per_second": {
                 "per_chip": [r / chips for r in rates],
-                "per_sequence": [r / job.batch for r in rates],
+                "per_sequence": [r / job.batch / job.microbatches for r in rates],
             },
             "scopes": self.scopes,
             "dearest": [_row(t) for t in self.operations[:10]],
@@ -151,6 +159,7 @@ def summarise(
         seconds=seconds,
         scopes=dict(sorted(scopes.items(), key=lambda kv: -sum(kv[1].values()))),
         operations=sorted(step, key=lambda t: -t.seconds),
+        awaited=sum(t.seconds for t in step if t.op.awaited),
         dispatch=sum(t.seconds for t in timed) - sum(t.seconds for t in step),
         left_out={
             "no_cycles": program.sentinels,
@@ -197,25 +206,27 @@ def filled(job: Job) -> float:
 # -------------------------------------------------------------------- to read
 
 
-def lines(title: str, r: Report) -> str:
-    """The report as text."""
-    gib, m, s, e = 2**30, r.memory, {k: v * 1e3 for k, v in r.seconds.items()}, r.estimate
-    usable, reached = r.job.topology.chip.device.usable / gib, [e.limit / r.upper, e.limit / r.lower]
+def lines(title: str, r: Report, memory: list[str] | None = None) -> str:
+    """The report as text; `memory` are lines in place of what the program alone takes."""
+    s, e = {k: v * 1e3 for k, v in r.seconds.items()}, r.estimate
+    reached = [e.limit / r.upper, e.limit / r.lower]
     chips = math.prod(r.job.topology.dims)
     rates = [r.job.tokens / r.upper, r.job.tokens / r.lower]
+    waits = f"; {r.awaited * 1e3:.3f} of {s['collective']:.3f} ms of collectives are waited for"
+    waits = waits if s["collective"] else ""
+    sequences = r.job.batch * r.job.microbatches
     floors = f"HBM {e.hbm_seconds * 1e3:.3f}, flops {e.flops_seconds * 1e3:.3f}"
-    parts = ", ".join(f"{k} {m[k] / gib:.2f}" for k in ("weights", "cache", "optimizer", "temp") if m[k])
     out = [
         title,
-        f"  memory   peak {m['peak'] / gib:.2f} of {usable:.2f} GiB per device ({parts}): "
-        + ("fits" if r.fits else "DOES NOT FIT"),
-        f"  step     {r.lower * 1e3:.3f} to {r.upper * 1e3:.3f} ms (all overlapped, nothing overlapped)",
+        *(memory or [_memory(r)]),
+        f"  step     {r.expected * 1e3:.3f} ms; {r.lower * 1e3:.3f} with all overlapped, {r.upper * 1e3:.3f} "
+        f"with nothing{waits}",
         f"           XLA {s['xla']:.3f} ms ({r.cycles / 1e6:.2f} M cycles), kernels {s['pallas']:.3f} "
         f"({r.kernel_calls:,} calls), "
         f"collectives {s['collective']:.3f}, prefetch {s['copy']:.3f}",
         f"  limit    {e.limit * 1e3:.3f} ms ({floors}), {reached[0]:.0%} to {reached[1]:.0%} reached",
         f"  tokens/s {_range([x / chips for x in rates])} per chip, "
-        f"{_range([x / r.job.batch for x in rates])} per sequence",
+        f"{_range([x / sequences for x in rates])} per sequence",
     ]
     if r.dispatch:
         out.append(f"  and      {r.dispatch * 1e3:.3f} ms once per dispatch of {TOKENS_PER_DISPATCH} steps")
@@ -238,6 +249,14 @@ def lines(title: str, r: Report) -> str:
         if names:
             out.append(f"  {what.replace('_', ' ')}: {len(names)} ({', '.join(names[:5])})")
     return "\n".join(out)
+
+
+def _memory(r: Report) -> str:
+    """What the program takes of a device's memory."""
+    gib, m, usable = 2**30, r.memory, r.job.topology.chip.device.usable
+    parts = ", ".join(f"{k} {m[k] / gib:.2f}" for k in ("weights", "cache", "optimizer", "temp") if m[k])
+    fits = "fits" if r.fits else "DOES NOT FIT"
+    return f"  memory   peak {m['peak'] / gib:.2f} of {usable / gib:.2f} GiB per device ({parts}): {fits}"
 
 
 def _alike(operations: list[Timed]) -> list[tuple[Timed, int]]:
@@ -280,7 +299,8 @@ def draw(title: str, r: Report, path: str) -> None:
         if any(values):
             right.barh(names, values, left=start, label=label)
             start = [a + b for a, b in zip(start, values)]
-    for value, label in ((r.estimate.limit, "roofline"), (r.lower, "overlapped"), (r.upper, "in turn")):
+    values = (r.estimate.limit, r.lower, r.expected, r.upper)
+    for value, label in zip(values, ("roofline", "overlapped", "expected", "in turn")):
         right.plot([], [], " ", label=f"{label}: {value * 1e3:.2f} ms")
     right.set(xlabel="ms per step")
     right.legend(fontsize=8, loc="lower right")

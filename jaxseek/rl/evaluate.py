@@ -93,8 +93,11 @@ class Evaluation:
 
 
 def evaluate(run: RunConfig, sampler: Sampler, held_out: HeldOut, marking: Marking) -> Evaluation:
-    """Answer every held-out problem `task.samples` times, at task.temperature."""
-    task, size = run.task, run.rollout.prompts * run.grpo.group_size
+    """Answer every held-out problem `task.samples` times, at task.temperature.
+
+    As many at a time as a rollout decodes: every one of them has a prompt of its own, whose cache is kept.
+    """
+    task, size = run.task, at_a_time(run)
     numbered = enumerate(held_out.problems)
     work = [(p, prompt, (n, s)) for n, (p, prompt) in numbered for s in range(task.samples)]
     episodes: list[Episode] = []
@@ -124,6 +127,12 @@ def evaluate(run: RunConfig, sampler: Sampler, held_out: HeldOut, marking: Marki
         for e, total, correct in zip(episodes, totals_N, correct_N)
     ]
     return Evaluation(values, answers)
+
+
+def at_a_time(run: RunConfig) -> int:
+    """Held-out problems that are answered side by side."""
+    answers = run.rollout.prompts * run.grpo.group_size
+    return min(answers, run.rollout.slots or answers)
 
 
 def of_answers(episodes: list[Episode]) -> dict[str, float]:

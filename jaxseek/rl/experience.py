@@ -61,7 +61,8 @@ class Shapes:
         if together > 1:
             length = prompt - 1 + together * (1 + new)
         else:
-            together = 2 if answers % 2 == 0 else 1  # of the longest; packs shorter ones better
+            # of the longest: two pack shorter ones better, unless that leaves parts of the mesh without rows
+            together = 2 if answers % 2 == 0 and answers // 2 >= rows_multiple else 1
             length = together * (prompt + new)
         rows, step = -(-answers // together), int(np.lcm(16, length_multiple))
         return cls(run.batch.accumulation, rows + -rows % rows_multiple, length + -length % step)

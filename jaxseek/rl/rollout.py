@@ -141,7 +141,7 @@ def as_engine(model: DeepSeek, dtype: Any) -> Engine:
     if quantization(model):
         return Engine(model, dtype, owns=False)
     with model.on_mesh():  # what need not be changed are the policy's own arrays
-        return Engine(_as_in_decode(model, jnp.dtype(dtype).name), dtype, owns=False)
+        return Engine(as_in_decode(model, jnp.dtype(dtype).name), dtype, owns=False)
 
 
 def seed_of(*parts: int) -> int:
@@ -150,8 +150,7 @@ def seed_of(*parts: int) -> int:
     return (int(high) << 31) ^ int(low)
 
 
-@jit_sharing
-def _as_in_decode(model: DeepSeek, dtype: str) -> DeepSeek:
+def in_decode(model: DeepSeek, dtype: str) -> DeepSeek:
     """The model without adapters, cast, and laid out as decoding uses it, so that no step moves weights."""
     model = cast(lora.merged(model) if lora.is_adapted(model) else model, dtype)
     rules, values = model.strategy.decode, []
@@ -159,6 +158,9 @@ def _as_in_decode(model: DeepSeek, dtype: str) -> DeepSeek:
         value, axes = param.get_value(), param.get_metadata("axes")
         values.append(rules.shard(value, *(None,) * (value.ndim - len(axes)), *axes))
     return jax.tree.unflatten(jax.tree.structure(model), values)
+
+
+as_in_decode = jit_sharing(in_decode)
 
 
 def cast(model: DeepSeek, dtype: Any) -> DeepSeek:

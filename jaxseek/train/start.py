@@ -139,20 +139,26 @@ def _given_tokenizer(run: RunConfig) -> Tokenizer:
 
 
 def model_config(run: RunConfig) -> ModelConfig:
-    """The config of the run's model, with its `[config]` fields changed. ConfigError for a quantised one."""
+    """The config of the run's model, with its `[config]` fields changed.
+
+    Raises ConfigError for a quantised one, CheckpointError for one that is not there. The name of a released
+    model stands for random weights in pretraining alone.
+    """
     kind = checkpoint.kind_of(run.model)
-    if kind is None and run.model not in presets():
+    random = run.model.startswith("tiny-") or run.objective == "pretrain"
+    if kind is None and not (random and run.model in presets()):
         raise checkpoint.not_a_checkpoint(run.model)
     if kind == "jaxseek" and checkpoint.stored_quantization(checkpoint.read_manifest(place(run.model))):
         raise ConfigError(
             f"{run.model} is quantised, so it cannot be trained; convert it first: "
             f"jaxseek convert {run.model} DST --dtype bfloat16"
         )
-    cfg = (
-        ModelConfig.from_hf(model_place(run.model, weights=False))
-        if kind
-        else ModelConfig.from_preset(run.model)
-    )
+    at = model_place(run.model, weights=False)
+    return with_changes(run, ModelConfig.from_hf(at) if kind else ModelConfig.from_preset(run.model))
+
+
+def with_changes(run: RunConfig, cfg: ModelConfig) -> ModelConfig:
+    """A config with the run's `[config]` fields changed. Raises ConfigError for fields it has not."""
     if not run.config:
         return cfg
     fields = cfg.to_hf()
@@ -166,9 +172,15 @@ def open_strategy(run: RunConfig, cfg: ModelConfig) -> Strategy:
     several = jax.process_count() > 1
     one = jax.default_backend() == "cpu" and not several
     strategy = Strategy.parse(run.mesh or {"fsdp": 1 if one else jax.device_count()})
-    strategy.check_fits(cfg)
+    check_strategy(run, cfg, strategy)
     if several:
         strategy.make_mesh()  # an error now, before the run has a directory
+    return strategy
+
+
+def check_strategy(run: RunConfig, cfg: ModelConfig, strategy: Strategy) -> None:
+    """Raise ConfigError where the mesh does not fit the model, or the run's rows fit neither."""
+    strategy.check_fits(cfg)
     refuse_slots(strategy, "training")
     rows, microbatches = strategy.parts(strategy.train, "batch"), run.batch.accumulation
     if run.objective in ("grpo", "reject"):  # whose rows are packed to fit
@@ -179,7 +191,7 @@ def open_strategy(run: RunConfig, cfg: ModelConfig) -> Strategy:
                 f"{rollout.max_new_tokens} are more than the model's context of "
                 f"{cfg.max_position_embeddings}; lower one"
             )
-        return strategy
+        return
     if run.batch.size % (rows * microbatches):
         raise ConfigError(
             f"batch.size {run.batch.size} is not divisible by the mesh's {rows} parts of the batch x "
@@ -198,7 +210,6 @@ def open_strategy(run: RunConfig, cfg: ModelConfig) -> Strategy:
     groups = run.loss.device_groups
     if (run.loss.device_balance or run.loss.communication_balance) and cfg.n_routed_experts % groups:
         raise ConfigError(f"loss.device_groups {groups} does not divide the {cfg.n_routed_experts} experts")
-    return strategy
 
 
 def open_model(run: RunConfig, cfg: ModelConfig, strategy: Strategy) -> DeepSeek:
