@@ -15,10 +15,7 @@ import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
-
-if TYPE_CHECKING:
-    from jaxseek.storage.place import Place
+from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 log = logging.getLogger("jaxseek")
 
@@ -76,6 +73,14 @@ _ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "llama3": (("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"), ()),
 }
+
+
+class Location(Protocol):
+    """A path, or what serves as one."""
+
+    def is_dir(self) -> bool: ...
+    def __truediv__(self, part: str, /) -> Any: ...
+    def read_text(self, encoding: str = "utf-8") -> str: ...
 
 
 class ConfigError(ValueError):
@@ -193,7 +198,7 @@ class ModelConfig:
     # ---------------------------------------------------------------- reading and writing
 
     @classmethod
-    def from_hf(cls, source: str | Place | dict[str, Any]) -> ModelConfig:
+    def from_hf(cls, source: str | Location | dict[str, Any]) -> ModelConfig:
         """Read a Hugging Face `config.json`: its path or place, that of its directory, or the parsed dict.
 
         Raises ConfigError for an unknown `model_type`, missing fields (all named at once) or values that do
