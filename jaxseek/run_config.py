@@ -27,6 +27,7 @@ from jaxseek.rl_config import (
     TaskConfig,
     rl_problems,
 )
+from jaxseek.storage.place import Place, place
 
 # A number for the whole run, or [[fraction of the run, value from there on], ...].
 Steps = float | list
@@ -252,7 +253,7 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     @classmethod
-    def from_toml(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    def from_toml(cls, path: str | Place, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
         """Read a run file and apply `key=value` overrides (`optimizer.learning_rate=1e-4`).
 
         Raises ConfigError for a file that is no TOML, unknown keys, and values of a wrong type or range.
@@ -379,12 +380,12 @@ def is_run_file(name: str) -> bool:
     return name.endswith(".toml") or name in shipped_runs()
 
 
-def find_run_file(name: str | Path) -> Path:
-    """The file at this path, or else the shipped one of this name, with or without .toml or its old folder.
+def find_run_file(name: str | Place) -> Place:
+    """The file at this path or URL, or else the shipped one of this name, with .toml or without.
 
     Raises ConfigError, with the names that are close.
     """
-    path, shipped = Path(name), shipped_runs()
+    path, shipped = place(name), shipped_runs()
     if path.is_file():
         return path
     known = path.name.removesuffix(".toml")
@@ -395,7 +396,7 @@ def find_run_file(name: str | Path) -> Path:
     raise ConfigError(f"{name}: no such run file; {hint}")
 
 
-def read_toml(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
+def read_toml(path: str | Place, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
     """The tables of a run file, or of a shipped one by its name, with `key=value` overrides put in.
 
     Raises ConfigError.

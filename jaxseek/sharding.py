@@ -40,6 +40,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxseek.config import ConfigError, ModelConfig, configs_dir
+from jaxseek.storage.place import Place, is_url, place
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 DISPATCHES = ("local", "replicated", "all_to_all")
@@ -249,9 +250,9 @@ class Strategy:
         return problems
 
     @classmethod
-    def from_toml(cls, path: str | Path, **sizes: int) -> Strategy:
+    def from_toml(cls, path: str | Place, **sizes: int) -> Strategy:
         """Read a strategy file; tables it leaves out come from the default strategy."""
-        path = Path(path)
+        path = place(path)
         try:
             raw = tomllib.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -270,7 +271,7 @@ class Strategy:
                 raise ConfigError(f"[weights] redundant_experts is {extra!r}, expected a number of slots")
             if not isinstance(placement, str | None):
                 raise ConfigError(f"[weights] placement is {placement!r}, expected a file's name")
-            if placement is not None:
+            if placement is not None and not is_url(placement):
                 placement = str(path.parent / placement)
             strategy = cls._build(raw.get("mesh", {}) | sizes, tables)
             return replace(strategy, redundant_experts=extra, placement=placement)

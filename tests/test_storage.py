@@ -328,6 +328,23 @@ def test_a_run_in_a_store_is_the_run_on_a_disk_also_when_it_goes_on(home, memory
     assert any(name.startswith("tensorboard/") for name in place(out).sizes())
 
 
+def test_a_run_file_a_mesh_and_prompts_may_be_in_a_store(home, memory, tmp_path, capsys):
+    config = run(home, memory / "run", steps=1, mesh=str(memory / "mesh.toml"))
+    (memory / "mesh.toml").write_text("[mesh]\nfsdp = 2\n")
+    (memory / "run.toml").write_text(Path(toml(config, tmp_path / "run.toml")).read_text())
+    assert main(["train", str(memory / "run.toml"), "--json"]) == 0
+    (memory / "prompts.txt").write_text("the quick\nbrown fox\n")
+    capsys.readouterr()
+    model = str(memory / "run/model")
+    assert main(["generate", model, "-f", str(memory / "prompts.txt"), "-n", "2", "--json"]) == 0
+    assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == [
+        "the quick",
+        "brown fox",
+    ]
+    assert main(["train", str(memory / "rum.toml")]) == 1
+    assert "memory://bucket/here/rum.toml: no such run file" in capsys.readouterr().err
+
+
 def test_several_hosts_do_not_write_through_the_disk_of_one(memory, monkeypatch):
     monkeypatch.setattr("jax.process_count", lambda: 2)
     with pytest.raises(CheckpointError, match="2 hosts write a checkpoint together"):

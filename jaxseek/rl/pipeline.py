@@ -19,7 +19,6 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -52,7 +51,7 @@ class Pipeline:
     only: str
 
     @classmethod
-    def from_toml(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Pipeline:
+    def from_toml(cls, path: str | Place, overrides: list[str] | tuple[str, ...] = ()) -> Pipeline:
         """Read a pipeline file, with `stages.NAME.key=value` overrides. Raises ConfigError."""
         return cls.from_dict(read_toml(path, overrides), str(path))
 
