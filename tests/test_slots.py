@@ -18,7 +18,8 @@ from oracles import (
 from test_dispatch import E, K, dense_loop, inputs, strategy_of
 from test_quant import quantized_model
 
-from jaxseek import checkpoint, cli, loading, placement
+from jaxseek import checkpoint, loading, placement
+from jaxseek.cli import main as cli
 from jaxseek.config import ConfigError
 from jaxseek.generate.engine import Engine
 from jaxseek.generate.sampling import Sampling
