@@ -28,8 +28,11 @@ def rounding_error(src: str | Path, dst: str | Path, text: str | Path | None = N
     Perplexity of both, KL(src || dst) in nats per token as mean and 99th percentile, and the share of
     tokens on which the likeliest is the same. Without `text` it is Python's manual; a model with no
     tokenizer reads random tokens, of which the perplexity says nothing. Where both do not fit into memory,
-    or the text is too short, the result is `why`. Raises CheckpointError as `load` does, or OSError.
+    the text is too short, or several hosts have joined, the result is `why`. Raises CheckpointError as
+    `load` does, or OSError.
     """
+    if jax.process_count() > 1:
+        return {"why": f"the models are compared on one host, and this ran on {jax.process_count()}"}
     cfg = ModelConfig.from_hf(place(dst))
     if (need := 8 * cfg.num_params()) > (free := free_memory()):
         return {"why": f"both models in float32 take {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free"}

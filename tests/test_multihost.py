@@ -303,6 +303,15 @@ def test_several_hosts_convert_into_a_bucket_and_train_there(shards, home, tmp_p
     places._driver.cache_clear()
 
 
+def test_several_hosts_quantize_and_say_that_they_do_not_compare(shards, tmp_path):
+    ends = on_hosts(["quantize", shards, tmp_path / "many", "--weights", "int8", "--json"], 2)
+    assert [code for code, *_ in ends] == [0, 0], ends
+    found = json.loads(next(l for l in ends[0][1].splitlines() if l.startswith("{")))
+    assert "compared on one host, and this ran on 2" in found["error"]["why"]
+    convert(shards, tmp_path / "one", dtype="int8", progress=False)
+    assert tree(tmp_path / "many") == tree(tmp_path / "one")
+
+
 def test_an_error_of_one_host_ends_a_conversion_on_all(shards, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(shards, broken)
