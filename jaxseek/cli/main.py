@@ -18,7 +18,7 @@ from jaxseek.cli.lab import add_lab_verbs
 from jaxseek.cli.shared import WrongUse, load_model, read_prompts, say_unused_accelerator, table
 
 ALL_HOSTS = ("train", "convert", "quantize", "generate", "plan")  # others run on host 0 alone
-NO_DEVICES = ("info", "sweep", "doctor", "plan")  # the last but with --run
+NO_DEVICES = ("info", "sweep", "plan")  # the last but with --run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         devices = bool(runs) and not getattr(args, "dry_run", False) and not getattr(args, "list", False)
         if devices and args.verb in ALL_HOSTS:
             joined = hosts.join()
-        elif not hosts.runs_here(args.verb, devices):
+        elif args.verb != "doctor" and not hosts.runs_here(args.verb, devices):  # which tells of each host
             return 0
         if joined:
             about = f"{about} host {joined.index}:"
