@@ -11,7 +11,9 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+import time
+import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
@@ -20,7 +22,7 @@ import jax
 
 from jaxseek import hosts
 from jaxseek.storage.hub import model_place
-from jaxseek.storage.place import Place, Remote, place, remove, scratch, upload, writable
+from jaxseek.storage.place import Place, Remote, place, scratch, upload, writable
 
 MANIFEST = "jaxseek.json"
 MARKERS = ("config.json", MANIFEST)  # what makes a directory a checkpoint, in the order of writing
@@ -129,34 +131,46 @@ def new_directory(path: str | Place, needed: int, overwrite: bool = False) -> It
 @contextlib.contextmanager
 def _new_remote(path: Remote, needed: int, overwrite: bool) -> Iterator[Path]:
     raise_one_host(path)
-
-    def create() -> None:
-        if check_destination(path, 0, overwrite):
-            clear(path)
-
+    native = orbax_writes(path)
     with scratch("save") as folder:
-        if not orbax_writes(path):
+        if not native:
             check_room(folder, needed)
-        hosts.from_first(create)
+        taken = hosts.from_first(lambda: check_destination(path, 0, overwrite))
+
+        def settle() -> None:
+            if taken and not native:
+                clear(path)
+            upload(folder, path, MARKERS)
+
+        if taken and native:
+            hosts.from_first(lambda: clear(path))
         yield folder
         hosts.meet("checkpoint is written")
-        hosts.from_first(lambda: upload(folder, path, MARKERS))
+        hosts.from_first(settle)
 
 
-def clear(path: Remote) -> None:
+def clear(path: Remote, keep: str = "") -> None:
     """Remove a checkpoint from an object store, first what makes it one."""
     for name in reversed(MARKERS):
         (path / name).unlink(missing_ok=True)
-    remove(path)
+    for name in path.sizes():
+        if name != keep:
+            (path / name).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A directory that is being written: `weights` and the journal where they stay, `files`, the small ones,
-    on this machine. On a disk they are one."""
+    """A directory that is being written.
+
+    `weights` and the journal stay where they are written; `files`, the small ones, are on this machine. On
+    a disk they are one. `begin` makes way for the first of them, once it is sure that there will be any;
+    `check` raises CheckpointError where another process has begun to write there since.
+    """
 
     files: Path
     weights: Place
+    begin: Callable[[], None] = lambda: None
+    check: Callable[[], None] = lambda: None
 
 
 @contextlib.contextmanager
@@ -199,20 +213,54 @@ def resumable_directory(path: Place, journal: str, overwrite: bool = False) -> I
 
 @contextlib.contextmanager
 def _resumable_remote(path: Remote, journal: str, overwrite: bool) -> Iterator[Draft]:
-    def claim() -> None:
-        begun = (path / journal).is_file() and not any((path / name).is_file() for name in MARKERS)
-        if not begun and check_destination(path, 0, overwrite):
-            clear(path)
+    """As `resumable_directory`. A store has no locks: who comes later writes, and who was there stops."""
+    mine = path / f"{journal.partition('.')[0]}-owner.jsonl"
 
-    hosts.from_first(claim)
-    with scratch("convert") as folder:
-        yield Draft(folder, path)
+    def claim() -> tuple[bool, str]:
+        begun = (path / journal).is_file() and kind_of(path) is None
+        taken = not begun and check_destination(path, 0, overwrite)
+        token = uuid.uuid4().hex
+        mine.write_text(token)  # also tells now whether anything can be written
+        return taken, token
 
-        def settle() -> None:
-            upload(folder, path, MARKERS)
-            _forget(path, journal)
+    taken, token = hosts.from_first(claim)
+    checked = time.monotonic()
 
-        hosts.from_first(settle)
+    def check() -> None:
+        nonlocal checked
+        if time.monotonic() - checked > _SECONDS:
+            checked = time.monotonic()
+            raise_other(mine, token)
+
+    def begin() -> None:
+        if taken:
+            clear(path, keep=mine.name)
+
+    try:
+        with scratch("convert") as folder:
+            yield Draft(folder, path, lambda: hosts.from_first(begin), check)
+
+            def settle() -> None:
+                raise_other(mine, token)
+                upload(folder, path, MARKERS)
+                _forget(path, journal)
+
+            hosts.from_first(settle)
+    except BaseException:
+        if jax.process_index() == 0 and not (path / journal).is_file():
+            mine.unlink(missing_ok=True)
+        raise
+
+
+_SECONDS = 5.0  # between looks at who writes to a store
+
+
+def raise_other(mine: Remote, token: str) -> None:
+    """Raise CheckpointError where another process has claimed a directory of a store."""
+    if not mine.is_file() or mine.read_text() != token:
+        raise CheckpointError(
+            f"{mine.parent}: another process has begun to convert to there; let one of them do it"
+        )
 
 
 def _forget(path: Place, journal: str) -> None:

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -59,6 +60,9 @@ def cluster() -> Cluster | None:
             f"{' and '.join(given)} without {' and '.join(missing)}, where JAX detects no cluster; set all "
             f"of {_ADDRESS} (host 0 and a port), {_COUNT} and {_INDEX}, or none"
         )
+    host, _, port = given[_ADDRESS].rpartition(":")
+    if given[_ADDRESS] and not (host and port.isdecimal() and 0 < int(port) < 65536):
+        raise ConfigError(f"{_ADDRESS} is {given[_ADDRESS]!r}, expected HOST:PORT, such as 10.0.0.2:8476")
     try:
         found = Cluster(int(given[_COUNT]), int(given[_INDEX]))
     except ValueError:
@@ -218,8 +222,11 @@ def _detected() -> Cluster | None:
     from jax._src.clusters import ClusterEnv
 
     try:
-        # with an address, it does not wait for that of host 0 to be known
-        _, count, index, _ = ClusterEnv.auto_detect_unset_distributed_params("", None, None, None, None, 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # JAX's own, of re.split
+            # with an address, it does not wait for that of host 0 to be known
+            found = ClusterEnv.auto_detect_unset_distributed_params("", None, None, None, None, 1)
+        _, count, index, _ = found
     except Exception as e:  # of the network, Kubernetes, or variables that are not numbers
         print(
             f"jaxseek: JAX cannot tell whether there are other hosts ({type(e).__name__}: {str(e)[:200]}), "
@@ -307,13 +314,24 @@ def from_first(make: Callable[[], T]) -> T:
             answer = make(), None
         except Exception as e:
             answer = None, e
-    blob = pickle.dumps(answer)
+    blob = _pickled(answer)
     size = most(len(blob))
     sent = multihost_utils.broadcast_one_to_all(np.frombuffer(blob.ljust(size, b"\0"), np.uint8))
     value, error = pickle.loads(np.asarray(sent).tobytes())
     if error is not None:
         raise error
     return value
+
+
+def _pickled(answer: tuple[Any, Exception | None]) -> bytes:
+    """Pickle an answer; of an error that cannot be sent, the text."""
+    try:
+        blob = pickle.dumps(answer)
+        pickle.loads(blob)
+        return blob
+    except Exception as e:
+        error = answer[1] or e
+        return pickle.dumps((None, ValueError(f"{type(error).__name__}: {error}")))
 
 
 def gather(value: Any) -> list[Any]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from jaxseek.config import ConfigError, configs_dir
+from jaxseek.config import ConfigError, configs_dir, presets
 from jaxseek.rl_config import (
     PRESETS,
     GrpoConfig,
@@ -378,6 +378,13 @@ def headline(path: Path, width: int = 90) -> str:
 def is_run_file(name: str) -> bool:
     """Tell whether this names a run file, by its ending or as a shipped one, and not a model."""
     return name.endswith(".toml") or name in shipped_runs()
+
+
+def raise_near_run_file(name: str) -> None:
+    """Raise ConfigError for a name that is no model here and nearly that of a shipped run file."""
+    near = difflib.get_close_matches(name, [*shipped_runs(), *presets()], 1, 0.75)
+    if near and near[0] in shipped_runs() and name not in presets() and not place(name).exists():
+        raise ConfigError(f"{name}: neither a model nor a run file; did you mean {near[0]}?")
 
 
 def find_run_file(name: str | Place) -> Place:

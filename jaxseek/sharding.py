@@ -21,11 +21,10 @@ from __future__ import annotations
 
 import difflib
 import functools
-import itertools
 import math
 import tomllib
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +42,7 @@ from jaxseek.config import ConfigError, ModelConfig, configs_dir
 from jaxseek.storage.place import Place, is_url, place
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
+_MOST_DEVICES = 1 << 14  # beyond which no fitting sizes are looked for
 DISPATCHES = ("local", "replicated", "all_to_all")
 FACTORS = ("capacity_factor", "room_factor")  # of the rows that a dispatch takes, see layers/dispatch.py
 PHASES = ("train", "prefill", "decode")
@@ -194,15 +194,15 @@ class Strategy:
         They are the fewest doublings and halvings (by logarithm) away, then split the fewest axes; axes of
         these sizes come first.
         """
+        if self.num_devices > _MOST_DEVICES:
+            return None
         asked = dict(self.sizes)
-        divisors = [n for n in range(1, self.num_devices + 1) if self.num_devices % n == 0]
 
         def distance(sizes: tuple[int, ...]) -> tuple[float, int]:
             moved = sum(abs(math.log(n / asked[a])) for a, n in zip(MESH_AXES, sizes))
             return round(moved, 6), sum(n > 1 for n in sizes)
 
-        splits = itertools.product(divisors, repeat=len(MESH_AXES))
-        whole = (sizes for sizes in splits if math.prod(sizes) == self.num_devices)
+        whole = _factorizations(self.num_devices, len(MESH_AXES))
         for sizes in sorted(whole, key=lambda sizes: (*distance(sizes), [-n for n in sizes])):
             found: dict[str, int] = dict(zip(MESH_AXES, sizes))
             try:
@@ -314,6 +314,16 @@ class Strategy:
         full = tuple((a, sizes.get(a, 1)) for a in MESH_AXES)
         weights, train, prefill, decode = (_rules(k, tables[k], dict(full)) for k in ("weights", *PHASES))
         return cls(full, weights, train, prefill, decode, tables=tables)
+
+
+def _factorizations(n: int, parts: int) -> Iterator[tuple[int, ...]]:
+    """Every way to write n as a product of so many numbers, in order."""
+    if parts == 1:
+        yield (n,)
+        return
+    for first in (d for d in range(1, n + 1) if n % d == 0):
+        for rest in _factorizations(n // first, parts - 1):
+            yield first, *rest
 
 
 def _together(cfg: ModelConfig, phase: str) -> list[tuple[str, str]]:

@@ -119,7 +119,7 @@ def test_a_libtpu_with_wrong_gradients_is_a_problem_only_where_there_is_a_tpu(ca
 
 @pytest.mark.parametrize(
     ("url", "why"),
-    [("/nowhere/at/all", "No such file"), ("nosuch://bucket/x", "Protocol not known: nosuch")],
+    [("/dev/null/x", "Not a directory"), ("nosuch://bucket/x", "Protocol not known: nosuch")],
 )
 def test_a_bucket_that_cannot_be_used_is_a_problem(capsys, url, why, not_jax):
     _, problems = told(capsys, url)

@@ -28,12 +28,12 @@ from jaxseek.directory import CheckpointError
 from jaxseek.host_memory import peak_memory
 from jaxseek.hosts import gather
 from jaxseek.layers.quant import MATRICES
-from jaxseek.storage.hub import model_place
+from jaxseek.storage.hub import HUB, model_place
 from jaxseek.storage.place import (
     Place,
     Remote,
     file_sizes,
-    is_url,
+    place,
     remove,
     scratch,
     writable,
@@ -44,7 +44,7 @@ from jaxseek_convert import stream
 from jaxseek_convert.checksums import check_sums
 from jaxseek_convert.files import Uploader, Writer
 from jaxseek_convert.from_hf import HFCheckpoint
-from jaxseek_convert.gguf import gguf_to_hf, is_gguf
+from jaxseek_convert.gguf import PACKAGE, gguf_to_hf, is_gguf
 from jaxseek_convert.numbers import BF16, BLOCK, F32, QUANTIZED, Form, float8
 from jaxseek_convert.store import StoreCheckpoint, StoreSink, described
 from jaxseek_convert.to_hf import HFSink
@@ -117,7 +117,8 @@ def convert(
         own = stream.share(groups, host, hosts)
         writer: Writer = Writer(draft.files, sink.files)
         if isinstance(draft.weights, Remote):
-            writer = Uploader(draft.files / "sending", sink.files, draft.weights)
+            writer = Uploader(draft.files / "sending", sink.files, draft.weights, draft.check)
+        draft.begin()
         with contextlib.closing(stream.Journal(draft.weights, identity)) as journal:
             with _together(src):
                 if host == 0:
@@ -181,10 +182,12 @@ def convert(
 
 def _holds(dst: Place, src: str | Place) -> bool:
     """Tell whether `dst` is `src` or a folder that it lies in."""
-    if is_url(dst) or is_url(src):
-        return str(dst).rstrip("/") == str(src).rstrip("/")
-    source = Path(str(src)).resolve()
-    return Path(str(dst)).resolve() in (source, *source.parents)
+    if str(src).startswith((HUB, PACKAGE)):
+        return False
+    source, to = place(src), place(dst)
+    if isinstance(source, Path) and isinstance(to, Path):
+        return to.resolve() in (source.resolve(), *source.resolve().parents)
+    return f"{source}/".startswith(f"{to}/")
 
 
 @contextlib.contextmanager
@@ -337,7 +340,7 @@ def _write_manifest(
         "origin": dict(origin),
     }
     files = dict(sorted((file_sizes(draft.weights) | file_sizes(draft.files)).items()))
-    manifest["files"] = {n: size for n, size in files.items() if not n.startswith(("journal.", "sending/"))}
+    manifest["files"] = {n: size for n, size in files.items() if not n.startswith(("journal", "sending/"))}
     checkpoint.write_json(draft.files / checkpoint.MANIFEST, manifest)
 
 

@@ -9,7 +9,7 @@ import mmap
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -225,13 +225,15 @@ class Uploader(Writer):
 
     sends = True
 
-    def __init__(self, folder: Path, files: Mapping[str, int], to: Remote):
+    def __init__(self, folder: Path, files: Mapping[str, int], to: Remote, check: Callable[[], None]):
+        """`check` is called before each file is sent, and raises where it must not be."""
         super().__init__(folder, files)
-        self.to = to
+        self.to, self.check = to, check
 
     def finish(self, names: Iterable[str]) -> None:
         """Send these files, and remove them here."""
         for name in names:
+            self.check()
             (self.to / name).upload(self.folder / name)
             (self.folder / name).unlink()
 

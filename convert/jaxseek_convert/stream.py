@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,7 +30,7 @@ from jaxseek.config import ModelConfig
 from jaxseek.directory import CheckpointError
 from jaxseek.host_memory import resident
 from jaxseek.hosts import gather
-from jaxseek.storage.place import Log, Place, Remote, cut, read_log, remove
+from jaxseek.storage.place import Log, Place, Remote, cut, read_log
 from jaxseek_convert.files import Writer, open_file
 from jaxseek_convert.numbers import Form, Memory, Rows, change
 from jaxseek_convert.table import Table
@@ -38,6 +39,7 @@ JOURNAL = "journal.jsonl"
 MEMORY = 3 << 29  # bytes, by default: 1.5 GiB
 _PIECE = 8 << 20  # bytes of rows at a time
 _COPIES, _CHANGED = 3, 8  # of them in memory: as read, put in order, written; and float32 several times
+_OURS = re.compile(r"journal(\.\d+)?\.jsonl")
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -247,9 +249,11 @@ def _entries(path: Place, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _clear(folder: Place) -> None:
-    """Remove all but the first host's journal, which is locked, and empty that."""
+    """Remove all but the first host's journal, which is locked, and empty that; of a store what we write."""
     if isinstance(folder, Remote):
-        remove(folder)
+        for name in folder.sizes():
+            if name.startswith("params/") or name.endswith(".safetensors") or _OURS.fullmatch(name):
+                (folder / name).unlink(missing_ok=True)
         return
     for path in folder.iterdir():
         if path.is_dir():

@@ -274,17 +274,21 @@ def _memory_and_disk(report: Report) -> None:
             )
 
 
+_CREDENTIALS = {
+    "gs": "gcloud auth application-default login; gcloud storage buckets create where there is none",
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and AWS_ENDPOINT_URL for another server",
+}
+
+
 def _bucket(report: Report, url: str, timeout: float) -> str:
     told, ended = _run_probe(["bucket", url], timeout)
     found = told[-1] if told else {"error": ended or f"no answer within {timeout:g} s"}
     if "error" in found:
-        mend = found.get("mend") or (
-            "gcloud auth application-default login" if url.startswith("gs://") else ""
-        )
+        mend = found.get("mend") or _CREDENTIALS.get(url.partition("://")[0].lower(), "")
         report.problem(f"{url} cannot be used: {found['error']}", mend)
         return f"{url}: not usable"
     entries = "new" if found["entries"] is None else f"{found['entries']} entries"
-    return f"{url}: {entries}, writable"
+    return f"{url}: {entries}, {'writable' if found['writable'] else 'read-only'}"
 
 
 def _run_probe(arguments: list[str], timeout: float) -> tuple[list[dict[str, Any]], str]:

@@ -12,11 +12,12 @@ import sys
 import uuid
 from typing import Any
 
+from jaxseek.storage.place import EXTRAS, READ_ONLY, PlaceError, Remote, place
+
 IMPORTS = (
     *("numpy", "jax", "flax.nnx", "optax", "orbax.checkpoint", "grain", "tokenizers"),
     "sentencepiece.sentencepiece_model_pb2",  # fails where protobuf is older than it was generated for
 )
-_EXTRAS = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs", "hf": "huggingface_hub"}
 
 
 def probe_jax() -> None:
@@ -42,21 +43,25 @@ def probe_jax() -> None:
 
 
 def probe_bucket(url: str) -> None:
-    """List a directory at an fsspec URL, write a small file there and delete it."""
+    """List a directory; where it can be written, write a small file there and delete it."""
     try:
-        import fsspec
-
-        fs, path = fsspec.core.url_to_fs(url)
-        names = fs.ls(path, detail=False) if fs.exists(path) else None
-        name = f"{path.rstrip('/')}/.jaxseek-doctor-{uuid.uuid4().hex}"
-        fs.pipe_file(name, b"jaxseek doctor")
-        fs.rm_file(name)
-        _tell(url=url, entries=None if names is None else len(names), writable=True)
-    except ImportError as e:
-        extra = _EXTRAS.get(url.partition("://")[0])
-        _tell(url=url, error=_one_line(e), mend=f"pip install {extra}" if extra else None)
+        at = place(url)
+        names = list(at.iterdir()) if at.is_dir() else None
+        writable = not (isinstance(at, Remote) and at.scheme in READ_ONLY)
+        if writable:
+            there = (
+                at if isinstance(at, Remote) else next(p for p in (at, *at.absolute().parents) if p.exists())
+            )
+            file = there / f".jaxseek-doctor-{uuid.uuid4().hex}"
+            file.write_bytes(b"jaxseek doctor")
+            file.unlink()
+        _tell(url=url, entries=None if names is None else len(names), writable=writable)
     except Exception as e:
-        _tell(url=url, error=_one_line(e))
+        drivers = {"gcs": "gcsfs", "s3": "s3fs", "data": "huggingface_hub"}
+        missing = isinstance(e, PlaceError) and "cannot be opened here" in str(e)
+        driver = drivers.get(EXTRAS.get(url.partition("://")[0].lower(), ""))
+        mend = f"pip install {driver}" if missing and driver else None
+        _tell(url=url, error=" ".join(str(e).split())[:600], mend=mend)
 
 
 def _tell(**found: Any) -> None:

@@ -23,7 +23,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxseek.config import ConfigError
-from jaxseek.storage.place import Remote, cached, is_url, place
+from jaxseek.storage import place as storage
+from jaxseek.storage.place import Remote, cached, is_url
 
 Record = dict[str, Any]
 
@@ -203,7 +204,7 @@ def _file(path: Path, name: str) -> Records:
 
 
 def _local(name: str, key: str) -> list[Path]:
-    path = Path(name).expanduser()
+    path = Path(str(storage.place(name)))
     if path.is_file():
         return [path]
     found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
@@ -220,7 +221,7 @@ def _local(name: str, key: str) -> list[Path]:
 
 def _remote(name: str, key: str) -> list[Remote]:
     """The files that a URL stands for: itself, all below it, or those that match it."""
-    at = place(name)
+    at = storage.place(name)
     assert isinstance(at, Remote)
     if glob.has_magic(name):
         found = at.matches()

@@ -20,7 +20,7 @@ from jaxseek.lab.memory import points, programs, table
 from jaxseek.lab.planned_run import check_agrees, job_of, read_runs
 from jaxseek.lab.report import Report, draw, lines, report
 from jaxseek.lab.run import Measured, devices_of, measure
-from jaxseek.run_config import is_run_file
+from jaxseek.run_config import is_run_file, raise_near_run_file
 from jaxseek.sharding import Strategy
 from jaxseek.storage.place import writable, write_text
 
@@ -47,6 +47,7 @@ def plan(
     program that does not fit."""
     outputs = {"as_json": as_json, "hlo": hlo, "plot": plot, "repeats": repeats, "trace": trace}
     if not is_run_file(model):
+        raise_near_run_file(model)
         workload, context = workload or "decode", context or 2048
         if batch is None:  # training needs a row for every device
             trains = workload in ("train", "grpo")

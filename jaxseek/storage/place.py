@@ -3,12 +3,13 @@
 An object store has no folders, no renaming and no appending. So what is to appear whole is written by one
 request (`write_bytes`), a tree gets the file that marks it as whole last (`upload`), and what grows is
 written again as a whole every few seconds (`Log`). URLs are those of fsspec: gs://, s3://, memory:// and what
-else is installed; hf:// and http(s):// can only be read.
+else is installed; hf:// and http(s):// are read-only.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fnmatch
 import functools
 import hashlib
@@ -27,8 +28,10 @@ from typing import Any, TypeVar
 
 _WEB = ("http", "https")
 READ_ONLY = ("hf", *_WEB)
-_EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3"}  # what brings the driver of a scheme
-_URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(.*)", re.DOTALL)
+EXTRAS = {"gs": "gcs", "s3": "s3", "hf": "data"}  # what brings the driver of a scheme
+_ALIASES = {"gcs": "gs", "s3a": "s3"}
+_URL = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]*)://(.*?)\s*", re.DOTALL)
+_ALMOST = re.compile(r"\s*(gs|gcs|s3a?|hf|https?|memory):/*(.*)", re.DOTALL | re.IGNORECASE)
 _CHANGED = ("etag", "md5hash", "checksum", "lastmodified", "mtime", "updated", "created")  # drivers differ
 _THREADS = 8  # files that are uploaded or downloaded side by side
 F = TypeVar("F", bound=Callable[..., Any])
@@ -41,23 +44,32 @@ class PlaceError(OSError):
 def place(name: str | os.PathLike[str] | Remote) -> Place:
     """The Path or Remote that a name given by a user stands for; `file://` is a path.
 
-    Raises PlaceError for a URL that nothing here can open.
+    Raises PlaceError for a URL that nothing here can open, and for what is nearly one.
     """
     if isinstance(name, Remote):
         return name
     text = os.fspath(name)
-    if not (found := _URL.fullmatch(text)):
-        return Path(text).expanduser()
-    scheme, rest = found[1], found[2]
-    if "://" not in text:
-        raise PlaceError(f"{text}: is neither a path nor a URL; did you mean {scheme}://{rest}?")
-    if scheme == "file":
-        return Path("/" + rest)
-    return Remote(_driver(scheme, text), scheme, (text if scheme in _WEB else rest).rstrip("/"))
+    if found := _URL.fullmatch(text):
+        scheme = _ALIASES.get(found[1].lower(), found[1].lower())
+        rest = found[2].rstrip("/")
+        if scheme == "file":
+            return Path("/" + rest.lstrip("/"))
+        if not rest.strip("/"):
+            raise PlaceError(f"{text}: names no bucket; expected {scheme}://BUCKET/...")
+        return Remote(
+            _driver(scheme, text), scheme, f"{scheme}://{rest}" if scheme in _WEB else rest.lstrip("/")
+        )
+    if found := _ALMOST.fullmatch(text):
+        raise PlaceError(
+            f"{text}: is neither a path nor a URL; did you mean {found[1].lower()}://{found[2]}?"
+        )
+    if "://" in text:
+        raise PlaceError(f"{text}: is no URL that can be opened; expected gs://..., s3://... or a path")
+    return Path(text).expanduser()
 
 
 def is_url(name: Any) -> bool:
-    """Whether this names something in an object store or on the web."""
+    """Tell whether this names something in an object store or on the web."""
     return isinstance(name, Remote) or "://" in str(name)
 
 
@@ -68,7 +80,7 @@ def _driver(scheme: str, url: str) -> Any:
     try:
         return fsspec.filesystem(scheme, use_listings_cache=False)
     except (ImportError, ValueError) as e:
-        extra = _EXTRAS.get(scheme)
+        extra = EXTRAS.get(scheme)
         how = f"pip install 'jaxseek[{extra}]'" if extra else "use gs://, s3:// or a path"
         raise PlaceError(f"{url}: {scheme}:// cannot be opened here ({e}); {how}") from None
     except Exception as e:  # drivers look for credentials in many ways
@@ -83,8 +95,10 @@ def _reaching(what: str) -> Callable[[F], F]:
         def call(self: Remote, *args: Any, **named: Any) -> Any:
             try:
                 return method(self, *args, **named)
-            except (PlaceError, FileNotFoundError, FileExistsError):
+            except (PlaceError, FileExistsError):
                 raise
+            except FileNotFoundError as e:
+                raise FileNotFoundError(errno.ENOENT, "no such file or bucket", str(self)) from e
             except Exception as e:
                 raise _unreachable(self, what, e) from e
 
@@ -153,17 +167,25 @@ class Remote:
     # ---------------------------------------------------------------- what is there
 
     @_reaching("looked at")
+    def _kind(self) -> str | None:
+        """What the store says is there: a file, a directory, or None. An error is not nothing.
+
+        The drivers' own isfile and isdir take an unreachable store for an empty one.
+        """
+        try:
+            return self.fs.info(self.path)["type"]
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
     def exists(self) -> bool:
-        return self.fs.exists(self.path)
+        return self._kind() is not None
 
-    @_reaching("looked at")
     def is_file(self) -> bool:
-        return self.fs.isfile(self.path)
+        return self._kind() == "file"
 
-    @_reaching("looked at")
     def is_dir(self) -> bool:
-        """Whether anything is below: there are no empty folders."""
-        return self.fs.isdir(self.path)
+        """Tell whether anything is below: there are no empty folders."""
+        return self._kind() == "directory"
 
     @_reaching("listed")
     def iterdir(self) -> Iterator[Remote]:
@@ -231,11 +253,9 @@ class Remote:
 
     @_reaching("removed")
     def unlink(self, missing_ok: bool = False) -> None:
-        try:
-            self.fs.rm_file(self.path)
-        except FileNotFoundError:
-            if not missing_ok:
-                raise
+        if missing_ok and not self.is_file():
+            return
+        self.fs.rm_file(self.path)
 
 
 Place = Path | Remote
@@ -244,7 +264,7 @@ Place = Path | Remote
 def raise_read_only(at: Place) -> None:
     """Raise PlaceError for what cannot be written: to be asked before any work."""
     if isinstance(at, Remote) and at.scheme in READ_ONLY:
-        raise PlaceError(f"{at}: {at.scheme}:// can be read alone; expected a path, gs://... or s3://...")
+        raise PlaceError(f"{at}: {at.scheme}:// is read-only; expected a path, gs://... or s3://...")
 
 
 def writable(name: Any) -> Place:
@@ -327,14 +347,36 @@ def download(at: Remote, to: Path) -> None:
 @contextlib.contextmanager
 def scratch(what: str) -> Iterator[Path]:
     """A folder on this machine, for what is on its way to or from an object store."""
-    with tempfile.TemporaryDirectory(prefix=f"jaxseek-{what}-") as folder:
+    with temporary(what) as folder:
         yield Path(folder)
+
+
+def temporary(what: str) -> tempfile.TemporaryDirectory[str]:
+    """A temporary folder named after this process; what killed processes have left of theirs is removed."""
+    for folder in Path(tempfile.gettempdir()).glob("jaxseek-*"):
+        found = _TEMPORARY.fullmatch(folder.name)
+        if found and not _alive(int(found[1])):
+            shutil.rmtree(folder, ignore_errors=True)
+    return tempfile.TemporaryDirectory(prefix=f"jaxseek-{what}-{os.getpid()}-")
+
+
+_TEMPORARY = re.compile(r"jaxseek-[a-z]+-(\d+)-\w+")
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 @functools.cache
 def local_tree(at: Remote) -> Path:
     """A copy of a tree on this machine, which lasts as long as the process."""
-    folder = tempfile.TemporaryDirectory(prefix="jaxseek-copy-")
+    folder = temporary("copy")
     _folders.append(folder)
     download(at, Path(folder.name))
     return Path(folder.name)
@@ -346,7 +388,7 @@ def small_files(at: Remote) -> Path:
 
     It lasts as long as the process.
     """
-    folder = tempfile.TemporaryDirectory(prefix="jaxseek-files-")
+    folder = temporary("files")
     _folders.append(folder)
     for found in at.iterdir():
         if found.name.endswith((".json", ".model", ".txt", ".jinja")):
@@ -385,9 +427,7 @@ class Mirror:
 
     def __init__(self, at: Place, seconds: float = 30.0):
         self.at, self.seconds, self._sent = at, seconds, time.monotonic()
-        self._scratch = (
-            None if isinstance(at, Path) else tempfile.TemporaryDirectory(prefix="jaxseek-mirror-")
-        )
+        self._scratch = None if isinstance(at, Path) else temporary("mirror")
         self.local = at if isinstance(at, Path) else Path(self._scratch.name)  # type: ignore[union-attr]
 
     def send(self, now: bool = False) -> None:

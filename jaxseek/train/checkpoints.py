@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from jaxseek.checkpoint import orbax_writers
 from jaxseek.directory import CheckpointError, orbax_writes, raise_one_host
 from jaxseek.hosts import most
 from jaxseek.run_config import CheckpointConfig
-from jaxseek.storage.place import Place, Remote, download, remove, upload, writable
+from jaxseek.storage.place import Place, Remote, download, remove, temporary, upload, writable
 from jaxseek.train.step import State, changed, with_values
 
 
@@ -179,7 +178,7 @@ class _Copies:
     def __init__(self, at: Place):
         assert isinstance(at, Remote)
         self.at, self._sending = at, None
-        self._scratch = tempfile.TemporaryDirectory(prefix="jaxseek-checkpoints-")
+        self._scratch = temporary("checkpoints")
         self.local = Path(self._scratch.name) / "checkpoints"
         self.local.mkdir()
         self._pool = ThreadPoolExecutor(1)
