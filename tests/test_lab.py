@@ -53,6 +53,62 @@ def test_kernels_bring_their_own_estimate_or_the_bytes_of_what_they_touch():
     assert hlo.read_program(PROGRAM).kernels_without_estimate == ["bare.1"]
 
 
+# A loop over 26 layers, as libtpu 0.0.42 prints elements of tuples and as 0.0.46 and later do.
+OLD_LOOP = """
+%body (p: (s32[], (bf16[8,64], f32[4]))) -> (s32[], (bf16[8,64], f32[4])) {
+  %p = (s32[]{:T(128)}, (bf16[8,64]{1,0:T(8,128)(2,1)S(1)}, /*index=1*/f32[4]{0})) parameter(0)
+  %pair = (bf16[8,64]{1,0}, f32[4]{0}) get-tuple-element(%p), index=1
+  %x = bf16[8,64]{1,0} get-tuple-element(%pair), index=0
+  %sum = bf16[8,64]{1,0} all-reduce(%x), replica_groups={{0,1}}
+  %kernel.1 = bf16[8,64]{1,0} custom-call(%x), custom_call_target="tpu_custom_call"
+  %start = ((bf16[8,64]{1,0}), bf16[8,64]{1,0}, u32[]) copy-start(%x)
+  %done = bf16[8,64]{1,0} copy-done(%start)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %out = (s32[], (bf16[8,64]{1,0}, f32[4]{0})) tuple(%i, %pair)
+}
+%cond (q: (s32[], (bf16[8,64], f32[4]))) -> pred[] {
+  %constant.1 = s32[]{:T(128)} constant(26)
+  %q = (s32[]{:T(128)}, (bf16[8,64]{1,0}, f32[4]{0})) parameter(0)
+  %j = s32[]{:T(128)} get-tuple-element(%q), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%j, %constant.1), direction=LT
+}
+ENTRY %main (a: (s32[], (bf16[8,64], f32[4]))) -> (s32[], (bf16[8,64], f32[4])) {
+  %a = (s32[], (bf16[8,64]{1,0}, f32[4]{0})) parameter(0)
+  ROOT %while.1 = (s32[], (bf16[8,64]{1,0}, f32[4]{0})) while(%a), condition=%cond, body=%body
+}
+"""
+NEW_LOOP = "".join(line for line in OLD_LOOP.splitlines(True) if "get-tuple-element" not in line)
+for old, new in (("(%x)", "(%p#1#0)"), ("%i, %pair", "%p#0, %p#1"), ("compare(%j,", "compare(%q#0,")):
+    NEW_LOOP = NEW_LOOP.replace(old, new)
+
+
+def test_elements_of_tuples_read_the_same_as_instructions_and_as_marks_on_operands():
+    assert "get-tuple-element" not in NEW_LOOP
+    old, new = hlo.read_program(OLD_LOOP), hlo.read_program(NEW_LOOP)
+    assert new == old
+    assert (old.loops, [o.times for o in old.ops]) == ([], [26] * 3)
+    assert [o.bytes for o in old.ops] == [1024, 2048, 1024]  # of the element, not of its tuple
+
+
+def test_an_element_that_a_tuple_has_not_is_refused():
+    with pytest.raises(ValueError, match="%p#7, an operand of %out, is no element of"):
+        hlo.read_program(NEW_LOOP.replace("tuple(%p#0", "tuple(%p#7"))
+
+
+@pytest.mark.parametrize("loop", [OLD_LOOP, NEW_LOOP], ids=["instructions", "marks"])
+def test_a_plan_warns_under_the_step_of_a_loop_whose_turns_it_cannot_read(loop):
+    unknown = loop.replace("direction=LT", "direction=NE")
+    program = hlo.read_program(unknown)
+    assert program.loops == ["while.1"]
+    j = Job(TINY, Strategy.parse("expert=4,tensor=2"), Topology.parse("v5e:2x4"), "prefill", 8, 512)
+    memory = dict.fromkeys(("weights", "cache", "optimizer", "temp", "peak"), 0.0)
+    r = report.summarise(j, program, memory, tuple((i % 2, i // 2) for i in range(8)))
+    text = report.lines("t", r).splitlines()
+    (step,) = (n for n, line in enumerate(text) if line.startswith("  step"))
+    assert text[step + 1].startswith("  WARNING  1 loop(s) of unknown length (while.1)")
+    assert r.to_dict()["warnings"] == r.warnings != []
+
+
 # Of a training step of DeepSeek-V3 for v5p, shortened: rows gathered by the sparse cores, and sent.
 SENT = """
 ENTRY %main (x: bf16[8,64]) -> bf16[48,64] {

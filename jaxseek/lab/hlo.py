@@ -3,6 +3,9 @@
 Pure functions on the text of an optimised HLO module. A loop's body stands once in it, so what it holds
 counts as often as the loop turns; a loop whose turns depend on data counts once and is listed. Only what runs
 is counted: what a fusion calls is part of the fusion (collectives inside it are listed all the same).
+
+Compilers up to libtpu 0.0.42 take an element of a tuple by an instruction, `get-tuple-element(%x), index=1`;
+later ones name it where it is used, `%x#1`. `parse` turns the second form into the first.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ COLLECTIVES = (
 _BITS = {"pred": 8, "token": 0, "bf16": 16, "c64": 64, "c128": 128}
 _NOISE = re.compile(
     r"^(jit\(.*\)|while|body|cond|closed_call|shard_map|checkpoint|rematted_computation|remat|scan|branch_\d.*"
-    r"|pjit|custom_vjp_call.*|custom_jvp_call.*|vmap\(\)|cond_\d.*|None)$"
+    r"|eval_jaxpr|pjit|custom_vjp_call.*|custom_jvp_call.*|vmap\(\)|cond_\d.*|None)$"
 )
 
 
@@ -106,7 +109,39 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
             lines = None
     if not entry:
         raise ValueError("no ENTRY computation: this is not the text of an HLO module")
-    return computations, entry
+    return {name: _with_elements(found) for name, found in computations.items()}, entry
+
+
+def _with_elements(instructions: list[Instruction]) -> list[Instruction]:
+    """Give every operand `%x#1` the get-tuple-element instruction that older compilers print."""
+    shapes, out = {i.name: i.shape for i in instructions}, []
+    for i in instructions:
+        for operand in i.operands if i.opcode not in ("constant", "parameter") else ():
+            source, _, index = operand.partition("#")
+            if not index or operand in shapes:
+                continue
+            shape = shapes.get(source, "")
+            for at in re.findall(r"\d+", index):
+                shape = _element(shape, int(at))
+            if not shape:
+                raise ValueError(
+                    f"%{operand}, an operand of %{i.name}, is no element of {shapes.get(source)}"
+                )
+            shapes[operand] = shape
+            out.append(Instruction(operand, shape, "get-tuple-element", (source,), f", index={index}"))
+        out.append(i)
+    return out
+
+
+def _element(shape: str, index: int) -> str:
+    """The shape of an element of a tuple's shape; "" where it has no such element."""
+    parts, depth, start = [], 0, 1
+    for at, char in enumerate(shape):
+        depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(char, 0)
+        if (char == "," and depth == 1) or (char == ")" and depth == 0):
+            parts.append(re.sub(r"^\s*(/\*.*?\*/)?", "", shape[start:at]))
+            start = at + 1
+    return parts[index] if shape.startswith("(") and index < len(parts) else ""
 
 
 def _instruction(line: str) -> Instruction | None:
@@ -118,7 +153,7 @@ def _instruction(line: str) -> Instruction | None:
     shape, rest = rest[:end], rest[end:].lstrip()
     opening = rest.find("(")
     closing = _closing(rest, opening)
-    operands = tuple(re.findall(r"%([\w.\-]+)", rest[opening:closing]))
+    operands = tuple(re.findall(r"%([\w.\-]+(?:#[\d.#]+|#\{[\d,]+\})?)", rest[opening:closing]))
     opcode = rest[:opening]
     if opcode in ("constant", "parameter"):
         operands = (rest[opening + 1 : closing],)
@@ -309,7 +344,9 @@ def _ops(i, here, computations, times, dispatch, program, chains) -> Iterator[Op
 def _on_sparse_core(done: Instruction, here: dict[str, Instruction]) -> bool:
     """Whether what ends here was started on a sparse core, which has no estimate."""
     started = done
-    while started.opcode in ("async-done", "async-update") and started.operands[0] in here:
+    while (
+        started.opcode in ("async-done", "async-update", "get-tuple-element") and started.operands[0] in here
+    ):
         started = here[started.operands[0]]
     return 'async_execution_thread="sparsecore"' in started.attributes
 

@@ -73,6 +73,17 @@ class Report:
         return sum(t.op.times for t in self.operations if t.op.kind == "pallas")
 
     @property
+    def warnings(self) -> list[str]:
+        """Why the figures may be far too low."""
+        loops = self.left_out["loops_counted_once"]
+        if not loops:
+            return []
+        names = ", ".join(loops[:5]) + (", ..." if len(loops) > 5 else "")
+        return [
+            f"{len(loops)} loop(s) of unknown length ({names}) counted as one turn: times here are too low"
+        ]
+
+    @property
     def core_cycles(self) -> float:
         """XLA's cycles, and the kernels' by their cost estimates in cycles."""
         return self.cycles + self.seconds["pallas"] * self.job.topology.chip.clock
@@ -95,6 +106,7 @@ class Report:
             "seconds": self.seconds
             | {"lower": self.lower, "upper": self.upper, "per_dispatch": self.dispatch},
             "expected_ms": self.expected * 1e3,
+            "warnings": self.warnings,
             "roofline": {
                 "hbm_seconds": e.hbm_seconds,
                 "flops_seconds": e.flops_seconds,
@@ -221,6 +233,7 @@ def lines(title: str, r: Report, memory: list[str] | None = None) -> str:
         *(memory or [_memory(r)]),
         f"  step     {r.expected * 1e3:.3f} ms; {r.lower * 1e3:.3f} with all overlapped, {r.upper * 1e3:.3f} "
         f"with nothing{waits}",
+        *(f"  WARNING  {warning}" for warning in r.warnings),
         f"           XLA {s['xla']:.3f} ms ({r.cycles / 1e6:.2f} M cycles), kernels {s['pallas']:.3f} "
         f"({r.kernel_calls:,} calls), "
         f"collectives {s['collective']:.3f}, prefetch {s['copy']:.3f}",
@@ -246,7 +259,7 @@ def lines(title: str, r: Report, memory: list[str] | None = None) -> str:
         size = f"{o.bytes / 1024:.1f} KiB over {t.axes}"
         out.append(f"    {t.seconds * count * 1e6:10.1f} {each:>12s} {o.opcode:18s} {size:34s} {o.scope}")
     for what, names in r.left_out.items():
-        if names:
+        if names and what != "loops_counted_once":  # which the warning under the step names
             out.append(f"  {what.replace('_', ' ')}: {len(names)} ({', '.join(names[:5])})")
     return "\n".join(out)
 
@@ -280,7 +293,7 @@ def draw(title: str, r: Report, path: str) -> None:
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), width_ratios=[1, 2.6], layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle("\n".join([title, *(f"WARNING: {w}" for w in r.warnings)]), fontsize=11)
     bottom = 0.0
     for name in ("weights", "cache", "optimizer", "padding", "new_outputs", "temp", "code"):
         gib = r.memory[name] / 2**30

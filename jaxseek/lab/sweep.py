@@ -168,6 +168,9 @@ def verdict(entries: list[Entry]) -> str:
             f"batch {batch}: {done[0].name}, {best.lower * 1e3:.2f} to {best.upper * 1e3:.2f} ms a step; "
             f"{sum(parts.values()) / best.upper:.0%} of it is {scope}"
         )
+        text += "".join(
+            f"; WARNING: {e.name}: {w}" for e in done for w in (e.report.warnings if e.report else ())
+        )
         first: dict[str, Entry] = {}
         for e in done:
             first.setdefault(_table(e), e)
@@ -250,7 +253,7 @@ def table(entries: list[Entry]) -> Table:
             e.name,
             str(e.job.batch),
             f"{r.memory['peak'] / 2**30:.1f}" + ("" if r.fits else "!"),
-            f"{r.lower * 1e3:.2f} to {r.upper * 1e3:.2f}",
+            f"{r.lower * 1e3:.2f} to {r.upper * 1e3:.2f}" + ("?" if r.warnings else ""),
             f"{r.core_cycles / 1e6:.1f}",
             f"{_rates(e)[1]:,.1f}",
             f"{r.job.tokens / r.job.batch / r.upper:,.1f}",
