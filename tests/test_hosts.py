@@ -317,6 +317,16 @@ def test_missing_hosts_are_an_error_within_the_stated_time():
     assert 8 < time.monotonic() - begin < 40
 
 
+@pytest.mark.parametrize("address", ["localhost", "localhost:99999", "localhost:x", ":80"])
+def test_an_address_that_is_none_is_said_on_every_host(address, monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", address)
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    for index in ("0", "1"):
+        monkeypatch.setenv("JAX_PROCESS_ID", index)
+        with pytest.raises(ConfigError, match="expected HOST:PORT"):
+            hosts.cluster()
+
+
 def test_a_port_that_another_process_has_is_said():
     with socket.create_server(("", 0)) as taken:
         process = start(["generate", "tiny-v3", "-p", "1"], 2, 0, taken.getsockname()[1])

@@ -73,12 +73,20 @@ def test_a_path_is_a_path_and_a_url_is_none(tmp_path, monkeypatch):
     ("name", "words"),
     [
         ("gs:/bucket/x", "gs:/bucket/x: is neither a path nor a URL; did you mean gs://bucket/x?"),
+        ("S3:bucket/x", "did you mean s3://bucket/x?"),
+        ("simplecache::s3://bucket/x", "is no URL that can be opened"),
+        ("s3://", "names no bucket"),
         ("nothing://x", "nothing:// cannot be opened here .* use gs://, s3:// or a path"),
     ],
 )
 def test_what_is_no_place_is_refused(name, words):
     with pytest.raises(PlaceError, match=words):
         place(name)
+
+
+def test_one_store_has_one_name():
+    assert str(place(" MEMORY://bucket/x ")) == "memory://bucket/x"
+    assert places.is_url("S3://bucket/x")
 
 
 def test_a_missing_driver_names_the_extra_that_brings_it(monkeypatch):
@@ -142,6 +150,25 @@ def test_what_a_driver_raises_names_the_place(memory, monkeypatch):
     monkeypatch.setattr(type(memory.fs), "pipe_file", broken)
     with pytest.raises(PlaceError, match=r"here/x: cannot be written .*403 Forbidden.*doctor"):
         (memory / "x").write_bytes(b"1")
+
+
+def test_a_store_that_cannot_be_reached_is_not_taken_for_an_empty_one(memory, monkeypatch):
+    (memory / "log").write_text("1\n")
+
+    def refused(*_, **__):
+        raise OSError("connection refused")
+
+    with monkeypatch.context() as m:
+        m.setattr(type(memory.fs), "info", refused)
+        for look in (memory.exists, memory.is_dir, (memory / "log").is_file):
+            with pytest.raises(PlaceError, match="cannot be looked at .*connection refused"):
+                look()
+        for read in (read_log, Log):
+            with pytest.raises(PlaceError, match="connection refused"):
+                read(memory / "log")
+    assert read_log(memory / "log") == [1]
+    with pytest.raises(FileNotFoundError, match=r"no such file or bucket: 'memory://bucket/here/none'"):
+        (memory / "none").read_bytes()
 
 
 def test_a_remote_file_is_downloaded_once_and_again_when_it_was_changed(memory, tmp_path, monkeypatch):
@@ -284,6 +311,40 @@ def test_a_conversion_into_a_store_goes_on_and_nothing_half_done_counts(
     resumed = done["tensors_resumed"]
     assert to == "hf" or resumed > 0
     assert stored(at) == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("wrong", [{"src": "no/such"}, {"dtype": "int3"}, {"memory": 1}])
+def test_what_is_to_be_overwritten_in_a_store_stays_where_the_source_cannot_be_read(wrong, hf, memory):
+    convert(hf, str(memory / "good"), progress=False)
+    before = stored(memory / "good")
+    wrong = dict(wrong)
+    with pytest.raises((CheckpointError, OSError)):
+        convert(wrong.pop("src", hf), str(memory / "good"), overwrite=True, progress=False, **wrong)
+    assert stored(memory / "good") == before
+    convert(hf, str(memory / "good"), dtype="f16", overwrite=True, progress=False)
+    assert checkpoint.read_manifest(memory / "good")["params"]["embed_VD"]["dtype"] == "float16"
+    assert not any("journal" in name for name in (memory / "good").sizes())
+
+
+def test_of_two_conversions_into_one_place_the_earlier_stops(hf, memory, monkeypatch):
+    monkeypatch.setattr(directory, "_SECONDS", 0.0)
+    at, genuine, begun = memory / "two", Remote.upload, []
+
+    def upload(self, file):
+        if not begun:
+            begun.append(True)
+            convert(hf, str(at), dtype="f16", progress=False)
+        genuine(self, file)
+
+    monkeypatch.setattr(Remote, "upload", upload)
+    with pytest.raises(CheckpointError, match="another process has begun to convert to there"):
+        convert(hf, str(at), progress=False)
+    assert checkpoint.read_manifest(at)["params"]["embed_VD"]["dtype"] == "float16"
+
+
+def test_a_source_is_known_by_another_name_of_it(hf):
+    with pytest.raises(CheckpointError, match="is or holds the checkpoint to be converted"):
+        convert(f"file://{hf}", hf, overwrite=True, dtype="f16", progress=False)
 
 
 def test_files_that_share_tensors_are_written_by_one_host(fp8, monkeypatch):

@@ -11,7 +11,7 @@ gcloud compute tpus tpu-vm create "$name" --zone="$ZONE" --accelerator-type="$ac
     --version="${VERSION:-v2-alpha-tpuv5-lite}"
 # shellcheck disable=SC2016 # $HOME and $PATH are the workers'
 on_all 'pip install -q --user uv && export PATH=$HOME/.local/bin:$PATH &&
-    git clone -q '"$REPO_URL"' jaxseek && cd jaxseek && uv venv -q --python 3.12 &&
+    git clone -q '"$REPO_URL"' jaxseek && cd jaxseek && uv venv -q --seed --python 3.12 &&
     uv pip install -q -e ".[tpu,data,gcs]" && .venv/bin/jaxseek doctor'
 on_all "cd jaxseek && .venv/bin/jaxseek train ${RUN:-pretrain-tiny} --set out=gs://$BUCKET/runs/$name"
 gcloud compute tpus tpu-vm delete "$name" --zone="$ZONE" --quiet
