@@ -624,7 +624,7 @@ def test_a_shipped_layout_computes_what_one_device_computes(name, sizes):
 def test_plan_says_what_is_missing(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert cli.main(["plan", "tiny-v3", "--topology", "v5e:2x4", "--context", "512"]) == 1
-    assert "pip install 'jaxseek[lab]'" in capsys.readouterr().err
+    assert "pip install 'jax[tpu]==" in capsys.readouterr().err
     assert cli.main(["plan", "tiny-v3", "--topology", "v9:2x4"]) == 1
     assert "unknown chip 'v9'" in capsys.readouterr().err
 

@@ -286,7 +286,7 @@ def test_what_a_function_returns_as_given_is_no_copy_and_the_rest_is_computed():
 
 def test_a_mesh_beyond_any_slice_is_refused_at_once():
     cfg = ModelConfig.from_preset("tiny-v3")
-    with pytest.raises(ConfigError, match="the mesh does not fit the model: .* Choose another size"):
+    with pytest.raises(ConfigError, match=r"the mesh does not fit the model: .* Choose another size"):
         Strategy.parse("tensor=30000000").check_fits(cfg)
-    with pytest.raises(ConfigError, match="With as many devices, --mesh .* fits"):
+    with pytest.raises(ConfigError, match=r"With as many devices, --mesh .* fits"):
         Strategy.parse("tensor=4096").check_fits(ModelConfig.from_preset("deepseek-v3"))

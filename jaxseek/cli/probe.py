@@ -12,7 +12,7 @@ import sys
 import uuid
 from typing import Any
 
-from jaxseek.storage.place import EXTRAS, READ_ONLY, PlaceError, Remote, place
+from jaxseek.storage.place import DRIVERS, READ_ONLY, PlaceError, Remote, place
 
 IMPORTS = (
     *("numpy", "jax", "flax.nnx", "optax", "orbax.checkpoint", "grain", "tokenizers"),
@@ -57,9 +57,8 @@ def probe_bucket(url: str) -> None:
             file.unlink()
         _tell(url=url, entries=None if names is None else len(names), writable=writable)
     except Exception as e:
-        drivers = {"gcs": "gcsfs", "s3": "s3fs", "data": "huggingface_hub"}
         missing = isinstance(e, PlaceError) and "cannot be opened here" in str(e)
-        driver = drivers.get(EXTRAS.get(url.partition("://")[0].lower(), ""))
+        driver = DRIVERS.get(url.partition("://")[0].lower())
         mend = f"pip install {driver}" if missing and driver else None
         _tell(url=url, error=" ".join(str(e).split())[:600], mend=mend)
 

@@ -127,7 +127,7 @@ class _Table:
         try:
             import pyarrow.parquet as parquet
         except ImportError:
-            raise ConfigError(f"{name} needs pyarrow to be read: pip install 'jaxseek[data]'") from None
+            raise ConfigError(f"{name} needs a package to be read: pip install pyarrow") from None
         try:
             self._table = parquet.read_table(path, memory_map=True)
         except (ValueError, OSError) as error:  # ArrowInvalid is a ValueError
@@ -242,7 +242,7 @@ def _download(name: str, key: str) -> list[tuple[str, str]]:
     try:
         import huggingface_hub as hub
     except ImportError:
-        raise ConfigError(f"{name} needs huggingface_hub: pip install 'jaxseek[data]'") from None
+        raise ConfigError(f"{name} needs a package: pip install huggingface_hub") from None
     try:
         remote = hub.HfFileSystem()
         path = name.removeprefix("hf://")

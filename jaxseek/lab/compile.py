@@ -88,7 +88,9 @@ def compile_job(job: Job, progress: Callable[[str], None] = lambda text: None) -
     where the program cannot be compiled, among others for want of memory.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError("the TPU compiler is missing: pip install 'jaxseek[lab]'")
+        raise ConfigError(
+            f"the TPU compiler is missing: pip install 'jax[tpu]=={importlib.metadata.version('jax')}'"
+        )
     folder = cache_dir() / key_of(job)
     if not (folder / "result.json").is_file() and not (folder / "error.json").is_file():
         _compile(job, folder, progress)

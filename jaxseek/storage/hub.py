@@ -28,9 +28,7 @@ def _snapshot(name: str, weights: bool) -> Path:
     try:
         import huggingface_hub
     except ImportError:
-        raise PlaceError(
-            f"{HUB}{name}: hub names need huggingface_hub: pip install 'jaxseek[data]'"
-        ) from None
+        raise PlaceError(f"{HUB}{name}: hub names need a package: pip install huggingface_hub") from None
     repo, _, revision = name.partition("@")
     kinds = [*_SMALL, *(["*.safetensors"] if weights else [])]
     try:

@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 
 _WEB = ("http", "https")
 READ_ONLY = ("hf", *_WEB)
-EXTRAS = {"gs": "gcs", "s3": "s3", "hf": "data"}  # what brings the driver of a scheme
+DRIVERS = {"gs": "gcsfs", "s3": "s3fs", "hf": "huggingface_hub"}  # packages, by scheme
 _ALIASES = {"gcs": "gs", "s3a": "s3"}
 _URL = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]*)://(.*?)\s*", re.DOTALL)
 _ALMOST = re.compile(r"\s*(gs|gcs|s3a?|hf|https?|memory):/*(.*)", re.DOTALL | re.IGNORECASE)
@@ -80,8 +80,7 @@ def _driver(scheme: str, url: str) -> Any:
     try:
         return fsspec.filesystem(scheme, use_listings_cache=False)
     except (ImportError, ValueError) as e:
-        extra = EXTRAS.get(scheme)
-        how = f"pip install 'jaxseek[{extra}]'" if extra else "use gs://, s3:// or a path"
+        how = f"pip install {DRIVERS[scheme]}" if scheme in DRIVERS else "use gs://, s3:// or a path"
         raise PlaceError(f"{url}: {scheme}:// cannot be opened here ({e}); {how}") from None
     except Exception as e:  # drivers look for credentials in many ways
         raise _unreachable(url, "opened", e) from e

@@ -86,7 +86,7 @@ class Rewards:
                 f"{config.target} above 0"
             )
         if config.kind == "math" and importlib.util.find_spec("math_verify") is None:
-            raise ConfigError(f"rewards {name}: kind math needs math-verify: pip install 'jaxseek[rl]'")
+            raise ConfigError(f"rewards {name}: kind math needs a package: pip install math-verify")
         if config.kind == "code":
             if config.megabytes < 64:
                 raise ConfigError(
