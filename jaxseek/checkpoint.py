@@ -356,7 +356,7 @@ def orbax_writers() -> Any:
 
 
 def orbax_place(at: Place) -> Any:
-    """Where Orbax reads or writes arrays; of stores that it does not know, a copy on this machine to read."""
+    """Give the place where Orbax reads or writes arrays; of stores it does not know, a copy here to read."""
     from etils import epath
 
     if isinstance(at, Remote):

@@ -34,7 +34,7 @@ class CheckpointError(ValueError):
 
 
 def kind_of(path: str | Place) -> Literal["jaxseek", "hf"] | None:
-    """Which kind of checkpoint a directory claims to be; None where it claims nothing.
+    """Tell which kind of checkpoint a directory claims to be; None where it claims nothing.
 
     In an object store one that a kill has left without its mark claims nothing.
     """
@@ -47,7 +47,7 @@ def kind_of(path: str | Place) -> Literal["jaxseek", "hf"] | None:
 
 
 def left(path: Place) -> str:
-    """What an interrupted save has left, for a message."""
+    """Name what an interrupted save has left, for a message."""
     if isinstance(path, Remote):
         return ""
     left = [p for p in (path.absolute().parent / (path.name + s) for s in (PARTIAL, _OLD)) if p.exists()]
@@ -213,7 +213,7 @@ def resumable_directory(path: Place, journal: str, overwrite: bool = False) -> I
 
 @contextlib.contextmanager
 def _resumable_remote(path: Remote, journal: str, overwrite: bool) -> Iterator[Draft]:
-    """As `resumable_directory`. A store has no locks: who comes later writes, and who was there stops."""
+    """Do what `resumable_directory` does. A store has no locks: of two processes the later one writes."""
     mine = path / f"{journal.partition('.')[0]}-owner.jsonl"
 
     def claim() -> tuple[bool, str]:

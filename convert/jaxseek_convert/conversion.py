@@ -74,9 +74,10 @@ def convert(
     reads. Without `dtype` every tensor keeps its own, FP8 with its scales too, and HF to jaxseek to HF
     gives the same tensors bit for bit. `dtype` may be a float's name, or `float8`, `int8` or `int4` for the
     linear and expert matrices. The process takes `memory` bytes at most (by default 1.5 GiB beside what it
-    has when this is called). With `verify` what was written is
-    read back and compared with the digests of what was meant before `dst` gets its name. Killed or failed,
-    the same call goes on. Raises CheckpointError, ConfigError or TokenizerError; then `dst` is what it was.
+    has when this is called). With `verify` what was written is read back and compared with the digests of
+    what was meant before `dst` gets its name. Killed or failed, the same call goes on. On several hosts all
+    call it, and each writes its part. Raises CheckpointError, ConfigError, TokenizerError or PlaceError; then
+    `dst` is what it was.
     """
     start, to_place = time.monotonic(), writable(dst)
     if to not in ("jaxseek", "hf"):
@@ -382,7 +383,7 @@ def bars(show: bool, console: Console) -> Iterator[Stage]:
 
 @contextlib.contextmanager
 def source_place(src: str | Place, dst: Place, weights: bool = True) -> Iterator[Place]:
-    """Where the checkpoint to be read is; without `weights` those of a hub name are not fetched.
+    """Give the place of the checkpoint to be read; without `weights` a hub's are not fetched.
 
     A GGUF file becomes a Hugging Face directory for as long as it is needed: beside `dst`, or in the
     temporary folder where that is in an object store.

@@ -104,7 +104,7 @@ class RemoteFile:
         self.size: int = size
 
     def state(self) -> list[Any]:
-        """As of File, where the store tells more than the size."""
+        """Tell the file from itself before it was changed, by what the store notes."""
         return self.at.state()
 
     def __str__(self) -> str:

@@ -41,6 +41,6 @@ def _snapshot(name: str, weights: bool) -> Path:
 
 
 def hub_hint(name: Any) -> str:
-    """What to add to an error about a name that looks like one of a repository on the hub."""
+    """Add to an error about a name that looks like that of a repository on the hub."""
     bare = str(name).strip("/")
     return f"; did you mean {HUB}{bare}?" if _REPOSITORY.fullmatch(bare) else ""

@@ -167,7 +167,7 @@ class Remote:
 
     @_reaching("looked at")
     def _kind(self) -> str | None:
-        """What the store says is there: a file, a directory, or None. An error is not nothing.
+        """Ask the store for what is there: a file, a directory, or None. An error is not nothing.
 
         The drivers' own isfile and isdir take an unreachable store for an empty one.
         """
@@ -192,7 +192,7 @@ class Remote:
         return iter([self / name for name in names if name != self.name])
 
     def glob(self, pattern: str) -> Iterator[Remote]:
-        """What lies directly below under a name of this pattern."""
+        """List what lies directly below under a name of this pattern."""
         found = self.iterdir() if self.is_dir() else ()
         return (p for p in found if fnmatch.fnmatchcase(p.name, pattern))
 
@@ -291,7 +291,7 @@ def write_bytes(at: Place, data: bytes) -> None:
 
 
 def write_text(at: Place, text: str) -> None:
-    """As `write_bytes`."""
+    """Write a file of text at once."""
     write_bytes(at, text.encode())
 
 
@@ -491,7 +491,7 @@ class Log:
 
 
 def read_log(at: Place, parse: Callable[[bytes], Any] = json.loads) -> list[Any]:
-    """What the lines of a log hold, up to the first that is not whole or that `parse` refuses.
+    """Read the lines of a log, up to the first that is not whole or that `parse` refuses.
 
     The rest is cut off, so that what is added next follows what was read.
     """

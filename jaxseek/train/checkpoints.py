@@ -31,7 +31,7 @@ from jaxseek.train.step import State, changed, with_values
 
 
 class Checkpoints:
-    """Of one run. The newest `keep` stay, and the one with the lowest evaluation loss."""
+    """The checkpoints of one run. The newest `keep` stay, and the one with the lowest evaluation loss."""
 
     def __init__(self, out: str | Place, cfg: CheckpointConfig):
         self.directory = writable(out).absolute() / "checkpoints"
