@@ -451,7 +451,7 @@ def test_rewards_that_cannot_work_are_refused(functions, configs, message):
 
 def test_math_without_math_verify_is_refused(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'jaxseek\[rl\]'"):
+    with pytest.raises(ConfigError, match="pip install math-verify"):
         Rewards([RewardConfig("math")])
 
 
