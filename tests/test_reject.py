@@ -143,7 +143,7 @@ def test_what_is_mixed_in_is_counted_and_scattered(home, whole, tmp_path):
 def test_samples_are_data_of_an_sft_run(home, whole):
     raw = run(home, "unused").to_dict() | {"objective": "sft"}
     raw["data"] |= {"train": [str(whole / FILE)], "length": 64}
-    rows = open_rows(RunConfig.from_dict(raw), Tokenizer.from_dir(home / "dense"), "train", (0, 1))
+    rows = open_rows(RunConfig.from_dict(raw), Tokenizer.from_dir(home / "dense"), "train")
     assert next(iter(rows))["tokens"].shape == (64,)
     rows.close()
 
