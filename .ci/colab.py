@@ -1,4 +1,4 @@
-"""What the notebooks' first cell changes in Colab, starting from the packages of Colab's images.
+"""Resolve what the notebooks' first cell changes in Colab, starting from the packages of Colab's images.
 
     python3.13 .ci/colab.py              resolve for the CPU, TPU and GPU runtimes, and install nothing
     python3.13 .ci/colab.py --install cpu        install it for the CPU runtime and generate with it
@@ -74,7 +74,7 @@ def examine(runtime: str, install: bool) -> list[str]:
 
 
 def check(runtime: str, before: dict[str, str], after: dict[str, str]) -> list[str]:
-    """What must not be so."""
+    """List what must not be so."""
     problems = [f"{n} {before[n]} -> {after[n]}" for n in KERNEL if after.get(n) != before[n]]
     jax = after["jax"]
     if after["jaxlib"] != jax:

@@ -217,7 +217,7 @@ def _resumable_remote(path: Remote, journal: str, overwrite: bool) -> Iterator[D
     mine = path / f"{journal.partition('.')[0]}-owner.jsonl"
 
     def claim() -> tuple[bool, str]:
-        begun = (path / journal).is_file() and kind_of(path) is None
+        begun = ((path / journal).is_file() or mine.is_file()) and kind_of(path) is None
         taken = not begun and check_destination(path, 0, overwrite)
         token = uuid.uuid4().hex
         mine.write_text(token)  # also tells now whether anything can be written
@@ -248,7 +248,9 @@ def _resumable_remote(path: Remote, journal: str, overwrite: bool) -> Iterator[D
             hosts.from_first(settle)
     except BaseException:
         if jax.process_index() == 0 and not (path / journal).is_file():
-            mine.unlink(missing_ok=True)
+            with contextlib.suppress(CheckpointError):
+                raise_other(mine, token)
+                mine.unlink()
         raise
 
 

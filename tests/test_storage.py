@@ -342,6 +342,13 @@ def test_of_two_conversions_into_one_place_the_earlier_stops(hf, memory, monkeyp
     assert checkpoint.read_manifest(at)["params"]["embed_VD"]["dtype"] == "float16"
 
 
+def test_a_conversion_that_was_killed_before_its_first_tensor_goes_on(hf, memory):
+    (memory / "new/journal-owner.jsonl").write_text("of a process that was killed")
+    convert(hf, str(memory / "new"), progress=False)
+    assert checkpoint.kind_of(memory / "new") == "jaxseek"
+    assert "journal-owner.jsonl" not in (memory / "new").sizes()
+
+
 def test_a_source_is_known_by_another_name_of_it(hf):
     with pytest.raises(CheckpointError, match="is or holds the checkpoint to be converted"):
         convert(f"file://{hf}", hf, overwrite=True, dtype="f16", progress=False)

@@ -152,7 +152,7 @@ def _libtpu(report: Report, accelerators: list[machine.Accelerator]) -> None:
 
 
 def _devices(report: Report, accelerators: list[machine.Accelerator], timeout: float) -> None:
-    """What JAX computes on, asked in a process of its own; and why it is not the accelerator."""
+    """Ask JAX, in a process of its own, what it computes on; and tell why it is not the accelerator."""
     told, ended = _run_probe(["jax"], timeout)
     broken = False
     for line in told:

@@ -1,4 +1,4 @@
-"""What `jaxseek doctor` runs in processes of their own, since it may hang, crash or fail to import.
+"""Probes that `jaxseek doctor` runs in processes of their own, since they may hang, crash or fail to import.
 
 `python -m jaxseek.cli.probe jax` prints a line of JSON for every stage it passes: imports, then devices.
 `python -m jaxseek.cli.probe bucket URL` prints one: listed, written and deleted.

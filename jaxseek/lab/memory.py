@@ -1,4 +1,4 @@
-"""What one device holds at each point of a GRPO step: its programs compiled, and their bytes added up.
+"""Memory of one device at each point of a GRPO step: its programs compiled, and their bytes added up.
 
 The trainer's state stays on the devices throughout. A rollout adds its copy of the weights, which is made
 before the step and let go before log-probabilities are computed (rl/rollout.py); the caches of the prompts
