@@ -8,26 +8,25 @@ texts = jaxseek.generate(model, tokenizer, ["Hello"], max_new_tokens=32)
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jaxseek.config import ConfigError, ModelConfig
+from jaxseek.config.model import ConfigError, ModelConfig
 
 if TYPE_CHECKING:
-    from jaxseek.generate.text import generate
-    from jaxseek.loading import load
-    from jaxseek.model import DeepSeek
+    from jaxseek.api import load
+    from jaxseek.engine.text import generate
+    from jaxseek.model.deepseek import DeepSeek
 
 __version__ = "0.1.0"
 __all__ = ["ConfigError", "DeepSeek", "ModelConfig", "generate", "load"]
 
 _HOMES = {
-    "DeepSeek": "jaxseek.model",
-    "load": "jaxseek.loading",
+    "DeepSeek": "jaxseek.model.deepseek",
+    "generate": "jaxseek.engine.text",
+    "load": "jaxseek.api",
 }
 
 
 def __getattr__(name: str) -> Any:
     """Names that need JAX are imported when they are asked for: reading a config stays instant."""
-    if name == "generate":
-        return importlib.import_module("jaxseek.generate")
     if name not in _HOMES:
         raise AttributeError(f"module 'jaxseek' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxseek.config import ModelConfig, RopeConfig
-from jaxseek.model import DeepSeek
-from jaxseek.sharding import fill, parameters
+from jaxseek.config.model import ModelConfig, RopeConfig
+from jaxseek.model.deepseek import DeepSeek
+from jaxseek.sharding.parameters import fill, parameters
 
 # -------------------------------------------------------------------- pieces
 
@@ -292,8 +292,8 @@ def quick_compilation():
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch):
     """For modules of many runs: those of their tests draw no picture at the end; those of fixtures do."""
-    monkeypatch.setattr("jaxseek.train.loop.plot_loss", lambda out: None)
-    monkeypatch.setattr("jaxseek.rl.loop.plot_rewards", lambda out: None)
+    monkeypatch.setattr("jaxseek.train.trainer.plot_loss", lambda out: None)
+    monkeypatch.setattr("jaxseek.rl.recipe.plot_rewards", lambda out: None)
 
 
 YARN = RopeConfig("yarn", 10000.0, 4.0, 16, 32.0, 1.0, 1.0, 1.0)

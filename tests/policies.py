@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 from oracles import random_model, tiny_config
 
-from jaxseek import checkpoint
+from jaxseek.checkpoint import models
+from jaxseek.config.run import RunConfig
 from jaxseek.rl.arithmetic import character_tokenizer
-from jaxseek.rl.loop import train_grpo
-from jaxseek.run_config import RunConfig
-from jaxseek.sharding import parameters
+from jaxseek.rl.recipe import train_grpo
+from jaxseek.sharding.parameters import parameters
 from jaxseek.train.metrics import read_metrics
 
 # A sixth of the tokens ends an answer: lengths differ, and so do rewards of kind length.
@@ -33,7 +33,7 @@ def make_home(home: Path) -> Path:
     """A directory with the policies as checkpoints with a tokenizer."""
     tokenizer = character_tokenizer(home / "tokenizer")
     for name, cfg in POLICIES.items():
-        checkpoint.save(random_model(cfg), home / name, tokenizer)
+        models.save(random_model(cfg), home / name, tokenizer)
     return home
 
 
@@ -86,14 +86,14 @@ SAME = (
 
 
 def exported(out):
-    return {p: np.asarray(v[...]) for p, v in parameters(checkpoint.restore(Path(out) / "model")).items()}
+    return {p: np.asarray(v[...]) for p, v in parameters(models.restore(Path(out) / "model")).items()}
 
 
 def assert_same_bits(a, b):
     a, b = exported(a), exported(b)
     assert a.keys() == b.keys()
     for path in a:
-        assert checkpoint.same_bits(a[path], b[path]), path
+        assert models.same_bits(a[path], b[path]), path
 
 
 def answers_in(out, step):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from oracles import assert_close, quick_compilation, softmax  # noqa: F401
 
-from jaxseek.kernels import attention, causal_attention
-from jaxseek.kernels.attention import Mask, attend
-from jaxseek.sharding import Strategy
+from jaxseek.ops import attention, causal_attention
+from jaxseek.ops.attention import Mask, attend
+from jaxseek.sharding.strategy import Strategy
 
 B, T, S, K, G, H, V = 2, 16, 16, 2, 2, 8, 6
 HEADS = ("kv_heads", "q_groups")

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from jaxseek import bench_convert
+from jaxseek.bench import convert
 from jaxseek.cli.main import main
-from jaxseek.config import ModelConfig
-from jaxseek.model import DeepSeek
+from jaxseek.config.model import ModelConfig
+from jaxseek.model.deepseek import DeepSeek
 from jaxseek.train.metrics import train_flops
 from jaxseek_convert import save_hf
 
@@ -67,8 +67,8 @@ def test_conversion_is_timed_beside_cat_of_the_same_files(capsys, tmp_path, monk
     small = dict.fromkeys(("hidden_size", "intermediate_size"), 32) | {"vocab_size": 128}
     small |= dict.fromkeys(("moe_intermediate_size", "q_lora_rank", "kv_lora_rank"), 16)
     small |= dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 2)
-    monkeypatch.setattr(bench_convert, "_V3", bench_convert._V3 | small)
-    bench_convert.main(
+    monkeypatch.setattr(convert, "_V3", convert._V3 | small)
+    convert.main(
         ["--gigabytes", "0.0009", "--shards", "1", "--repeats", "1", "--dir", str(tmp_path), "--json"]
     )
     found = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from oracles import slow
 
-from jaxseek import checkpoint
-from jaxseek.checkpoint import CheckpointError, restore, same_bits, save
-from jaxseek.config import ConfigError, ModelConfig
-from jaxseek.loading import load, widest
-from jaxseek.model import DeepSeek
-from jaxseek.sharding import parameters
-from jaxseek.tokenizer import train_sentencepiece
+from jaxseek.api import load, widest
+from jaxseek.checkpoint import models
+from jaxseek.checkpoint.models import CheckpointError, restore, same_bits, save
+from jaxseek.config.model import ConfigError, ModelConfig
+from jaxseek.model.deepseek import DeepSeek
+from jaxseek.sharding.parameters import parameters
+from jaxseek.tokenizer.tokenizer import train_sentencepiece
 from jaxseek_convert import save_hf
 
 RAW = {
@@ -190,7 +190,7 @@ def test_a_disk_that_fills_up_midway_is_said_and_what_was_written_is_removed(
         (path / "part").write_text("x" * 100)
         raise error
 
-    monkeypatch.setattr(checkpoint, "_orbax_save", fail)
+    monkeypatch.setattr(models, "_orbax_save", fail)
     with pytest.raises(
         CheckpointError, match=r"the disk of .* is full; [\d,]+ bytes are needed, .* are free"
     ):
@@ -202,7 +202,7 @@ def test_a_failed_overwrite_keeps_the_older_checkpoint(saved, model, tmp_path, m
     def fail(path, arrays):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "_orbax_save", fail)
+    monkeypatch.setattr(models, "_orbax_save", fail)
     with pytest.raises(KeyboardInterrupt):
         save(model, saved, overwrite=True)
     assert same_model(restore(saved), model)
@@ -210,12 +210,12 @@ def test_a_failed_overwrite_keeps_the_older_checkpoint(saved, model, tmp_path, m
 
 
 def test_a_disk_that_gives_back_other_bits_is_noticed(model, tmp_path, monkeypatch):
-    written = checkpoint._orbax_save
+    written = models._orbax_save
 
     def rot(path, arrays):
         written(path, arrays | {"norm.scale_D": jax.device_put(arrays["norm.scale_D"] * 2)})
 
-    monkeypatch.setattr(checkpoint, "_orbax_save", rot)
+    monkeypatch.setattr(models, "_orbax_save", rot)
     with pytest.raises(CheckpointError, match=r"norm.scale_D was read back with other values"):
         save(model, tmp_path / "model", check=True)
     assert not list(tmp_path.iterdir())

@@ -8,13 +8,13 @@ from oracles import quick_compilation  # noqa: F401
 
 import jaxseek
 from jaxseek.cli.main import main
-from jaxseek.config import ModelConfig
-from jaxseek.generate.engine import Engine
-from jaxseek.generate.sampling import Sampling
-from jaxseek.generate.text import TextStream, generate
-from jaxseek.model import DeepSeek
-from jaxseek.run_config import find_run_file, shipped_runs
-from jaxseek.tokenizer import train_sentencepiece
+from jaxseek.config.model import ModelConfig
+from jaxseek.config.run import find_run_file, shipped_runs
+from jaxseek.engine.engine import Engine
+from jaxseek.engine.sampling import Sampling
+from jaxseek.engine.text import TextStream, generate
+from jaxseek.model.deepseek import DeepSeek
+from jaxseek.tokenizer.tokenizer import train_sentencepiece
 from jaxseek_convert import save_hf
 
 TEXT = "the quick brown fox jumps over the lazy dog while seven wizards boil green tea for the king. " * 20

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxseek.config
-from jaxseek.config import ConfigError, ModelConfig, RopeConfig, presets, yarn_mscale
+from jaxseek.config.model import ConfigError, ModelConfig, RopeConfig, presets, yarn_mscale
 
 PRESETS = sorted(presets())
 
@@ -241,7 +241,7 @@ def test_a_preset_that_resembles_none_is_refused_without_a_suggestion():
 
 
 def test_reading_a_config_needs_only_the_standard_library():
-    tree = ast.parse(Path(jaxseek.config.__file__).read_text(encoding="utf-8"))
+    tree = ast.parse(Path(jaxseek.config.model.__file__).read_text(encoding="utf-8"))
     names = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
     names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names

@@ -11,11 +11,11 @@ import pytest
 import safetensors
 from safetensors.numpy import save_file
 
-from jaxseek import checkpoint
-from jaxseek.checkpoint import CheckpointError
-from jaxseek.config import ConfigError, ModelConfig
-from jaxseek.loading import load
-from jaxseek.sharding import parameters
+from jaxseek.api import load
+from jaxseek.checkpoint import models
+from jaxseek.checkpoint.models import CheckpointError
+from jaxseek.config.model import ConfigError, ModelConfig
+from jaxseek.sharding.parameters import parameters
 from jaxseek_convert import convert, hf_tensors, load_hf, save_hf
 from jaxseek_convert.conversion import target_forms
 from jaxseek_convert.files import Writer
@@ -100,7 +100,7 @@ def values(model):
 
 def same_model(a, b):
     a, b = values(a), values(b)
-    return a.keys() == b.keys() and all(checkpoint.same_bits(a[p], b[p]) for p in a)
+    return a.keys() == b.keys() and all(models.same_bits(a[p], b[p]) for p in a)
 
 
 @pytest.fixture
@@ -276,7 +276,7 @@ def test_mixed_dtypes_are_held_in_the_widest_and_come_back_as_they_were(hf, tmp_
 
     path, _ = hf(MODELS["deepseek_v32"], change=mix)
     convert(path, tmp_path / "ours", progress=False)
-    held = values(checkpoint.restore(tmp_path / "ours"))
+    held = values(models.restore(tmp_path / "ours"))
     assert held["stacks.1.mlp.up_EDF"].dtype == np.float32
     assert held["norm.scale_D"].dtype == np.float16
     assert held["stacks.1.mlp.router_bias_E"].dtype == np.float32
@@ -363,7 +363,7 @@ def test_an_fp8_checkpoint_is_converted_to_bfloat16(fp8, tmp_path):
     path, _ = fp8
     done = convert(path, tmp_path / "ours", dtype="bfloat16", progress=False, verify=True)
     assert done["dtype"] == "bfloat16"
-    assert same_model(checkpoint.restore(tmp_path / "ours"), load_hf(path, dtype="bfloat16"))
+    assert same_model(models.restore(tmp_path / "ours"), load_hf(path, dtype="bfloat16"))
 
 
 def test_fp8_survives_the_way_there_and_back_bit_for_bit(fp8, tmp_path):

@@ -24,16 +24,16 @@ from oracles import (
 from safetensors.numpy import save_file
 from test_convert import MODELS, random_tensors, read_with_safetensors, same_model, values, write_hf
 
-from jaxseek import checkpoint
-from jaxseek.checkpoint import CheckpointError
-from jaxseek.config import ModelConfig
+from jaxseek.checkpoint import models
+from jaxseek.checkpoint.models import CheckpointError
+from jaxseek.config.model import ModelConfig
 from jaxseek.storage.place import PlaceError
 from jaxseek_convert import convert, hf_tensors, load_hf, stream
 from jaxseek_convert import files as files_module
 from jaxseek_convert.conversion import DIGESTS
 from jaxseek_convert.files import Writer
 from jaxseek_convert.safetensors_io import read_safetensors, write_safetensors
-from jaxseek_convert.store import StoreCheckpoint, boxes
+from jaxseek_convert.tensors import StoreCheckpoint, boxes
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 F8 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -113,7 +113,7 @@ def left(path):
 def pieces(monkeypatch):
     """Tensors are handled in many pieces, and stored in many chunks, as big ones are."""
     monkeypatch.setattr(stream, "_PIECE", 10_000)
-    monkeypatch.setattr("jaxseek.store.CHUNK_BYTES", 5000)
+    monkeypatch.setattr("jaxseek.checkpoint.store.CHUNK_BYTES", 5000)
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def test_fp8_stands_for_its_numbers_times_the_scales_of_their_blocks(fp8, pieces
             found = read_safetensors(tmp_path / folder)
             assert not any(n.endswith("scale_inv") for n in found)
             for name in filter(is_linear, tensors):
-                assert checkpoint.same_bits(found[name], dequantized(tensors, name).astype(kind))
+                assert models.same_bits(found[name], dequantized(tensors, name).astype(kind))
 
 
 def test_a_store_of_fp8_gives_the_same_numbers_as_its_source(fp8, pieces, tmp_path):
@@ -280,8 +280,8 @@ def test_every_mesh_orbax_and_tensorstore_read_the_same_values(pieces, tmp_path)
     run(src, tmp_path / "ours")
     expected = values(load_hf(src))
     for mesh in (None, "fsdp=2,tensor=2,expert=2", "data=2,tensor=4"):
-        restored = values(checkpoint.restore(tmp_path / "ours", mesh))
-        assert all(checkpoint.same_bits(restored[p], expected[p]) for p in expected), mesh
+        restored = values(models.restore(tmp_path / "ours", mesh))
+        assert all(models.same_bits(restored[p], expected[p]) for p in expected), mesh
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         raw = checkpointer.restore(tmp_path / "ours" / "params")
         split = NamedSharding(jax.make_mesh((8,), ("x",)), P("x"))
@@ -289,20 +289,20 @@ def test_every_mesh_orbax_and_tensorstore_read_the_same_values(pieces, tmp_path)
         some = ocp.args.PyTreeRestore({"embed_VD": 0}, {"embed_VD": how}, partial_restore=True)
         embed = checkpointer.restore(tmp_path / "ours" / "params", args=some)["embed_VD"]
     assert embed.sharding == split
-    assert checkpoint.same_bits(np.asarray(embed), expected["embed_VD"])
+    assert models.same_bits(np.asarray(embed), expected["embed_VD"])
     assert raw.keys() == expected.keys()
     for path, value in expected.items():
-        assert checkpoint.same_bits(raw[path], value)
+        assert models.same_bits(raw[path], value)
         store = {"driver": "file", "path": f"{tmp_path}/ours/params/{path}/"}
         array = tensorstore.open({"driver": "zarr3", "kvstore": store}).result()
-        assert checkpoint.same_bits(array.read().result(), value)
+        assert models.same_bits(array.read().result(), value)
 
 
 def test_a_store_is_read_in_the_chunks_that_it_was_written_in(hf, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
-        m.setattr("jaxseek.store.CHUNK_BYTES", 500)
+        m.setattr("jaxseek.checkpoint.store.CHUNK_BYTES", 500)
         run(hf, tmp_path / "ours")
-    assert same_model(checkpoint.restore(tmp_path / "ours"), load_hf(hf))
+    assert same_model(models.restore(tmp_path / "ours"), load_hf(hf))
     run(tmp_path / "ours", tmp_path / "back", to="hf", verify=True)
     assert read_with_safetensors(tmp_path / "back") == read_with_safetensors(hf)
 
@@ -310,9 +310,9 @@ def test_a_store_is_read_in_the_chunks_that_it_was_written_in(hf, tmp_path, monk
 @pytest.mark.parametrize("name", ["deepseek_v3", slow("llama, all biases")])
 def test_what_orbax_wrote_is_converted_by_parts_of_its_chunks(name, pieces, tmp_path, monkeypatch):
     src = write_hf(tmp_path / "hf", MODELS[name], random_tensors(MODELS[name]))
-    monkeypatch.setattr(checkpoint, "_CHUNK_BYTES", 1 << 9)
+    monkeypatch.setattr(models, "_CHUNK_BYTES", 1 << 9)
     monkeypatch.setattr(stream, "_PIECE", 100)
-    checkpoint.save(load_hf(src, "tensor=2"), tmp_path / "saved")
+    models.save(load_hf(src, "tensor=2"), tmp_path / "saved")
     found = StoreCheckpoint(tmp_path / "saved")
     for path in found.arrays:  # a chunk of every layer and expert would be read for each of them
         if "_EDF" in path:
@@ -320,7 +320,7 @@ def test_what_orbax_wrote_is_converted_by_parts_of_its_chunks(name, pieces, tmp_
     run(tmp_path / "saved", tmp_path / "back", to="hf", verify=True)
     assert read_with_safetensors(tmp_path / "back") == read_with_safetensors(src)
     run(tmp_path / "saved", tmp_path / "ours")
-    assert same_model(checkpoint.restore(tmp_path / "ours"), load_hf(src))
+    assert same_model(models.restore(tmp_path / "ours"), load_hf(src))
     run(tmp_path / "saved", tmp_path / "eight", dtype="int8")
     run(src, tmp_path / "directly", dtype="int8")
     a, b = tree(tmp_path / "eight"), tree(tmp_path / "directly")
@@ -543,7 +543,7 @@ def test_a_conversion_killed_at_random_moments_is_the_same_in_the_end(hf, tmp_pa
 def test_conversions_of_every_kind_survive_twenty_kills(hf, fp8, tmp_path):
     src, _ = fp8
     run(src, tmp_path / "store")
-    checkpoint.save(load_hf(hf), tmp_path / "saved")
+    models.save(load_hf(hf), tmp_path / "saved")
     killed(
         [
             (hf, tmp_path / "ours", {"verify": True}),
@@ -574,7 +574,7 @@ def test_a_second_conversion_to_the_same_place_is_refused_and_harms_nothing(hf, 
     monkeypatch.setattr(Writer, "write", write)
     run(hf, tmp_path / "new", verify=True)
     assert refused
-    assert same_model(checkpoint.restore(tmp_path / "new"), load_hf(hf))
+    assert same_model(models.restore(tmp_path / "new"), load_hf(hf))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "new"]
 
 
@@ -600,7 +600,7 @@ def test_on_a_full_disk_what_was_written_stays_and_the_same_command_goes_on(
             run(hf, tmp_path / "new")
     assert not (tmp_path / "new").exists()
     assert run(hf, tmp_path / "new", verify=True)["tensors_resumed"] > 0
-    assert same_model(checkpoint.restore(tmp_path / "new"), load_hf(hf))
+    assert same_model(models.restore(tmp_path / "new"), load_hf(hf))
 
 
 def test_a_disk_that_is_too_small_is_said_before_anything_is_written(hf, tmp_path, monkeypatch):
@@ -658,7 +658,7 @@ def test_a_source_that_is_changed_while_it_is_read_is_noticed(hf, tmp_path, monk
             run(hf, tmp_path / "new")
     assert not (tmp_path / "new").exists()
     assert run(hf, tmp_path / "new")["tensors_resumed"] == 0
-    assert same_model(checkpoint.restore(tmp_path / "new"), load_hf(hf))
+    assert same_model(models.restore(tmp_path / "new"), load_hf(hf))
 
 
 @pytest.mark.parametrize("kind", ["hf", "jaxseek"])
@@ -875,7 +875,7 @@ def test_a_name_on_the_hub_is_downloaded_by_its_own_tool_and_checked(hf, tmp_pat
     run("hf://deepseek-ai/Tiny@main", tmp_path / "new")
     run("hf://deepseek-ai/Tiny", tmp_path / "second")
     assert asked == [("deepseek-ai/Tiny", "main"), ("deepseek-ai/Tiny", None)]
-    assert same_model(checkpoint.restore(tmp_path / "new"), load_hf(hf))
+    assert same_model(models.restore(tmp_path / "new"), load_hf(hf))
     blob = (cache / "model.safetensors").resolve()
     blob.write_bytes(blob.read_bytes()[:-1] + b"\0")
     with pytest.raises(

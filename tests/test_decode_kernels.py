@@ -12,21 +12,20 @@ from oracles import (
     slow,
 )
 
-from jaxseek import cache
-from jaxseek.config import ModelConfig, configs_dir
-from jaxseek.generate.engine import Engine
-from jaxseek.generate.sampling import Sampling
-from jaxseek.kernels import decode
-from jaxseek.kernels import decode_attention as decode_attention_module
-from jaxseek.kernels.chosen_experts import chosen_experts_mlp
-from jaxseek.kernels.decode_attention import combined, decode_attention
-from jaxseek.kernels.scaled import Scaled
-from jaxseek.layers import block, dispatch
-from jaxseek.layers import decode as step
-from jaxseek.layers.slots import table as slot_table
-from jaxseek.model import DeepSeek
-from jaxseek.redundancy import place_experts
-from jaxseek.sharding import Strategy
+from jaxseek.config.model import ModelConfig, configs_dir
+from jaxseek.decode import fused as step
+from jaxseek.decode import kernels
+from jaxseek.engine.engine import Engine
+from jaxseek.engine.sampling import Sampling
+from jaxseek.experts.replicate import place_experts
+from jaxseek.model import cache, dispatch, layer
+from jaxseek.model.deepseek import DeepSeek
+from jaxseek.model.replicas import table as slot_table
+from jaxseek.ops import decode_attention as decode_attention_module
+from jaxseek.ops.chosen_experts import chosen_experts_mlp
+from jaxseek.ops.decode_attention import combined, decode_attention
+from jaxseek.ops.scaled import Scaled
+from jaxseek.sharding.strategy import Strategy
 
 LAYER = 1  # of stacks of two
 
@@ -75,7 +74,7 @@ def test_what_stands_around_attention(quantised, interleaved):
     norm, q_norm, kv_norm = (1 + draw.rows(2, n) / 4 for n in (D, Q, C))
     q_a, q_a_given = draw.matrix(D, Q, inputs=1)
     kv_a, kv_a_given = draw.matrix(D, C + R, inputs=1)
-    cq, latent = decode.latents(
+    cq, latent = kernels.latents(
         x, norm, q_a_given, kv_a_given, kv_norm, rope, LAYER, (1e-5, 1e-6), interleaved, interpret=True
     )
     x = normed(x.astype(float), norm[LAYER], 1e-5)
@@ -86,7 +85,9 @@ def test_what_stands_around_attention(quantised, interleaved):
 
     q_b, q_b_given = draw.matrix(Q, N, P + R, inputs=1)
     k_b, k_b_given = draw.matrix(N, P, C, inputs=3)
-    queries = decode.queries(cq, q_norm, q_b_given, k_b_given, rope, LAYER, 1e-6, interleaved, interpret=True)
+    queries = kernels.queries(
+        cq, q_norm, q_b_given, k_b_given, rope, LAYER, 1e-6, interleaved, interpret=True
+    )
     q = np.einsum("bq,qnh->nbh", normed(x @ q_a, q_norm[LAYER], 1e-6), q_b)
     close(queries[..., :C], np.einsum("nbp,npc->nbc", q[..., :P], k_b))
     close(queries[..., C:], rotated(q[..., P:], angle, interleaved))
@@ -94,7 +95,7 @@ def test_what_stands_around_attention(quantised, interleaved):
     z = draw.rows(N, B, C)
     v_b, v_b_given = draw.matrix(N, V, C, inputs=3)
     o, o_given = draw.matrix(N, V, D, inputs=(1, 2))
-    y = decode.outputs(jnp.asarray(z), v_b_given, o_given, LAYER, interpret=True)
+    y = kernels.outputs(jnp.asarray(z), v_b_given, o_given, LAYER, interpret=True)
     close(y, np.einsum("nbc,nvc,nvd->bd", z.astype(float), v_b, o))
 
 
@@ -132,7 +133,7 @@ def test_router_chooses_as_the_papers_say(preset):
     bias = draw.rows(2, E) / 10 if cfg.has_router_bias else None
     valid, first, held = np.array([1, 1, 0, 1, 1], bool), E // 2, E // 4
     given = (x, y, norm, w_given / 9, bias)
-    got = decode.router(*given, None, valid, LAYER, 1e-6, cfg, first, held, interpret=True)
+    got = kernels.router(*given, None, valid, LAYER, 1e-6, cfg, first, held, interpret=True)
     total, xn, logits, gates, ids, listed, count = (np.asarray(a) for a in got)
     want = x.astype(float) + y
     close(total, want)
@@ -161,7 +162,7 @@ def test_router_chooses_as_the_papers_say(preset):
     # the same with slots, which an expert's tokens take in turn
     expert_LS = np.stack([draw.rng.permutation([*range(E), *draw.rng.integers(0, E, E // 2)]) for _ in "ab"])
     slots, S = slot_table(expert_LS), expert_LS.shape[1]
-    got = decode.router(*given, slots, valid, LAYER, 1e-6, cfg, S // 2, S // 4, interpret=True)
+    got = kernels.router(*given, slots, valid, LAYER, 1e-6, cfg, S // 2, S // 4, interpret=True)
     assert (np.asarray(got[4]) == ids).all()
     want, turn, touched = np.zeros((B, S)), {}, set()
     for b in np.flatnonzero(valid):
@@ -209,7 +210,7 @@ def tokens_of(model):
 
 
 def tokens_by_kernels(model, monkeypatch):
-    for module in (step, block, dispatch, cache):  # prompts are written as on TPU too
+    for module in (step, layer, dispatch, cache):  # prompts are written as on TPU too
         monkeypatch.setattr(module, "platform", lambda: "tpu")
     called = set()
     for name in ("attention", "experts"):
@@ -274,7 +275,7 @@ def test_keys_and_values_are_written_and_read_in_place(monkeypatch, mesh):
     monkeypatch.setattr(
         decode_attention_module, "decode_attention", lambda *a: called.append(1) or attend(*a)
     )
-    for module in (decode_attention_module, block, cache):
+    for module in (decode_attention_module, layer, cache):
         monkeypatch.setattr(module, "platform", lambda: "tpu")
     with pltpu.force_tpu_interpret_mode():
         found = tokens_of(DeepSeek.init(cfg, mesh))

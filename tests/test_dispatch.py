@@ -15,8 +15,8 @@ from oracles import (
     slow,
 )
 
-from jaxseek.layers.dispatch import dispatch
-from jaxseek.sharding import Strategy
+from jaxseek.model.dispatch import dispatch
+from jaxseek.sharding.strategy import Strategy
 
 B, T, D, F, E, K = 8, 4, 8, 8, 8, 3
 ALL_TO_ALL = [
@@ -169,8 +169,8 @@ def test_sums_gradients_and_loads_equal_the_dense_loop(phase, mesh):
 
 @pytest.mark.parametrize("mesh", ["", *REPLICATED])
 def test_few_rows_on_tpu_are_multiplied_with_every_expert_to_the_same_end(mesh, monkeypatch):
-    monkeypatch.setattr("jaxseek.layers.dispatch.platform", lambda: "tpu")
-    monkeypatch.setattr("jaxseek.layers.dispatch.grouped_mlp", None)  # the batched products run on CPU too
+    monkeypatch.setattr("jaxseek.model.dispatch.platform", lambda: "tpu")
+    monkeypatch.setattr("jaxseek.model.dispatch.grouped_mlp", None)  # the batched products run on CPU too
     program.cache_clear()
     for routing in ("random", "skewed", "padded"):
         check(strategy_of(mesh), "decode", routing)

@@ -5,10 +5,10 @@ import os
 
 import pytest
 
-from jaxseek import machine
 from jaxseek.cli import doctor, shared
 from jaxseek.cli.main import main
-from jaxseek.machine import Accelerator
+from jaxseek.machine import accelerators
+from jaxseek.machine.accelerators import Accelerator
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def instead(tmp_path, monkeypatch):
 @pytest.fixture
 def tpu(monkeypatch):
     """A machine with a TPU, and a user who did not ask for the CPU."""
-    monkeypatch.setattr(machine, "find_accelerators", lambda: [Accelerator("tpu", 1, "TPU v5e", ())])
+    monkeypatch.setattr(accelerators, "find_accelerators", lambda: [Accelerator("tpu", 1, "TPU v5e", ())])
     monkeypatch.setattr(doctor, "_metadata", lambda attribute: "")
     monkeypatch.setattr(shared, "_said", False)
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
@@ -83,7 +83,7 @@ def test_a_jax_that_hangs_at_its_devices_is_stopped_and_the_holder_of_the_chip_n
     capsys, instead, tpu, monkeypatch
 ):
     instead("jax", "import time\ndef local_devices(): time.sleep(600)\n")
-    monkeypatch.setattr(machine, "holders", lambda chips: {41: "python train.py"})
+    monkeypatch.setattr(accelerators, "holders", lambda chips: {41: "python train.py"})
     _, problems = told(capsys, "--timeout", "8")
     assert "no devices within 8 s: the TPU is held by process 41 (python train.py)" in problems
 
@@ -94,8 +94,8 @@ def test_a_process_that_dies_while_it_looks_for_devices_is_a_finding(capsys, ins
 
 
 def test_packages_that_do_not_go_together_are_named_with_one_command(capsys, monkeypatch, not_jax):
-    have = machine.installed
-    monkeypatch.setattr(machine, "installed", lambda name: "0.7.2" if name == "jax" else have(name))
+    have = accelerators.installed
+    monkeypatch.setattr(accelerators, "installed", lambda name: "0.7.2" if name == "jax" else have(name))
     _, problems = told(capsys)
     assert "flax needs jax" in problems
     assert "and 0.7.2 is installed -> pip install -U 'jax" in problems
@@ -103,11 +103,11 @@ def test_packages_that_do_not_go_together_are_named_with_one_command(capsys, mon
 
 def test_a_libtpu_with_wrong_gradients_is_a_problem_only_where_there_is_a_tpu(capsys, monkeypatch, tpu):
     have = {"jax": "0.10.2", "libtpu": "0.0.42.1"}
-    installed = machine.installed
-    monkeypatch.setattr(machine, "installed", lambda name: have.get(name) or installed(name))
-    monkeypatch.setattr(machine, "expected_libtpu", lambda: "0.0.42")
+    installed = accelerators.installed
+    monkeypatch.setattr(accelerators, "installed", lambda name: have.get(name) or installed(name))
+    monkeypatch.setattr(accelerators, "expected_libtpu", lambda: "0.0.42")
     report = doctor.Report()
-    doctor._libtpu(report, machine.find_accelerators())
+    doctor._libtpu(report, accelerators.find_accelerators())
     (problem,) = report.problems
     assert "issue 39025" in problem["what"]
     assert problem["mend"] == "pip install -U 'jax[tpu]==0.10.1'"
@@ -141,7 +141,7 @@ def test_a_compile_cache_that_cannot_be_written_is_a_problem(capsys, monkeypatch
 
 
 def test_every_verb_says_once_on_stderr_that_the_tpu_is_unused(capsys, tpu, monkeypatch):
-    monkeypatch.setattr(machine, "installed", {"jax": "0.12.0"}.get)
+    monkeypatch.setattr(accelerators, "installed", {"jax": "0.12.0"}.get)
     for expected in (1, 0):  # once a process
         assert main(["info", "--list"]) == 0
         shown = capsys.readouterr()
@@ -155,8 +155,8 @@ def test_every_verb_says_once_on_stderr_that_the_tpu_is_unused(capsys, tpu, monk
 
 
 def test_a_verb_that_computes_says_it_where_the_packages_fit_and_jax_is_on_the_cpu(capsys, tpu, monkeypatch):
-    monkeypatch.setattr(machine, "installed", {"jax": "0.12.0", "libtpu": "0.0.50.1"}.get)
-    monkeypatch.setattr(machine, "expected_libtpu", lambda: "0.0.50")
+    monkeypatch.setattr(accelerators, "installed", {"jax": "0.12.0", "libtpu": "0.0.50.1"}.get)
+    monkeypatch.setattr(accelerators, "expected_libtpu", lambda: "0.0.50")
     assert main(["generate", "tiny-v3", "-p", "1 2", "-n", "1"]) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "TPU" in line]
     assert len(lines) == 1

@@ -21,9 +21,9 @@ from oracles import (
     weights,
 )
 
-from jaxseek.generate.engine import Engine
-from jaxseek.generate.sampling import Sampling, SamplingArrays, batch_mode, sample
-from jaxseek.model import DeepSeek
+from jaxseek.engine.engine import Engine
+from jaxseek.engine.sampling import Sampling, SamplingArrays, batch_mode, sample
+from jaxseek.model.deepseek import DeepSeek
 
 PROMPTS = [random_tokens(n, seed=n).tolist() for n in (3, 11, 1, 16)]
 GREEDY = Sampling(max_new_tokens=10, temperature=0)

@@ -17,13 +17,13 @@ from oracles import (
 )
 from policies import policy
 
-from jaxseek.generate.groups import Sampled
-from jaxseek.rl.experience import Shapes, answers_of, make_policy_batch, pack
+from jaxseek.config.run import RunConfig
+from jaxseek.engine.groups import Sampled
 from jaxseek.rl.grpo import advantages, sequence_weights
 from jaxseek.rl.objective import PolicyObjective, make_logprobs
+from jaxseek.rl.packing import Shapes, answers_of, make_policy_batch, pack
 from jaxseek.rl.problem import Answer, Problem
 from jaxseek.rl.rollout import Episode
-from jaxseek.run_config import RunConfig
 from jaxseek.train.step import accumulate, trained, with_values
 
 # Of prompts and answers; prompts of one length are the same prompt.

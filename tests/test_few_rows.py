@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from oracles import assert_close, quick_compilation  # noqa: F401
 
-from jaxseek.kernels.few_rows import FEW, OPTIONS, ByOutput, product_by_output, product_of_few
-from jaxseek.kernels.grouped_mlp import every_expert_mlp_by_output, grouped_mlp
+from jaxseek.ops.few_rows import FEW, OPTIONS, ByOutput, product_by_output, product_of_few
+from jaxseek.ops.grouped_mlp import every_expert_mlp_by_output, grouped_mlp
 
 compiled = jax.jit(product_of_few, compiler_options=OPTIONS)
 
@@ -39,7 +39,7 @@ def test_bfloat16_is_multiplied_exactly_and_summed_in_float32():
 
 @pytest.mark.parametrize("rows", [3, 6, 8])
 def test_a_large_matrix_is_multiplied_in_blocks(rows, monkeypatch):
-    monkeypatch.setattr("jaxseek.kernels.few_rows._BLOCK", 576)
+    monkeypatch.setattr("jaxseek.ops.few_rows._BLOCK", 576)
     x_MI, w_OI = operands((rows, 8), (576, 8))
     program = jax.jit(lambda x, w: product_of_few(x, w), compiler_options=OPTIONS)
     assert ("while" in program.lower(x_MI, w_OI).as_text()) == (rows > 4)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from oracles import assert_close, quick_compilation, slow  # noqa: F401
 
-from jaxseek.kernels import attention, flash_attention
-from jaxseek.kernels.attention import Mask
-from jaxseek.sharding import Strategy
+from jaxseek.ops import attention, flash_attention
+from jaxseek.ops.attention import Mask
+from jaxseek.sharding.strategy import Strategy
 
 HEADS = ("kv_heads", "q_groups")
 SCALE = 0.3

@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxseek.kernels import fp8
-from jaxseek.kernels.grouped_mlp import grouped_mlp
+from jaxseek.ops import fp8
+from jaxseek.ops.grouped_mlp import grouped_mlp
 
 round_tiles = jax.jit(fp8.round_tiles)
 round_blocks = jax.jit(fp8.round_blocks, static_argnames="lead")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import tiny_gguf as tiny
 
-from jaxseek.checkpoint import CheckpointError
-from jaxseek.config import ConfigError, ModelConfig
-from jaxseek.tokenizer import Tokenizer
+from jaxseek.checkpoint.models import CheckpointError
+from jaxseek.config.model import ConfigError, ModelConfig
+from jaxseek.tokenizer.tokenizer import Tokenizer
 from jaxseek_convert.gguf import gguf_to_hf, is_gguf, main, packaged_gguf
 from jaxseek_convert.safetensors_io import read_safetensors
 from jaxseek_convert.table import hf_tensors

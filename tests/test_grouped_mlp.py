@@ -8,14 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import assert_close, expert, quick_compilation  # noqa: F401
 
-from jaxseek.kernels import grouped_mlp as module
-from jaxseek.kernels.grouped_mlp import (
-    _gmm_mlp,
-    _tiled_mlp,
-    every_expert_mlp,
-    grouped_mlp,
-)
-from jaxseek.kernels.scaled import Scaled
+from jaxseek.ops import grouped_mlp as module
+from jaxseek.ops.grouped_mlp import _gmm_mlp, _tiled_mlp, every_expert_mlp, grouped_mlp
+from jaxseek.ops.scaled import Scaled
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -16,11 +16,11 @@ from oracles import (
     tiny_config,
 )
 
-from jaxseek.generate.engine import Engine
-from jaxseek.generate.groups import sample_groups
-from jaxseek.generate.sampling import Sampling
+from jaxseek.engine.engine import Engine
+from jaxseek.engine.groups import sample_groups
+from jaxseek.engine.sampling import Sampling
 from jaxseek.rl.rollout import as_engine, seed_of
-from jaxseek.sharding import parameters
+from jaxseek.sharding.parameters import parameters
 
 CONTEXT = 40
 CFG = {
@@ -281,6 +281,6 @@ def test_the_context_ends_an_answer_and_leaves_no_room_for_a_longer_prompt():
 
 
 def test_answers_longer_than_a_dispatch_are_whole(monkeypatch):
-    monkeypatch.setattr("jaxseek.generate.groups.WIDTH", 4)
+    monkeypatch.setattr("jaxseek.engine.groups.WIDTH", 4)
     got, _ = sample_groups(engine("sparse"), PROMPTS, REQUESTS, slots=7, record_experts=True)
     assert_same(got, whole("sparse"))

@@ -17,10 +17,10 @@ from oracles import (
     slow,
 )
 
-from jaxseek.config import ConfigError
+from jaxseek.config.model import ConfigError
+from jaxseek.config.rl import PRESETS, GrpoConfig
+from jaxseek.config.run import RunConfig
 from jaxseek.rl import grpo
-from jaxseek.rl_config import PRESETS, GrpoConfig
-from jaxseek.run_config import RunConfig
 
 MAX_NEW, PROBLEMS, GROUP = 8, 3, 4
 SEEDS = range(3)

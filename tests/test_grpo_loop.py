@@ -28,17 +28,17 @@ from policies import (
     values_of,
 )
 
-from jaxseek import checkpoint
-from jaxseek.config import ConfigError
-from jaxseek.generate.engine import Engine
-from jaxseek.rl import loop
+from jaxseek.checkpoint import models
+from jaxseek.config.model import ConfigError
+from jaxseek.engine.engine import Engine
+from jaxseek.rl import recipe
 from jaxseek.rl.evaluate import Marking
-from jaxseek.rl.loop import train_grpo
+from jaxseek.rl.recipe import train_grpo
 from jaxseek.rl.watch import Alarms
-from jaxseek.sharding import parameters
-from jaxseek.train.loop import TrainingError
+from jaxseek.sharding.parameters import parameters
 from jaxseek.train.metrics import read_metrics
 from jaxseek.train.start import finished
+from jaxseek.train.trainer import TrainingError
 
 ROOT = Path(__file__).parent.parent
 STEPS = 6
@@ -99,14 +99,14 @@ def rewarded(monkeypatch, function):
 
 def interrupt(monkeypatch, step, act):
     """Do something when a step is recorded."""
-    update = loop.Progress.update
+    update = recipe.Progress.update
 
     def patched(self, s, values):
         update(self, s, values)
         if s == step:
             act()
 
-    monkeypatch.setattr(loop.Progress, "update", patched)
+    monkeypatch.setattr(recipe.Progress, "update", patched)
 
 
 def assert_same_run(a, b):
@@ -126,9 +126,9 @@ def test_a_run_records_every_step_evaluates_and_leaves_a_model_and_a_plot(whole,
     assert [r["step"] for r in read_metrics(whole) if "eval_accuracy" in r] == [0, 2, 5]
     assert sorted(p.name for p in (whole / "answers").iterdir()) == [f"{n:06}.jsonl" for n in (0, 3, 6)]
     assert (whole / "rewards.png").stat().st_size > 1000
-    assert checkpoint.read_manifest(whole / "model")["origin"]["steps"] == STEPS
+    assert models.read_manifest(whole / "model")["origin"]["steps"] == STEPS
     assert {"4", "6"} <= {p.name for p in (whole / "reference").iterdir()}
-    before = {p: np.asarray(v[...]) for p, v in parameters(checkpoint.restore(home / "dense")).items()}
+    before = {p: np.asarray(v[...]) for p, v in parameters(models.restore(home / "dense")).items()}
     for path, value in exported(whole).items():
         assert not np.array_equal(value, before[path]), path
 
@@ -163,7 +163,7 @@ def test_a_finished_run_does_nothing_and_still_knows_its_accuracy(home, whole):
 SCRIPT = """
 import sys
 from jaxseek.rl.loop import train_grpo
-from jaxseek.run_config import RunConfig
+from jaxseek.config.run import RunConfig
 import json
 train_grpo(RunConfig.from_dict(json.loads(sys.argv[1])))
 """
@@ -394,7 +394,7 @@ def test_dynamic_sampling_learns_from_groups_that_differ_and_from_no_problem_twi
 def test_dynamic_sampling_makes_do_after_some_rounds(home, tmp_path, monkeypatch):
     rewarded(monkeypatch, lambda number, answers: np.ones(len(answers)))
     (found,) = trained(home, tmp_path / "run", "dense", grpo={"dynamic_sampling": True}, steps=1)
-    assert found["sampling_rounds"] == loop.ROUNDS
+    assert found["sampling_rounds"] == recipe.ROUNDS
     assert (found["flat_groups"], found["grad_norm"]) == (1, 0)
 
 
@@ -418,13 +418,13 @@ def test_long_answers_are_punished_by_their_tokens(home, tmp_path, monkeypatch):
 
 
 def weights_of(home, model="dense"):
-    return {p: np.asarray(v[...]) for p, v in parameters(checkpoint.restore(home / model)).items()}
+    return {p: np.asarray(v[...]) for p, v in parameters(models.restore(home / model)).items()}
 
 
 def assert_unchanged(home, out):
     before = weights_of(home)
     for path, value in exported(out).items():
-        assert checkpoint.same_bits(value, before[path]), path
+        assert models.same_bits(value, before[path]), path
 
 
 def test_equal_rewards_leave_the_weights_as_they_are(home, tmp_path, monkeypatch):
@@ -498,7 +498,7 @@ def test_answers_that_never_end_count_for_nothing_with_the_mask(home, tmp_path, 
 
 
 def loop_sampling(*args, **kwargs):
-    from jaxseek.generate.sampling import Sampling
+    from jaxseek.engine.sampling import Sampling
 
     return Sampling(*args, **kwargs)
 
@@ -548,7 +548,7 @@ def test_training_prompts_that_are_all_too_long_end_the_run(home, tmp_path, monk
     for name, prompt in (("d", "1+2+3+4+5="), ("held", "1+2=")):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": prompt, "answer": "1"}) + "\n")
     data = {"train": str(tmp_path / "d.jsonl"), "eval": str(tmp_path / "held.jsonl")}
-    monkeypatch.setattr(loop, "TOO_LONG", 10)
+    monkeypatch.setattr(recipe, "TOO_LONG", 10)
     message = "10 prompts in a row are longer than rollout.max_prompt_tokens 8"
     with pytest.raises(ConfigError, match=message):
         trained(home, tmp_path / "run", "dense", data=data, task={"kind": "jsonl", "held_out": 1})

@@ -7,7 +7,7 @@ import pytest
 
 PROGRAM = """
 import numpy as np
-from jaxseek.host_memory import keep_freed_memory, release_freed_memory, resident
+from jaxseek.machine.host_memory import keep_freed_memory, release_freed_memory, resident
 
 def use(mib):
     np.ones(mib << 17)

@@ -18,12 +18,13 @@ from jax._src.clusters import cloud_tpu_cluster, cluster, k8s_cluster
 from oracles import tiny_config
 from test_convert_stream import tree
 
-from jaxseek import checkpoint, hosts
+from jaxseek.checkpoint import models
 from jaxseek.cli.main import main
-from jaxseek.config import ConfigError
-from jaxseek.generate.text import generate
-from jaxseek.hosts import Cluster
-from jaxseek.model import DeepSeek
+from jaxseek.config.model import ConfigError
+from jaxseek.engine.text import generate
+from jaxseek.machine import hosts
+from jaxseek.machine.hosts import Cluster
+from jaxseek.model.deepseek import DeepSeek
 from jaxseek_convert import convert
 
 ROOT = Path(__file__).parent.parent
@@ -292,7 +293,7 @@ def test_without_a_cluster_nothing_is_said_and_nothing_is_set(monkeypatch, joine
 
 def test_an_error_of_host_0_reaches_the_others_with_its_kind():
     assert hosts.from_first(lambda: {"a": [1]}) == {"a": [1]}
-    for error in (ConfigError("value, expectation"), checkpoint.CheckpointError("x"), OSError(28, "full")):
+    for error in (ConfigError("value, expectation"), models.CheckpointError("x"), OSError(28, "full")):
         again = pickle.loads(pickle.dumps(error))
         assert (type(again), str(again)) == (type(error), str(error))
 
@@ -348,7 +349,7 @@ def test_a_host_knows_whether_host_0_is_there():
 
 def test_two_hosts_generate_what_one_does_and_print_it_once(tmp_path):
     model = DeepSeek.init(tiny_config("llama", num_hidden_layers=1, vocab_size=64, initializer_range=0.1))
-    checkpoint.save(model, tmp_path / "model")
+    models.save(model, tmp_path / "model")
     port = free_port()
     command = ["generate", tmp_path / "model", "-p", "-", "-n", "6", "-t", "0", "--json"]
     with start(command, 2, 0, port) as first, start(command, 2, 1, port) as second:
@@ -369,7 +370,7 @@ def test_two_hosts_generate_what_one_does_and_print_it_once(tmp_path):
 
 def test_two_hosts_share_a_conversion_and_say_once_what_came_of_it(tmp_path):
     model = DeepSeek.init(tiny_config("llama", num_hidden_layers=1, vocab_size=64))
-    checkpoint.save(model, tmp_path / "model")
+    models.save(model, tmp_path / "model")
     port, command = free_port(), ["convert", tmp_path / "model", tmp_path / "hf", "--to", "hf", "--json"]
     with start(command, 2, 0, port) as first, start(command, 2, 1, port) as second:
         (zero, error), (one, other) = (p.communicate(timeout=120) for p in (first, second))

@@ -11,15 +11,15 @@ import pytest
 from oracles import quick_compilation, random_model, random_tokens, slow, tiny_config  # noqa: F401
 
 from jaxseek.cli import main as cli
-from jaxseek.config import ConfigError, ModelConfig, configs_dir
-from jaxseek.generate.engine import Engine
-from jaxseek.generate.sampling import Sampling
+from jaxseek.config.model import ConfigError, ModelConfig, configs_dir
+from jaxseek.config.rl import ReferenceConfig
+from jaxseek.engine.engine import Engine
+from jaxseek.engine.sampling import Sampling
+from jaxseek.hardware import CHIPS, HOP_SECONDS, Topology
 from jaxseek.lab import analytic, collectives, compile, hlo, memory, plan, planned_run, report, sweep
-from jaxseek.lab.chips import CHIPS, HOP_SECONDS, Topology
 from jaxseek.lab.job import Job, room, train_run
-from jaxseek.rl.experience import Shapes
-from jaxseek.rl_config import ReferenceConfig
-from jaxseek.sharding import Strategy
+from jaxseek.rl.packing import Shapes
+from jaxseek.sharding.strategy import Strategy
 
 TINY = ModelConfig.from_preset("tiny-v3")
 NO_LIBTPU = importlib.util.find_spec("libtpu") is None
@@ -357,7 +357,7 @@ def test_the_key_of_a_job_is_its_content(monkeypatch):
 
 
 def test_the_first_estimate_holds_the_bytes_that_info_counts():
-    from jaxseek.info import describe
+    from jaxseek.lab.info import describe
 
     j = job("fsdp=2,expert=2,tensor=2", batch=8, context=512)
     found, told = analytic.first_pass(j), describe(j.cfg, j.strategy, "bfloat16", 512, 8)

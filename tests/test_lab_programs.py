@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from jaxseek.config import ModelConfig
+from jaxseek.config.model import ModelConfig
 from jaxseek.lab.compile import compile_job
 from jaxseek.lab.hlo import read_program
 from jaxseek.lab.plan import make_job

@@ -11,15 +11,16 @@ import pytest
 from oracles import quick_compilation, slow, tiny_config  # noqa: F401
 
 from jaxseek.cli import main as cli
-from jaxseek.config import ConfigError
-from jaxseek.lab import analytic, memory, plan, run
-from jaxseek.lab.chips import Topology
+from jaxseek.config.model import ConfigError
+from jaxseek.config.run import LoraConfig
+from jaxseek.hardware import Topology
+from jaxseek.lab import analytic, measure, memory, plan
 from jaxseek.lab.job import Job, abstract_step, train_run
 from jaxseek.lab.report import Report
-from jaxseek.model import DeepSeek
+from jaxseek.model.deepseek import DeepSeek
 from jaxseek.rl.rollout import as_engine
-from jaxseek.run_config import LoraConfig
-from jaxseek.sharding import Strategy, device_bytes, parameters
+from jaxseek.sharding.parameters import device_bytes, parameters
+from jaxseek.sharding.strategy import Strategy
 from jaxseek.train import lora
 
 SMALL = tiny_config("v3", num_hidden_layers=2, first_k_dense_replace=1, num_nextn_predict_layers=0)
@@ -36,7 +37,7 @@ def real(*args, **more):
     mesh = j.strategy.make_mesh()
     with jax.set_mesh(mesh):
         step, abstract, _ = abstract_step(j, mesh)
-        return step, abstract, [run.realise(a, j) for a in abstract]
+        return step, abstract, [measure.realise(a, j) for a in abstract]
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def real(*args, **more):
 def test_every_workload_runs_and_is_timed(workload, mesh, more, tmp_path):
     trace = tmp_path / "trace"
     j = job(workload, mesh, **more)
-    found = run.measure(j, j.strategy.make_mesh(), 2, str(trace) if workload == "prefill" else None)
+    found = measure.measure(j, j.strategy.make_mesh(), 2, str(trace) if workload == "prefill" else None)
     assert len(found.seconds) == 2
     assert all(0 < s < 60 for s in found.seconds)
     assert found.device == "cpu"
@@ -119,11 +120,11 @@ def test_every_program_of_a_grpo_step_can_be_compiled(program):
 
 def test_the_experts_of_a_rollout_are_part_of_the_update_that_replays_them():
     j = job("grpo", "fsdp=2,expert=4")
-    run = train_run(j)
-    run = run.replace(grpo=dataclasses.replace(run.grpo, routing_replay=True))
+    measure = train_run(j)
+    measure = measure.replace(grpo=dataclasses.replace(measure.grpo, routing_replay=True))
     mesh = j.strategy.make_mesh()
     with jax.set_mesh(mesh):
-        _, (_, _, batch, *_), _ = abstract_step(dataclasses.replace(j, run=run), mesh)
+        _, (_, _, batch, *_), _ = abstract_step(dataclasses.replace(j, run=measure), mesh)
     assert batch.experts_BTLK.shape == (1, 8, 64, 1, SMALL.num_experts_per_tok)
     assert batch.experts_BTLK.sharding.spec[1] == batch.tokens_BT.sharding.spec[1]
 
@@ -157,7 +158,7 @@ def test_a_decode_dispatch_goes_to_the_end_of_the_cache_every_time():
     j = job("decode")
     step, abstract, _ = real("decode")
     with jax.set_mesh(j.strategy.make_mesh()):
-        calls = run._Calls(j, step, abstract)
+        calls = measure._Calls(j, step, abstract)
         for _ in range(2):
             state, _, taken = calls()
             assert int(taken) == 32
@@ -166,10 +167,10 @@ def test_a_decode_dispatch_goes_to_the_end_of_the_cache_every_time():
 
 def test_a_step_takes_what_the_clock_says(monkeypatch):
     clock = iter([0.0, 3.0, 10.0, 11.0, 20.0, 22.0])
-    monkeypatch.setattr(run.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(run, "abstract_step", lambda job, mesh: (lambda: 0, (), {}))
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(measure, "abstract_step", lambda job, mesh: (lambda: 0, (), {}))
     j = job("prefill")
-    found = run.measure(j, j.strategy.make_mesh(), 3)
+    found = measure.measure(j, j.strategy.make_mesh(), 3)
     assert found.seconds == (3.0, 1.0, 2.0)
     assert found.to_dict() == {"seconds": 2.0, "least": 1.0, "most": 3.0, "calls": 3, "device": "cpu"}
 
@@ -185,8 +186,8 @@ def tpus(kind="TPU v5 lite", shape=(4, 2, 1), each=1):
 
 
 def test_the_devices_of_the_slice_are_taken_and_others_refused():
-    assert len(run.devices_of(Topology.parse("v5e:4x2"), tpus())) == 8
-    assert len(run.devices_of(Topology.parse("tpu7x:2x2x1"), tpus("TPU7x", (2, 2, 1), 2))) == 8
+    assert len(measure.devices_of(Topology.parse("v5e:4x2"), tpus())) == 8
+    assert len(measure.devices_of(Topology.parse("tpu7x:2x2x1"), tpus("TPU7x", (2, 2, 1), 2))) == 8
     for devices, found in (
         (tpus("TPU v4"), r"8 x TPU v4 \(tpu\)"),
         (tpus(shape=(2, 2, 1)), r"4 x TPU v5 lite \(tpu\)"),
@@ -195,7 +196,7 @@ def test_the_devices_of_the_slice_are_taken_and_others_refused():
         ([], "no devices"),
     ):
         with pytest.raises(ConfigError, match=f"needs the 8 devices of v5e:4x2 .*there are {found}"):
-            run.devices_of(Topology.parse("v5e:4x2"), devices)
+            measure.devices_of(Topology.parse("v5e:4x2"), devices)
 
 
 def test_the_command_refuses_a_cpu_before_it_compiles(monkeypatch, capsys):
@@ -213,6 +214,6 @@ def test_measured_stands_beside_the_estimate():
     j = dataclasses.replace(job("decode"), context=2048)
     seconds = {"xla": 3e-3, "pallas": 0.0, "collective": 1e-3, "copy": 0.0}
     r = Report(j, analytic.first_pass(j), {"peak": 1.0}, 1, seconds, {}, [], dispatch=32e-3, left_out={})
-    text = plan.beside(r, run.Measured((6e-3, 5e-3, 4e-3), "TPU v5 lite"))
+    text = plan.beside(r, measure.Measured((6e-3, 5e-3, 4e-3), "TPU v5 lite"))
     assert "measured 5.000 ms a step, median of 3 (4.000 to 6.000) on TPU v5 lite" in text
     assert "the estimate is 0.80 to 1.00 of it" in text  # 3 to 4 ms, and 1 of the dispatch

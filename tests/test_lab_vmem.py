@@ -13,9 +13,9 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxseek.kernels import grouped_mlp
+from jaxseek.hardware import CHIPS
 from jaxseek.lab import compile, vmem
-from jaxseek.lab.chips import CHIPS
+from jaxseek.ops import grouped_mlp
 
 MIB = 2**20
 

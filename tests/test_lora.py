@@ -13,10 +13,10 @@ from oracles import (
     tiny_config,
 )
 
-from jaxseek import checkpoint
-from jaxseek.config import ConfigError
-from jaxseek.run_config import LoraConfig, RunConfig
-from jaxseek.sharding import parameters
+from jaxseek.checkpoint import models
+from jaxseek.config.model import ConfigError
+from jaxseek.config.run import LoraConfig, RunConfig
+from jaxseek.sharding.parameters import parameters
 from jaxseek.train import lora
 from jaxseek.train.batch import make_batch, to_devices
 from jaxseek.train.objectives import Objective
@@ -79,8 +79,8 @@ def test_an_adapted_model_is_its_base_until_trained_and_merges_into_base_plus_ch
     assert merged.embed_VD.get_value() is adapted.embed_VD.get_value()  # only what has adapters is made
     assert_close(merged(TOKENS_BT), changed_logits, 1e-5)
 
-    checkpoint.save(merged, tmp_path / "model")
-    exported, before, factors = values(checkpoint.restore(tmp_path / "model")), values(base), values(adapted)
+    models.save(merged, tmp_path / "model")
+    exported, before, factors = values(models.restore(tmp_path / "model")), values(base), values(adapted)
     assert exported.keys() == before.keys()
     checked = 0
     for path, value in exported.items():

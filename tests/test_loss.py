@@ -19,9 +19,10 @@ from oracles import (
     weights,
 )
 
-from jaxseek.layers.moe import Routing, mean_affinity
-from jaxseek.run_config import LossConfig, RunConfig
-from jaxseek.sharding import Strategy, parameters
+from jaxseek.config.run import LossConfig, RunConfig
+from jaxseek.model.moe import Routing, mean_affinity
+from jaxseek.sharding.parameters import parameters
+from jaxseek.sharding.strategy import Strategy
 from jaxseek.train import loss
 from jaxseek.train.batch import make_batch, to_devices
 from jaxseek.train.objectives import Objective, Whole

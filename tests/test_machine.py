@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from jaxseek import machine
-from jaxseek.machine import Accelerator, driver_problem, find_accelerators, unused_accelerator
+from jaxseek.machine import accelerators
+from jaxseek.machine.accelerators import Accelerator, driver_problem, find_accelerators, unused_accelerator
 
 TPU = Accelerator("tpu", 4, "TPU v5e", ())
 
@@ -28,8 +28,8 @@ def files(root, *names):
 def versions(monkeypatch):
     """Installed versions by name, for a test to set; a jax that names libtpu 0.0.50 for its tpu extra."""
     have = {"jax": "0.12.0", "jaxlib": "0.12.0"}
-    monkeypatch.setattr(machine, "installed", have.get)
-    monkeypatch.setattr(machine, "expected_libtpu", lambda: "0.0.50")
+    monkeypatch.setattr(accelerators, "installed", have.get)
+    monkeypatch.setattr(accelerators, "expected_libtpu", lambda: "0.0.50")
     return have
 
 
@@ -126,9 +126,9 @@ def test_the_processes_that_hold_a_chip_are_named(tmp_path):
         folder.mkdir(parents=True)
         os.symlink(target, folder / "3")
         (folder.parent / "cmdline").write_bytes(b"python\0train.py\0")
-    held = machine.holders(Accelerator("tpu", 1, "TPU v5e", (device,)), tmp_path)
+    held = accelerators.holders(Accelerator("tpu", 1, "TPU v5e", (device,)), tmp_path)
     assert held == {41: "python train.py"}
 
 
 def test_the_libtpu_of_the_installed_jax_is_read_from_its_metadata():
-    assert len(machine.numbers(machine.expected_libtpu())) >= 3
+    assert len(accelerators.numbers(accelerators.expected_libtpu())) >= 3

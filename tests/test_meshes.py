@@ -24,10 +24,12 @@ from oracles import (
     weights,
 )
 
-from jaxseek.config import ConfigError, configs_dir
-from jaxseek.generate.engine import Engine
-from jaxseek.generate.sampling import Sampling
-from jaxseek.sharding import MESH_AXES, PHASES, Strategy, parameters
+from jaxseek.config.model import ConfigError, configs_dir
+from jaxseek.engine.engine import Engine
+from jaxseek.engine.sampling import Sampling
+from jaxseek.sharding.parameters import parameters
+from jaxseek.sharding.rules import MESH_AXES, PHASES
+from jaxseek.sharding.strategy import Strategy
 
 CONFIGS = {
     "llama": tiny_config("llama", num_attention_heads=8),  # two layers: a scanned stack

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jaxseek.config import ConfigError, ModelConfig
-from jaxseek.run_config import LogConfig
-from jaxseek.sharding import Strategy
+from jaxseek.config.model import ConfigError, ModelConfig
+from jaxseek.config.run import LogConfig
+from jaxseek.sharding.strategy import Strategy
 from jaxseek.train import metrics
 from jaxseek.train.metrics import (
     MetricsLog,

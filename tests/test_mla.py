@@ -15,9 +15,9 @@ from oracles import (
     tiny_weights,
 )
 
-from jaxseek.cache import KVCache, LatentCache, init_cache, split_layers, write_slots
-from jaxseek.config import ModelConfig
-from jaxseek.sharding import Strategy
+from jaxseek.config.model import ModelConfig
+from jaxseek.model.cache import KVCache, LatentCache, init_cache, split_layers, write_slots
+from jaxseek.sharding.strategy import Strategy
 
 B, T, CAPACITY = 2, 12, 16
 TOKENS_BT = random_tokens(B, T)

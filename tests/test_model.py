@@ -21,9 +21,9 @@ from oracles import (
     weights,
 )
 
-from jaxseek.config import ConfigError, ModelConfig, RopeConfig, presets
-from jaxseek.model import DeepSeek, layer_runs, positions_in_segments
-from jaxseek.sharding import parameters
+from jaxseek.config.model import ConfigError, ModelConfig, RopeConfig, presets
+from jaxseek.model.deepseek import DeepSeek, layer_runs, positions_in_segments
+from jaxseek.sharding.parameters import parameters
 
 B, T = 2, 12
 TOKENS_BT = random_tokens(B, T)

@@ -14,13 +14,13 @@ from test_convert_stream import write as write_fp8
 from test_hosts import ROOT, free_port, start
 from test_train_loop import TEXT, home, losses, run, toml, write  # noqa: F401
 
-from jaxseek.bench_convert import synthetic
-from jaxseek.loading import load
-from jaxseek.rl.loop import train_grpo
-from jaxseek.rl.reject import reject
+from jaxseek.api import load
+from jaxseek.bench.convert import synthetic
+from jaxseek.recipes.reject import reject
+from jaxseek.rl.recipe import train_grpo
 from jaxseek.storage import place as places
-from jaxseek.train import samples
-from jaxseek.train.loop import train
+from jaxseek.train import distill
+from jaxseek.train.trainer import train
 from jaxseek_convert import convert, save_hf
 
 pytestmark = pytest.mark.slow
@@ -98,7 +98,7 @@ def test_preferences_and_their_reference_equal_those_of_one_process(home, tmp_pa
 
 
 def test_a_teachers_samples_are_those_of_one_process(home, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(samples, "BATCH", 16)
+    monkeypatch.setattr(distill, "BATCH", 16)
     write(tmp_path / "prompts.jsonl", [{"prompt": f"the {w}"} for w in TEXT.split()[:6]])
     given = {"teacher": str(home / "teacher"), "by": "samples", "max_new_tokens": 12, "per_prompt": 2}
     data = {"train": str(tmp_path / "prompts.jsonl")}
@@ -165,16 +165,16 @@ def test_a_mesh_that_leaves_a_host_without_a_device_is_refused_on_all(home, tmp_
 
 
 ENGINES = """
-from jaxseek.hosts import join
+from jaxseek.machine.hosts import join
 join()
 from oracles import tiny_config
-from jaxseek.generate.engine import Engine
-from jaxseek.generate.sampling import Sampling
+from jaxseek.engine.engine import Engine
+from jaxseek.engine.sampling import Sampling
 from jaxseek.lab.chips import Topology
 from jaxseek.lab.job import Job
 from jaxseek.lab.run import measure
-from jaxseek.model import DeepSeek
-from jaxseek.sharding import Strategy
+from jaxseek.model.deepseek import DeepSeek
+from jaxseek.sharding.strategy import Strategy
 cfg = tiny_config("v3", num_hidden_layers=2, first_k_dense_replace=1, num_nextn_predict_layers=0)
 for workload, mesh in (("decode", "expert=4,tensor=2"), ("train", "fsdp=2,expert=4")):
     job = Job(cfg, Strategy.parse(mesh), Topology.parse("v5e:2x4"), workload, 8, 64, "bf16")

@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxseek.checkpoint import CheckpointError
+from jaxseek.checkpoint.models import CheckpointError
 from jaxseek_convert.numbers import (
     BF16,
     F16,

@@ -11,8 +11,8 @@ from oracles import (
     tiny_config,
 )
 
-from jaxseek.run_config import RunConfig
-from jaxseek.sharding import parameters
+from jaxseek.config.run import RunConfig
+from jaxseek.sharding.parameters import parameters
 from jaxseek.train.optimizer import decays, make_optimizer
 from jaxseek.train.schedule import learning_rate
 

@@ -14,18 +14,18 @@ import pytest
 from oracles import quick_compilation, undrawn  # noqa: F401
 from policies import make_home, values_of
 
-from jaxseek import checkpoint
-from jaxseek.checkpoint import CheckpointError
+from jaxseek.checkpoint import models
+from jaxseek.checkpoint.models import CheckpointError
 from jaxseek.cli.main import main
-from jaxseek.config import ConfigError, ModelConfig, configs_dir
-from jaxseek.rl import pipeline as pipelines
-from jaxseek.rl.experience import Shapes
-from jaxseek.rl.pipeline import Pipeline, run_pipeline, table
-from jaxseek.run_config import RunConfig, read_toml
-from jaxseek.sharding import Strategy
+from jaxseek.config.model import ConfigError, ModelConfig, configs_dir
+from jaxseek.config.run import RunConfig, read_toml
+from jaxseek.recipes import pipeline as pipelines
+from jaxseek.recipes.pipeline import Pipeline, run_pipeline, table
+from jaxseek.rl.packing import Shapes
+from jaxseek.sharding.strategy import Strategy
 from jaxseek.train import start
-from jaxseek.train.loop import Result
 from jaxseek.train.metrics import read_metrics
+from jaxseek.train.trainer import Result
 
 ROOT = Path(__file__).parent.parent
 DATA = "python:jaxseek.rl.arithmetic:demonstrations?terms=2&count="
@@ -325,7 +325,7 @@ def copied(whole, out, *names):
 def test_one_stage_alone_takes_what_others_left_and_leaves_them(home, whole, tmp_path):
     out = tmp_path / "run"
     alone = Pipeline.from_dict(tables(home, out, only="choose"))
-    with pytest.raises((ConfigError, checkpoint.CheckpointError), match="reason/model"):
+    with pytest.raises((ConfigError, models.CheckpointError), match="reason/model"):
         run_pipeline(alone, tell=quiet)
     copied(whole, out, "learn", "reason")
     result = run_pipeline(alone, tell=quiet)

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from oracles import forward, quick_compilation, random_model, tiny_config, weights  # noqa: F401
 
 from jaxseek.cli import main as cli
-from jaxseek.config import ConfigError
-from jaxseek.generate.engine import Engine
-from jaxseek.generate.sampling import Sampling
+from jaxseek.config.model import ConfigError
+from jaxseek.engine.engine import Engine
+from jaxseek.engine.sampling import Sampling
+from jaxseek.experts.balance import contiguous, device_load, imbalance, pack, place, replicate, serve
 from jaxseek.lab import replay
-from jaxseek.placement import contiguous, device_load, imbalance, pack, place, replicate, serve
 
 
 def test_packing_puts_the_heaviest_into_the_lightest_pack_with_room():

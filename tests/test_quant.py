@@ -21,16 +21,16 @@ from oracles import (
     weights,
 )
 
-from jaxseek import checkpoint
-from jaxseek.checkpoint import CheckpointError
-from jaxseek.config import ConfigError, ModelConfig, configs_dir
-from jaxseek.generate.engine import Engine
-from jaxseek.generate.sampling import Sampling
-from jaxseek.info import describe, read_quantization
-from jaxseek.kernels import int4
-from jaxseek.kernels.grouped_mlp import _gmm_mlp, _tiled_mlp
-from jaxseek.kernels.scaled import Scaled, dequantize, few_times_scaled
-from jaxseek.layers.quant import (
+from jaxseek.api import load
+from jaxseek.checkpoint import models
+from jaxseek.checkpoint.models import CheckpointError
+from jaxseek.config.model import ConfigError, ModelConfig, configs_dir
+from jaxseek.config.run import RunConfig
+from jaxseek.engine.engine import Engine
+from jaxseek.engine.sampling import Sampling
+from jaxseek.lab.info import describe, read_quantization
+from jaxseek.model.deepseek import DeepSeek
+from jaxseek.model.weight import (
     KINDS,
     MATRICES,
     Quantized,
@@ -41,10 +41,12 @@ from jaxseek.layers.quant import (
     quantized,
     scale_shape,
 )
-from jaxseek.loading import load
-from jaxseek.model import DeepSeek
-from jaxseek.run_config import RunConfig
-from jaxseek.sharding import Rules, Strategy, fill, parameters
+from jaxseek.ops import int4
+from jaxseek.ops.grouped_mlp import _gmm_mlp, _tiled_mlp
+from jaxseek.ops.scaled import Scaled, dequantize, few_times_scaled
+from jaxseek.sharding.parameters import fill, parameters
+from jaxseek.sharding.rules import Rules
+from jaxseek.sharding.strategy import Strategy
 from jaxseek.train import start
 
 LARGEST = {"int8": 127, "int4": 7, "float8_e4m3fn": 448}
@@ -112,7 +114,7 @@ def assert_same_bits(got, expected):
     assert got.keys() == expected.keys()
     for path, param in got.items():
         values = (np.asarray(v.get_value()) for v in (param, expected[path]))
-        assert checkpoint.same_bits(*values), path
+        assert models.same_bits(*values), path
 
 
 # -------------------------------------------------------------------- shapes and products
@@ -144,7 +146,7 @@ def test_every_matrix_of_every_family_but_the_named_exceptions_is_one_of_matrice
 
 @pytest.mark.parametrize("groups", [1, 6])
 def test_the_product_of_few_rows_equals_the_formula(groups, monkeypatch):
-    monkeypatch.setattr("jaxseek.kernels.scaled._BLOCK", 40)
+    monkeypatch.setattr("jaxseek.ops.scaled._BLOCK", 40)
     draw = np.random.default_rng(0)
     x = jnp.asarray(draw.standard_normal((3, 24), np.float32))
     value = draw.integers(-127, 128, (2, 24, 10)).astype(np.int8)
@@ -176,7 +178,7 @@ def test_in_bfloat16_a_number_is_the_rounded_float32_product():
     with model.on_mesh():
         layer = jax.tree.map(lambda a: a[0], model.stacks[0])
         got = matrix(layer.mlp.up_DF, Rules(), jnp.bfloat16)
-    assert checkpoint.same_bits(np.asarray(got), numbers.astype(jnp.bfloat16))
+    assert models.same_bits(np.asarray(got), numbers.astype(jnp.bfloat16))
 
 
 # -------------------------------------------------------------------- models
@@ -261,7 +263,7 @@ def test_a_checkpoint_is_restored_bit_for_bit_onto_another_mesh(tmp_path, kind):
         "v3", kv_lora_rank=18, moe_intermediate_size=10
     )  # int4: rows of which a shard cuts a byte
     model = quantized_model(cfg, kind, "tensor=2,fsdp=2")
-    checkpoint.save(model, tmp_path / "q", check=True)
+    models.save(model, tmp_path / "q", check=True)
     manifest = json.loads((tmp_path / "q/jaxseek.json").read_text())
     path = "stacks.1.mlp.down_EFD"
     assert manifest["quantization"][path] == SPECS[kind].group
@@ -269,7 +271,7 @@ def test_a_checkpoint_is_restored_bit_for_bit_onto_another_mesh(tmp_path, kind):
     assert manifest["params"][f"{path}.scale"] == {"shape": [2, 8, 1, 32], "dtype": "float32"}
 
     for mesh in (None, "expert=2,fsdp=2", "tensor=2"):
-        assert_same_bits(parameters(checkpoint.restore(tmp_path / "q", mesh)), parameters(model))
+        assert_same_bits(parameters(models.restore(tmp_path / "q", mesh)), parameters(model))
     again, _ = load(tmp_path / "q", dtype="bfloat16")
     assert again.embed_VD[...].dtype == jnp.bfloat16
     assert again(TOKENS_BT).dtype == jnp.float32
@@ -277,19 +279,19 @@ def test_a_checkpoint_is_restored_bit_for_bit_onto_another_mesh(tmp_path, kind):
     held, expected = parameters(again), parameters(model)
     for path in held.keys() & {f"{p}.{part}" for p in quantization(model) for part in ("value", "scale")}:
         assert held[path].get_value().dtype == expected[path].get_value().dtype
-    without = checkpoint.restore(tmp_path / "q", mtp=False)
+    without = models.restore(tmp_path / "q", mtp=False)
     assert not any(path.startswith("mtp.") for path in quantization(without))
     with pytest.raises(ValueError, match="other stacks"):
-        checkpoint.save(quantized_model(cfg, kind).unrolled(), tmp_path / "unrolled")
+        models.save(quantized_model(cfg, kind).unrolled(), tmp_path / "unrolled")
 
 
 def test_a_manifest_that_does_not_fit_is_named(tmp_path):
-    checkpoint.save(quantized_model(tiny_config("llama"), "int8"), tmp_path / "q")
+    models.save(quantized_model(tiny_config("llama"), "int8"), tmp_path / "q")
     manifest = json.loads((tmp_path / "q/jaxseek.json").read_text())
     manifest["quantization"]["stacks.0.mlp.up_DF"] = 8
-    checkpoint.write_json(tmp_path / "q/jaxseek.json", manifest)
+    models.write_json(tmp_path / "q/jaxseek.json", manifest)
     with pytest.raises(CheckpointError, match=r"up_DF.scale is \[2, 1, 48\], expected \[2, 4, 48\]"):
-        checkpoint.restore(tmp_path / "q")
+        models.restore(tmp_path / "q")
 
 
 @pytest.mark.parametrize("size", [1, 5, 8])
@@ -316,13 +318,13 @@ def test_memory_can_be_planned_with_no_weights(tmp_path):
         share[kind] = describe(cfg, mesh, quantization=specs)["weight_bytes_per_chip"] / plain
     assert share == pytest.approx({"int8": 0.52, "int4": 0.3, "float8": 0.54}, abs=0.01)
 
-    checkpoint.save(quantized_model(tiny_config("llama"), "int4"), tmp_path / "q")
+    models.save(quantized_model(tiny_config("llama"), "int4"), tmp_path / "q")
     assert {spec.dtype for spec in read_quantization(str(tmp_path / "q")).values()} == {"int4"}
 
 
 def test_training_says_to_convert_first(tmp_path):
     model = quantized_model(tiny_config("llama"), "int8")
-    checkpoint.save(model, tmp_path / "q")
+    models.save(model, tmp_path / "q")
     raw = {"objective": "pretrain", "model": str(tmp_path / "q"), "out": str(tmp_path / "out"), "steps": 1}
     run = RunConfig.from_dict(raw | {"data": {"train": ["x.txt"]}, "tokenizer": "train:48"})
     with pytest.raises(ConfigError, match=r"jaxseek convert \S+/q DST --dtype bfloat16"):

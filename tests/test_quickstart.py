@@ -10,11 +10,11 @@ import pytest
 from oracles import quick_compilation  # noqa: F401
 
 import jaxseek
-from jaxseek import checkpoint
+from jaxseek.checkpoint import models
 from jaxseek.cli.main import main
-from jaxseek.config import configs_dir
-from jaxseek.rl import quickstart as quick
-from jaxseek.rl.quickstart import Quickstart, quickstart
+from jaxseek.config.model import configs_dir
+from jaxseek.recipes import quickstart as quick
+from jaxseek.recipes.quickstart import Quickstart, quickstart
 from jaxseek.train.metrics import read_metrics
 from jaxseek_convert import convert
 
@@ -83,9 +83,9 @@ def test_it_leaves_a_checkpoint_a_curve_and_a_model_for_transformers_with_the_sa
         p.name for p in (out / "hf").iterdir()
     }
     convert(result.hf, tmp_path / "back", progress=False)
-    back = jaxseek.sharding.parameters(checkpoint.restore(tmp_path / "back"))
+    back = jaxseek.sharding.parameters(models.restore(tmp_path / "back"))
     for path, value in jaxseek.sharding.parameters(model).items():
-        assert checkpoint.same_bits(value[...], back[path][...]), path
+        assert models.same_bits(value[...], back[path][...]), path
 
 
 def test_it_says_what_came_of_it(ran):

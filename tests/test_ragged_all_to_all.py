@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxseek.kernels.ragged_all_to_all import ragged_all_to_all
-from jaxseek.sharding import Strategy
+from jaxseek.ops.ragged_all_to_all import ragged_all_to_all
+from jaxseek.sharding.strategy import Strategy
 
 SENT, ROWS, WIDTH = 12, 20, 3
 

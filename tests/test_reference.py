@@ -6,9 +6,9 @@ import pytest
 from oracles import quick_compilation  # noqa: F401
 from policies import config, make_home, policy, trained, values_of
 
+from jaxseek.config.run import ReferenceConfig
 from jaxseek.rl.reference import ReferencePolicy
-from jaxseek.run_config import ReferenceConfig
-from jaxseek.sharding import parameters
+from jaxseek.sharding.parameters import parameters
 
 
 @pytest.fixture(scope="module")

@@ -10,16 +10,16 @@ import pytest
 from oracles import quick_compilation  # noqa: F401
 from policies import config, make_home
 
-from jaxseek.config import ConfigError
-from jaxseek.data import open_rows
-from jaxseek.generate.groups import Sampled
-from jaxseek.rl import reject as rejecting
+from jaxseek.config.model import ConfigError
+from jaxseek.config.run import RunConfig
+from jaxseek.data.dataset import open_rows
+from jaxseek.engine.groups import Sampled
+from jaxseek.recipes import reject as rejecting
+from jaxseek.recipes.reject import FILE, _good, _whole_rounds, reject
 from jaxseek.rl.arithmetic import WORDS
 from jaxseek.rl.problem import Answer, Problem
-from jaxseek.rl.reject import FILE, _good, _whole_rounds, reject
 from jaxseek.rl.rollout import Episode
-from jaxseek.run_config import RunConfig
-from jaxseek.tokenizer import Tokenizer
+from jaxseek.tokenizer.tokenizer import Tokenizer
 from jaxseek.train import start
 from jaxseek.train.metrics import Progress
 

@@ -8,14 +8,14 @@ import time
 import numpy as np
 import pytest
 
-from jaxseek.config import ConfigError
+from jaxseek.config.model import ConfigError
+from jaxseek.config.rl import RewardConfig
 from jaxseek.rl.problem import Answer, Problem
-from jaxseek.rl.rewards import Rewards
 from jaxseek.rl.rewards.answers import exact, final_answer, last_boxed, normal
 from jaxseek.rl.rewards.countdown import countdown
 from jaxseek.rl.rewards.format import format, length
 from jaxseek.rl.rewards.language import language
-from jaxseek.rl_config import RewardConfig
+from jaxseek.rl.rewards.terms import Rewards
 
 
 def answer(text, reference="", record=None, tokens=1, reason="stop"):
@@ -340,7 +340,7 @@ def test_workers_end_with_the_trainer(functions, tmp_path):
         import threading
         from jaxseek.rl.problem import Answer, Problem
         from jaxseek.rl.rewards import Rewards
-        from jaxseek.rl_config import RewardConfig
+        from jaxseek.config.rl import RewardConfig
 
         rewards = Rewards([RewardConfig("python", function="reward_functions:loops", seconds=100.0)], 1)
         print(next(iter(rewards.pool.workers)).process.pid, flush=True)
@@ -377,7 +377,7 @@ def test_functions_get_chunks_and_may_print(functions, capfd):
 def test_workers_and_rewards_do_without_jax(functions):
     with Rewards([python("imports")], 1) as rewards:
         assert rewards.score(BATCH).total.tolist() == [0.0] * 5
-    check = "import sys, jaxseek.rl.rewards; sys.exit('jax' in sys.modules)"
+    check = "import sys, jaxseek.rl.rewards.terms; sys.exit('jax' in sys.modules)"
     subprocess.run(
         [sys.executable, "-c", check], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     )

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from oracles import inverse_frequencies, mscale, tiny_config
 from oracles import rotate as rotate_as_written
 
-from jaxseek.config import ModelConfig, RopeConfig
-from jaxseek.layers.rope import attention_factor, frequencies, rope_table, rotate
+from jaxseek.config.model import ModelConfig, RopeConfig
+from jaxseek.model.rope import attention_factor, frequencies, rope_table, rotate
 
 # DeepSeek-V3: d 64, theta 1e4, factor 40, original length 4096, beta 32 and 1.
 YARN_V3 = RopeConfig("yarn", 10000.0, 40.0, 4096, 32.0, 1.0, 1.0, 1.0)

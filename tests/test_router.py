@@ -12,8 +12,8 @@ from oracles import (
     tiny_config,
 )
 
-from jaxseek.layers.moe import choose_experts
-from jaxseek.model import DeepSeek
+from jaxseek.model.deepseek import DeepSeek
+from jaxseek.model.moe import choose_experts
 
 LOGITS = np.array([0.5, -1, 2, 0.1, 1.5, -0.3, 0, 0.9])
 BIAS = np.array([0, 0.3, -0.2, 0, 0.1, 0, -0.5, 0.05])

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from jaxseek.cli.main import main
-from jaxseek.config import ConfigError, ModelConfig, presets
+from jaxseek.config.model import ConfigError, ModelConfig, presets
 from jaxseek.train.scaling import flops_per_token, nearest_preset, propose
 
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxseek.config import ConfigError
-from jaxseek.run_config import RunConfig
+from jaxseek.config.model import ConfigError
+from jaxseek.config.run import RunConfig
 from jaxseek.train.schedule import RAMP_SIZES, batch_rows, learning_rate
 
 

@@ -11,13 +11,13 @@ from oracles import (
 )
 from policies import POLICIES, make_home, trained
 
-from jaxseek import checkpoint
-from jaxseek.config import ConfigError
+from jaxseek.checkpoint import models
+from jaxseek.config.model import ConfigError
 from jaxseek.rl import scorer
 from jaxseek.rl.arithmetic import character_tokenizer
 from jaxseek.rl.problem import Answer, Problem
-from jaxseek.sharding import Strategy
-from jaxseek.tokenizer import Tokenizer
+from jaxseek.sharding.strategy import Strategy
+from jaxseek.tokenizer.tokenizer import Tokenizer
 
 JUDGE = POLICIES["dense"].replace(max_position_embeddings=256)
 
@@ -30,7 +30,7 @@ def home(tmp_path_factory):
     raw = tokenizers.Tokenizer.from_str((home / "words/tokenizer.json").read_text())
     raw.add_tokens(["yes", "No"])
     (home / "words/tokenizer.json").write_text(raw.to_str())
-    checkpoint.save(random_model(JUDGE), home / "judge", Tokenizer.from_dir(home / "words"))
+    models.save(random_model(JUDGE), home / "judge", Tokenizer.from_dir(home / "words"))
     assert tokenizer.token_id("yes") is None
     return home
 

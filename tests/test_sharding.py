@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 from oracles import random_model, tiny_config
 
-from jaxseek.config import ConfigError, ModelConfig, configs_dir, presets
-from jaxseek.sharding import MESH_AXES, PHASES, Strategy, jit_sharing, parameters
+from jaxseek.config.model import ConfigError, ModelConfig, configs_dir, presets
+from jaxseek.sharding.parameters import jit_sharing, parameters
+from jaxseek.sharding.rules import MESH_AXES, PHASES
+from jaxseek.sharding.strategy import Strategy
 
 DENSE, V3 = tiny_config("llama"), tiny_config("v3")
 

@@ -18,21 +18,24 @@ from oracles import (
 from test_dispatch import E, K, dense_loop, inputs, strategy_of
 from test_quant import quantized_model
 
-from jaxseek import checkpoint, loading, placement
+from jaxseek import api
+from jaxseek.checkpoint import models
 from jaxseek.cli import main as cli
-from jaxseek.config import ConfigError
-from jaxseek.generate.engine import Engine
-from jaxseek.generate.sampling import Sampling
-from jaxseek.info import describe
+from jaxseek.config.model import ConfigError
+from jaxseek.engine.engine import Engine
+from jaxseek.engine.sampling import Sampling
+from jaxseek.experts import balance
+from jaxseek.experts.replicate import experts_of_slots, place_experts
+from jaxseek.hardware import Topology
 from jaxseek.lab import analytic
-from jaxseek.lab.chips import Topology
+from jaxseek.lab.info import describe
 from jaxseek.lab.job import Job, abstract_model
-from jaxseek.layers.dispatch import dispatch
-from jaxseek.layers.moe import EXPERTS
-from jaxseek.layers.quant import KINDS
-from jaxseek.layers.slots import slots_of, table
-from jaxseek.redundancy import experts_of_slots, place_experts
-from jaxseek.sharding import Strategy, parameters
+from jaxseek.model.dispatch import dispatch
+from jaxseek.model.moe import EXPERTS
+from jaxseek.model.replicas import slots_of, table
+from jaxseek.model.weight import KINDS
+from jaxseek.sharding.parameters import parameters
+from jaxseek.sharding.strategy import Strategy
 
 SLOTS = [3, 0, 1, 2, 6, 4, 5, 7, 6, 6, 1, 2, 0, 3, 4, 6]  # of 8 experts; 5 and 7 have one, 6 four
 
@@ -121,14 +124,14 @@ def test_a_placed_model_gives_what_it_gave_before(tmp_path):
     assert (after == before[:, expert_LS[0]]).all()
     assert_close(model(random_tokens(4, 8)), expected()[0], 1e-5)
     with pytest.raises(ValueError, match=r"experts of this model are in slots.*without redundant_experts"):
-        checkpoint.save(model, tmp_path / "no")
+        models.save(model, tmp_path / "no")
 
 
 def test_every_layer_has_its_own_placement(tmp_path):
     layers, experts = sum(map(CFG.is_moe_layer, range(CFG.num_hidden_layers))), CFG.n_routed_experts
     rng = np.random.default_rng(1)
     rows = [rng.permutation([*range(experts), *rng.integers(0, experts, 8)]) for _ in range(layers)]
-    placement.write(tmp_path / "here.npz", placement.Placement.of(np.stack(rows), experts))
+    balance.write(tmp_path / "here.npz", balance.Placement.of(np.stack(rows), experts))
     text = 'redundant_experts = 8\nplacement = "here.npz"'
     model = random_model(CFG, strategy_file(tmp_path, text, "expert = 4\ncontext = 2"))
     place_experts(model)
@@ -148,7 +151,7 @@ def test_quantised_experts_are_placed_with_their_scales(tmp_path, kind):
     place_experts(model)
     expert_LS = experts_of_slots(model.cfg, model.strategy)
     for a, b in zip(arrays(), before):
-        assert checkpoint.same_bits(a, b[:, expert_LS[0]])
+        assert models.same_bits(a, b[:, expert_LS[0]])
     if kind == "int8":
         tokens = random_tokens(4, 8)
         assert_close(model(tokens), quantized_model(CFG, kind)(tokens), 1e-5)
@@ -159,10 +162,10 @@ def test_a_placement_of_a_trace_serves_from_the_command_line(tmp_path, capsys):
     np.save(tmp_path / "trace.npy", trace)
     place = ["placement", str(tmp_path / "trace.npy"), "--devices", "2", "--redundant", "4"]
     assert cli.main([*place, "--place", str(tmp_path / "busy.npz"), "--json"]) == 0
-    kept = placement.read(tmp_path / "busy.npz", 5, 16, 20)
-    assert (kept == placement.place(trace.sum(0).astype(float), 20, 1, 1, 2).expert_LS).all()
+    kept = balance.read(tmp_path / "busy.npz", 5, 16, 20)
+    assert (kept == balance.place(trace.sum(0).astype(float), 20, 1, 1, 2).expert_LS).all()
     layout = strategy_file(tmp_path, 'redundant_experts = 4\nplacement = "busy.npz"')
-    model, _ = loading.load("tiny-v3", layout)
+    model, _ = api.load("tiny-v3", layout)
     assert model.stacks[1].mlp.slots[...][:, 0].tolist() == kept.tolist()
     capsys.readouterr()
 
@@ -202,13 +205,13 @@ def test_what_does_not_fit_says_why(tmp_path):
     (tmp_path / "text").write_text("no")
     refused("text: not a placement that", 'placement = "text"')
     experts = CFG.n_routed_experts
-    one = placement.contiguous(1, experts, 1)
-    placement.write(tmp_path / "short.npz", one)
+    one = balance.contiguous(1, experts, 1)
+    balance.write(tmp_path / "short.npz", one)
     refused(r"is for layers and slots \[1, \d+\], but the model has \d+ sparse", 'placement = "short.npz"')
     without = np.zeros((sum(map(CFG.is_moe_layer, range(CFG.num_hidden_layers))), experts), int)
-    placement.write(tmp_path / "lost.npz", placement.Placement.of(without, experts))
+    balance.write(tmp_path / "lost.npz", balance.Placement.of(without, experts))
     refused("layer 0 does not have each of the", 'placement = "lost.npz"')
     with pytest.raises(ConfigError, match=r"llama model has no experts for .* redundant_experts"):
         random_model(tiny_config("llama"), strategy_file(tmp_path, "redundant_experts = 2", "tensor = 2"))
     with pytest.raises(ValueError, match="8 experts in 11 slots are not divisible by 4"):
-        placement.neighbours(1, 8, 11, 4)
+        balance.neighbours(1, 8, 11, 4)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from oracles import assert_close, quick_compilation  # noqa: F401
 
-from jaxseek.kernels.sorted_rows import combine, rows_of, sorted_by_expert
+from jaxseek.ops.sorted_rows import combine, rows_of, sorted_by_expert
 
 N, K, E, D = 20, 3, 5, 4
 

@@ -17,16 +17,16 @@ from test_convert_stream import Interrupted, fp8, hf, stop_after, tree  # noqa: 
 from test_train_loop import ROOT, home, losses, run, toml  # noqa: F401
 
 import jaxseek
-from jaxseek import checkpoint, directory
-from jaxseek.checkpoint import CheckpointError
+from jaxseek.checkpoint import directory, models
+from jaxseek.checkpoint.models import CheckpointError
 from jaxseek.cli.main import main
-from jaxseek.config import ConfigError
+from jaxseek.config.model import ConfigError
 from jaxseek.data.sources import open_sources
-from jaxseek.model import DeepSeek
+from jaxseek.model.deepseek import DeepSeek
 from jaxseek.storage import place as places
 from jaxseek.storage.place import Log, Mirror, PlaceError, Remote, cut, file_sizes, place, read_log, upload
 from jaxseek.train.checkpoints import Checkpoints
-from jaxseek.train.loop import train
+from jaxseek.train.trainer import train
 from jaxseek_convert import convert, stream
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sending a large body directly")  # gcsfs by aiohttp
@@ -238,16 +238,16 @@ def test_a_mirror_is_the_folder_itself_on_a_disk_and_sent_elsewhere(memory, tmp_
 def test_a_checkpoint_in_a_store_is_marked_last_and_unmarked_first(memory, monkeypatch):
     model = DeepSeek.init(jaxseek.ModelConfig.from_preset("tiny-llm"), seed=1)
     at = memory / "model"
-    checkpoint.save(model, str(at))
-    assert checkpoint.kind_of(str(at)) == "jaxseek"
+    models.save(model, str(at))
+    assert models.kind_of(str(at)) == "jaxseek"
     tokens = [[1, 2, 3]]
-    np.testing.assert_array_equal(checkpoint.restore(str(at))(tokens), model(tokens))
+    np.testing.assert_array_equal(models.restore(str(at))(tokens), model(tokens))
     with pytest.raises(CheckpointError, match="memory://bucket/here/model: already exists"):
-        checkpoint.save(model, at)
+        models.save(model, at)
     seen = []
     genuine = Remote.unlink
     monkeypatch.setattr(Remote, "unlink", lambda self, **k: (seen.append(self.name), genuine(self, **k)))
-    checkpoint.save(model, at, overwrite=True)
+    models.save(model, at, overwrite=True)
     assert seen[:2] == ["jaxseek.json", "config.json"]
     loaded, _ = jaxseek.load(str(at))
     np.testing.assert_array_equal(loaded(tokens), model(tokens))
@@ -255,20 +255,20 @@ def test_a_checkpoint_in_a_store_is_marked_last_and_unmarked_first(memory, monke
 
 def test_what_a_kill_has_left_of_an_export_is_no_checkpoint_and_makes_way(memory):
     model = DeepSeek.init(jaxseek.ModelConfig.from_preset("tiny-llm"), seed=1)
-    checkpoint.save(model, memory / "model")
+    models.save(model, memory / "model")
     (memory / "model/jaxseek.json").unlink()
-    assert checkpoint.kind_of(memory / "model") is None
+    assert models.kind_of(memory / "model") is None
     with pytest.raises(CheckpointError, match=r"has no jaxseek\.json, so the save was interrupted"):
-        checkpoint.restore(memory / "model")
-    checkpoint.save(model, memory / "model", overwrite=True)
-    assert checkpoint.kind_of(memory / "model") == "jaxseek"
+        models.restore(memory / "model")
+    models.save(model, memory / "model", overwrite=True)
+    assert models.kind_of(memory / "model") == "jaxseek"
 
 
 def test_what_is_no_checkpoint_in_a_store_is_not_overwritten(memory):
     (memory / "notes.txt").write_text("mine")
     model = DeepSeek.init(jaxseek.ModelConfig.from_preset("tiny-llm"), seed=1)
     with pytest.raises(CheckpointError, match="already exists and is no checkpoint"):
-        checkpoint.save(model, memory, overwrite=True)
+        models.save(model, memory, overwrite=True)
     assert (memory / "notes.txt").read_text() == "mine"
 
 
@@ -294,7 +294,7 @@ def test_a_conversion_into_a_store_has_the_bytes_of_one_onto_a_disk(options, fp8
 def test_a_conversion_into_a_store_goes_on_and_nothing_half_done_counts(
     to, hf, memory, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("jaxseek.store.CHUNK_BYTES", 5000)
+    monkeypatch.setattr("jaxseek.checkpoint.store.CHUNK_BYTES", 5000)
     monkeypatch.setattr(Log, "flush", Log.flush)
     convert(hf, tmp_path / "whole", to=to, progress=False)
     at, resumed = memory / "store", 0
@@ -322,7 +322,7 @@ def test_what_is_to_be_overwritten_in_a_store_stays_where_the_source_cannot_be_r
         convert(wrong.pop("src", hf), str(memory / "good"), overwrite=True, progress=False, **wrong)
     assert stored(memory / "good") == before
     convert(hf, str(memory / "good"), dtype="f16", overwrite=True, progress=False)
-    assert checkpoint.read_manifest(memory / "good")["params"]["embed_VD"]["dtype"] == "float16"
+    assert models.read_manifest(memory / "good")["params"]["embed_VD"]["dtype"] == "float16"
     assert not any("journal" in name for name in (memory / "good").sizes())
 
 
@@ -339,13 +339,13 @@ def test_of_two_conversions_into_one_place_the_earlier_stops(hf, memory, monkeyp
     monkeypatch.setattr(Remote, "upload", upload)
     with pytest.raises(CheckpointError, match="another process has begun to convert to there"):
         convert(hf, str(at), progress=False)
-    assert checkpoint.read_manifest(at)["params"]["embed_VD"]["dtype"] == "float16"
+    assert models.read_manifest(at)["params"]["embed_VD"]["dtype"] == "float16"
 
 
 def test_a_conversion_that_was_killed_before_its_first_tensor_goes_on(hf, memory):
     (memory / "new/journal-owner.jsonl").write_text("of a process that was killed")
     convert(hf, str(memory / "new"), progress=False)
-    assert checkpoint.kind_of(memory / "new") == "jaxseek"
+    assert models.kind_of(memory / "new") == "jaxseek"
     assert "journal-owner.jsonl" not in (memory / "new").sizes()
 
 
@@ -355,7 +355,7 @@ def test_a_source_is_known_by_another_name_of_it(hf):
 
 
 def test_files_that_share_tensors_are_written_by_one_host(fp8, monkeypatch):
-    monkeypatch.setattr("jaxseek.store.CHUNK_BYTES", 5000)
+    monkeypatch.setattr("jaxseek.checkpoint.store.CHUNK_BYTES", 5000)
     from jaxseek_convert.conversion import opened, sink_for, target_forms
 
     source = opened(fp8[0])
@@ -422,7 +422,7 @@ def test_several_hosts_do_not_write_through_the_disk_of_one(memory, monkeypatch)
 
 
 def run_checkpoint():
-    from jaxseek.run_config import CheckpointConfig
+    from jaxseek.config.run import CheckpointConfig
 
     return CheckpointConfig()
 

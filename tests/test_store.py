@@ -11,8 +11,8 @@ import tensorstore
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxseek import store
-from jaxseek.store import Array, copy, write_metadata
+from jaxseek.checkpoint import store
+from jaxseek.checkpoint.store import Array, copy, write_metadata
 
 DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn", "int8", "uint8")
 

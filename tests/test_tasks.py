@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from jaxseek import chat
-from jaxseek.config import ConfigError
-from jaxseek.data import open_rows
+from jaxseek.config.model import ConfigError
+from jaxseek.config.run import RunConfig
+from jaxseek.data.dataset import open_rows
 from jaxseek.data.encode import encode_talk
 from jaxseek.rl.arithmetic import WORDS, character_tokenizer, demonstration, demonstrations, set_apart
 from jaxseek.rl.tasks import last_boxed, open_task
-from jaxseek.run_config import RunConfig
-from jaxseek.tokenizer import Tokenizer
+from jaxseek.tokenizer import chat
+from jaxseek.tokenizer.tokenizer import Tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 # R1 paper, table 1.

@@ -12,9 +12,9 @@ import sentencepiece
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
-from jaxseek import chat
-from jaxseek.chat import ReasoningSplitter, TokenizerError, split_reasoning
-from jaxseek.tokenizer import StreamDecoder, Tokenizer, train_sentencepiece
+from jaxseek.tokenizer import chat
+from jaxseek.tokenizer.chat import ReasoningSplitter, TokenizerError, split_reasoning
+from jaxseek.tokenizer.tokenizer import StreamDecoder, Tokenizer, train_sentencepiece
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 MARKS = [str(mark) for mark in vars(chat).values() if isinstance(mark, chat.Mark)]

@@ -25,20 +25,20 @@ from oracles import (
     undrawn,  # noqa: F401
 )
 
-from jaxseek import checkpoint
-from jaxseek.checkpoint import CheckpointError
+from jaxseek.checkpoint import models
+from jaxseek.checkpoint.models import CheckpointError
 from jaxseek.cli.main import main
-from jaxseek.config import ConfigError
-from jaxseek.model import DeepSeek
-from jaxseek.run_config import RunConfig
-from jaxseek.sharding import parameters
-from jaxseek.tokenizer import Tokenizer, TokenizerError, train_sentencepiece
-from jaxseek.train import loop, reference, samples, start
+from jaxseek.config.model import ConfigError
+from jaxseek.config.run import RunConfig
+from jaxseek.model.deepseek import DeepSeek
+from jaxseek.sharding.parameters import parameters
+from jaxseek.tokenizer.tokenizer import Tokenizer, TokenizerError, train_sentencepiece
+from jaxseek.train import distill, reference, start, trainer
 from jaxseek.train.checkpoints import Checkpoints
-from jaxseek.train.loop import TrainingError, train
 from jaxseek.train.metrics import read_metrics
 from jaxseek.train.optimizer import decays, make_optimizer
 from jaxseek.train.step import init_state, with_values
+from jaxseek.train.trainer import TrainingError, train
 
 ROOT = Path(__file__).parent.parent
 STEPS = 8
@@ -65,7 +65,7 @@ def home(tmp_path_factory):
         if name == "teacher":  # it ends what it says, often soon
             head_DV = parameters(model)["head_DV"][...]
             model = with_values(model, {"head_DV": head_DV.at[:, tokenizer.eos_ids[0]].multiply(-5)})
-        checkpoint.save(model, home / name, tokenizer)
+        models.save(model, home / name, tokenizer)
     words = TEXT.split()
     phrases = [" ".join(words[i % 9 : i % 9 + 3 + i % 5]) for i in range(24)]
     write(home / "text.jsonl", [{"text": p} for p in phrases])
@@ -113,7 +113,7 @@ def toml(config, path):
 
 
 def exported(out):
-    return {p: np.asarray(v[...]) for p, v in parameters(checkpoint.restore(Path(out) / "model")).items()}
+    return {p: np.asarray(v[...]) for p, v in parameters(models.restore(Path(out) / "model")).items()}
 
 
 def losses(out, name="loss"):
@@ -127,7 +127,7 @@ def assert_same_bits(a, b):
     a, b = exported(a), exported(b)
     assert a.keys() == b.keys()
     for path in a:
-        assert checkpoint.same_bits(a[path], b[path]), path
+        assert models.same_bits(a[path], b[path]), path
 
 
 @pytest.fixture(scope="module")
@@ -143,14 +143,14 @@ def whole(home, tmp_path_factory):
 
 def interrupt(monkeypatch, step, act):
     """Do something when a step is recorded."""
-    update = loop.Progress.update
+    update = trainer.Progress.update
 
     def patched(self, s, values):
         update(self, s, values)
         if s == step:
             act()
 
-    monkeypatch.setattr(loop.Progress, "update", patched)
+    monkeypatch.setattr(trainer.Progress, "update", patched)
 
 
 def test_a_run_learns_and_leaves_a_model_a_plot_and_every_step(whole):
@@ -159,7 +159,7 @@ def test_a_run_learns_and_leaves_a_model_a_plot_and_every_step(whole):
     assert found[STEPS - 1] < 0.9 * found[0]
     assert (whole / "loss.png").stat().st_size > 1000
     assert Tokenizer.from_dir(whole / "model") is not None
-    assert checkpoint.read_manifest(whole / "model")["origin"]["steps"] == STEPS
+    assert models.read_manifest(whole / "model")["origin"]["steps"] == STEPS
 
 
 def test_a_run_stopped_by_sigterm_saves_and_ends_with_the_same_bits(home, whole, tmp_path, monkeypatch):
@@ -253,7 +253,7 @@ def test_a_run_killed_ten_times_ends_with_the_same_bits(home, tmp_path):
 
 @pytest.fixture
 def state(home):
-    model = checkpoint.restore(home / "dense")
+    model = models.restore(home / "dense")
     return init_state(model, make_optimizer(run(home, "o").recipe, decays(model)))
 
 
@@ -398,10 +398,10 @@ def test_a_directory_with_another_run_or_other_things_is_not_touched(home, whole
 
 
 def test_weights_that_are_not_finite_are_named_with_their_layer(home, tmp_path):
-    model = checkpoint.restore(home / "dense")
+    model = models.restore(home / "dense")
     q = parameters(model)["stacks.0.attn.q_DKGH"][...]
     broken = with_values(model, {"stacks.0.attn.q_DKGH": q.at[1, 0, 0].set(np.nan)})
-    checkpoint.save(broken, tmp_path / "model", Tokenizer.from_dir(home / "dense"))
+    models.save(broken, tmp_path / "model", Tokenizer.from_dir(home / "dense"))
     with pytest.raises(TrainingError, match=r"step 1: .*not: layer 1's attn.q_DKGH.*nothing was saved"):
         train(run(home, tmp_path / "run", model=str(tmp_path / "model")))
 
@@ -428,7 +428,7 @@ def test_an_exploding_run_names_the_layer_keeps_the_last_good_checkpoint_and_exi
 
 def exported_step(config, step):
     """The parameters in a checkpoint of a run."""
-    model = checkpoint.restore(config.model)
+    model = models.restore(config.model)
     state = init_state(model, make_optimizer(config.recipe, decays(model)))
     checkpoints = Checkpoints(config.out, config.checkpoint)
     back, _ = checkpoints.restore(step, state)
@@ -444,7 +444,7 @@ def test_supervised_fine_tuning_learns_the_answers_and_evaluates(home, tmp_path)
     found = losses(tmp_path / "run", "eval_loss")
     assert list(found) == [0, 3, 7]
     assert found[7] < found[3]
-    manifest = checkpoint.read_manifest(tmp_path / "run/model")
+    manifest = models.read_manifest(tmp_path / "run/model")
     assert_close(manifest["origin"]["eval_loss"], found[7], 1e-6)
 
 
@@ -464,7 +464,7 @@ def test_a_run_with_adapters_exports_base_and_change_and_its_checkpoints_hold_ad
 
 
 def exported_base(path):
-    return {p: np.asarray(v[...]) for p, v in parameters(checkpoint.restore(path)).items()}
+    return {p: np.asarray(v[...]) for p, v in parameters(models.restore(path)).items()}
 
 
 def test_preferences_raise_the_margin_and_the_reference_is_computed_once(home, tmp_path, monkeypatch):
@@ -492,7 +492,7 @@ def test_distillation_by_logits_lowers_the_divergence_and_leaves_the_teacher(hom
 
 
 def test_distillation_by_samples_trains_on_finished_answers_and_goes_on_sampling(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(samples, "BATCH", 4)
+    monkeypatch.setattr(distill, "BATCH", 4)
     given = {"teacher": str(home / "teacher"), "by": "samples", "max_new_tokens": 12, "per_prompt": 2}
 
     def config(out):

@@ -16,10 +16,10 @@ from oracles import (
     tiny_config,
 )
 
-from jaxseek.config import ModelConfig
-from jaxseek.model import DeepSeek
-from jaxseek.run_config import RunConfig
-from jaxseek.sharding import parameters
+from jaxseek.config.model import ModelConfig
+from jaxseek.config.run import RunConfig
+from jaxseek.model.deepseek import DeepSeek
+from jaxseek.sharding.parameters import parameters
 from jaxseek.train.batch import make_batch, to_devices
 from jaxseek.train.objectives import Objective
 from jaxseek.train.optimizer import decays, make_optimizer

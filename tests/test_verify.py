@@ -15,15 +15,15 @@ from safetensors.numpy import load_file, save_file
 from test_convert import MODELS, random_tensors, read_with_safetensors, to_fp8, write_hf
 from test_tokenizer import train_sentencepiece
 
-from jaxseek import checkpoint
+from jaxseek.api import load
+from jaxseek.checkpoint import models
 from jaxseek.cli.main import main
-from jaxseek.config import ModelConfig
-from jaxseek.layers.quant import MATRICES
-from jaxseek.loading import load
-from jaxseek.sharding import parameters
+from jaxseek.config.model import ModelConfig
+from jaxseek.model.weight import MATRICES
+from jaxseek.sharding.parameters import parameters
 from jaxseek_convert import convert
 from jaxseek_convert.conversion import DIGESTS, bars
-from jaxseek_convert.plan import rehearse, summary
+from jaxseek_convert.dry_run import rehearse, summary
 from jaxseek_convert.table import Table
 from jaxseek_convert.verify import verify
 
@@ -161,7 +161,7 @@ def test_quantised_weights_run_as_the_numbers_they_stand_for(kind, hf, tmp_path,
 )
 def test_a_quantised_store_is_restored_onto_any_mesh(kind, mesh, hf, tmp_path):
     convert(hf, tmp_path / "small", dtype=kind, progress=False)
-    one, many = (checkpoint.restore(tmp_path / "small", m) for m in (None, mesh))
+    one, many = (models.restore(tmp_path / "small", m) for m in (None, mesh))
     for path, value in parameters(one).items():
         a, b = (np.asarray(v.get_value()) for v in (value, parameters(many)[path]))
         assert a.dtype == b.dtype
@@ -171,7 +171,7 @@ def test_a_quantised_store_is_restored_onto_any_mesh(kind, mesh, hf, tmp_path):
 @pytest.mark.parametrize("kind", ["int8", "float8", slow("int4")])
 def test_a_saved_quantised_model_is_converted_like_the_store_it_came_from(kind, hf, tmp_path):
     convert(hf, tmp_path / "small", dtype=kind, progress=False)
-    checkpoint.save(checkpoint.restore(tmp_path / "small"), tmp_path / "saved")
+    models.save(models.restore(tmp_path / "small"), tmp_path / "saved")
     for name in ("small", "saved"):
         convert(tmp_path / name, tmp_path / f"{name}-hf", to="hf", dtype="float32", progress=False)
     assert read_with_safetensors(tmp_path / "small-hf") == read_with_safetensors(tmp_path / "saved-hf")

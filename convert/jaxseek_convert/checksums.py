@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from jaxseek.directory import CheckpointError
+from jaxseek.checkpoint.directory import CheckpointError
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PIECE = 8 << 20

@@ -23,30 +23,22 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from jaxseek import checkpoint, directory
-from jaxseek.directory import CheckpointError
-from jaxseek.host_memory import peak_memory
-from jaxseek.hosts import gather
-from jaxseek.layers.quant import MATRICES
+from jaxseek.checkpoint import directory, models
+from jaxseek.checkpoint.directory import CheckpointError
+from jaxseek.checkpoint.store import LAYOUT, write_metadata
+from jaxseek.machine.host_memory import peak_memory
+from jaxseek.machine.hosts import gather
+from jaxseek.model.weight import MATRICES
 from jaxseek.storage.hub import HUB, model_place
-from jaxseek.storage.place import (
-    Place,
-    Remote,
-    file_sizes,
-    place,
-    remove,
-    scratch,
-    writable,
-)
-from jaxseek.store import LAYOUT, write_metadata
-from jaxseek.tokenizer import Tokenizer
+from jaxseek.storage.place import Place, Remote, file_sizes, place, remove, scratch, writable
+from jaxseek.tokenizer.tokenizer import Tokenizer
 from jaxseek_convert import stream
 from jaxseek_convert.checksums import check_sums
 from jaxseek_convert.files import Uploader, Writer
 from jaxseek_convert.from_hf import HFCheckpoint
 from jaxseek_convert.gguf import PACKAGE, gguf_to_hf, is_gguf
 from jaxseek_convert.numbers import BF16, BLOCK, F32, QUANTIZED, Form, float8
-from jaxseek_convert.store import StoreCheckpoint, StoreSink, described
+from jaxseek_convert.tensors import StoreCheckpoint, StoreSink, described
 from jaxseek_convert.to_hf import HFSink
 
 Source = HFCheckpoint | StoreCheckpoint
@@ -152,7 +144,7 @@ def convert(
             if host == 0:
                 finish(draft.files, beside)
                 digests = {"algorithm": "xxh3-128", "tensors": dict(sorted(journal.done.items()))}
-                checkpoint.write_json(draft.files / DIGESTS, digests, indent=None)
+                models.write_json(draft.files / DIGESTS, digests, indent=None)
                 if to == "jaxseek":
                     _write_manifest(draft, source, forms, origin)
     seconds = time.monotonic() - start
@@ -229,9 +221,9 @@ def _resume(weights: Place, sink: stream.Sink, journal: stream.Journal, threads:
 
 def opened(at: Place, mtp: bool = True) -> Source:
     """A checkpoint of either kind."""
-    kind = checkpoint.kind_of(at)
+    kind = models.kind_of(at)
     if kind is None:
-        raise checkpoint.not_a_checkpoint(at)
+        raise models.not_a_checkpoint(at)
     return HFCheckpoint(at, mtp) if kind == "hf" else StoreCheckpoint(at, mtp)
 
 
@@ -241,10 +233,8 @@ def parse_dtype(dtype: Any) -> str | None:
     if name is None or name in QUANTIZED:
         return name
     with contextlib.suppress(CheckpointError):
-        return checkpoint.parse_dtype(name).name
-    raise CheckpointError(
-        f"dtype is {dtype!r}, expected one of {', '.join((*checkpoint.DTYPES, *QUANTIZED))}"
-    )
+        return models.parse_dtype(name).name
+    raise CheckpointError(f"dtype is {dtype!r}, expected one of {', '.join((*models.DTYPES, *QUANTIZED))}")
 
 
 def target_forms(source: stream.Described, to: str, dtype: Any) -> dict[str, Form]:
@@ -306,7 +296,7 @@ def sink_for(source: stream.Described, forms: Mapping[str, Form], origin: Mappin
 
         def finish(folder: Path, beside: Beside) -> None:
             write_metadata(folder, sink.arrays)
-            checkpoint.write_json(folder / "config.json", cfg)
+            models.write_json(folder / "config.json", cfg)
             beside.save(folder)
 
         return sink, finish
@@ -325,7 +315,7 @@ def sink_for(source: stream.Described, forms: Mapping[str, Form], origin: Mappin
 
     def finish(folder: Path, beside: Beside) -> None:
         sink.shards.write_index(folder)
-        checkpoint.write_json(folder / "config.json", cfg)
+        models.write_json(folder / "config.json", cfg)
         beside.save(folder)
 
     return sink, finish
@@ -335,14 +325,14 @@ def _write_manifest(
     draft: directory.Draft, source: Source, forms: Mapping[str, Form], origin: Mapping[str, Any]
 ) -> None:
     manifest = {
-        "format": checkpoint.FORMAT,
+        "format": models.FORMAT,
         "layout": LAYOUT,
         **described(source.table, forms),
         "origin": dict(origin),
     }
     files = dict(sorted((file_sizes(draft.weights) | file_sizes(draft.files)).items()))
     manifest["files"] = {n: size for n, size in files.items() if not n.startswith(("journal", "sending/"))}
-    checkpoint.write_json(draft.files / checkpoint.MANIFEST, manifest)
+    models.write_json(draft.files / models.MANIFEST, manifest)
 
 
 def differing(

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxseek.directory import CheckpointError
+from jaxseek.checkpoint.directory import CheckpointError
 from jaxseek.storage.place import Place, Remote, file_state
 
 _libc = ctypes.CDLL(None, use_errno=True)  # what it lacks, outside Linux, is left out

@@ -19,11 +19,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from jaxseek.checkpoint import param_dtype, raise_mismatch, same_bits
-from jaxseek.config import ModelConfig
-from jaxseek.directory import CheckpointError
-from jaxseek.model import DeepSeek
-from jaxseek.sharding import fill
+from jaxseek.checkpoint.directory import CheckpointError
+from jaxseek.checkpoint.models import param_dtype, raise_mismatch, same_bits
+from jaxseek.config.model import ModelConfig
+from jaxseek.model.deepseek import DeepSeek
+from jaxseek.sharding.parameters import fill
 from jaxseek.storage.place import Place, Remote, place, small_files
 from jaxseek_convert.layout import Index
 from jaxseek_convert.numbers import BF16, F32, FLOATS, FP8, SCALES, Form, Memory, Rows, decode, from_blocks

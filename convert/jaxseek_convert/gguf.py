@@ -27,9 +27,9 @@ import ml_dtypes
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from jaxseek.checkpoint import raise_mismatch
-from jaxseek.config import ConfigError, ModelConfig
-from jaxseek.directory import CheckpointError, new_directory
+from jaxseek.checkpoint.directory import CheckpointError, new_directory
+from jaxseek.checkpoint.models import raise_mismatch
+from jaxseek.config.model import ConfigError, ModelConfig
 from jaxseek.storage.place import Place, Remote, cached, is_url, place
 from jaxseek_convert.safetensors_io import write_safetensors
 from jaxseek_convert.table import hf_tensors

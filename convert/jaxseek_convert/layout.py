@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from jaxseek.store import copy
+from jaxseek.checkpoint.store import copy
 
 Index = tuple[slice, ...]  # of start and stop, both given
 

@@ -18,7 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxseek.directory import CheckpointError
+from jaxseek.checkpoint.directory import CheckpointError
 from jaxseek.storage.place import Place
 from jaxseek_convert.files import File, RemoteFile, open_file
 

@@ -26,10 +26,10 @@ import jax
 import numpy as np
 import xxhash
 
-from jaxseek.config import ModelConfig
-from jaxseek.directory import CheckpointError
-from jaxseek.host_memory import resident
-from jaxseek.hosts import gather
+from jaxseek.checkpoint.directory import CheckpointError
+from jaxseek.config.model import ModelConfig
+from jaxseek.machine.host_memory import resident
+from jaxseek.machine.hosts import gather
 from jaxseek.storage.place import Log, Place, Remote, cut, read_log
 from jaxseek_convert.files import Writer, open_file
 from jaxseek_convert.numbers import Form, Memory, Rows, change

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxseek.config import ModelConfig
-from jaxseek.model import DeepSeek, layer_runs
-from jaxseek.sharding import parameters
-from jaxseek.store import copy
+from jaxseek.checkpoint.store import copy
+from jaxseek.config.model import ModelConfig
+from jaxseek.model.deepseek import DeepSeek, layer_runs
+from jaxseek.sharding.parameters import parameters
 from jaxseek_convert.layout import Index, Layout
 
 # own:   the tensor that a parameter is read from and written to

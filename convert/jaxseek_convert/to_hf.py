@@ -10,17 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxseek.checkpoint import (
-    Savable,
-    main_dtype,
-    param_dtype,
-    same_bits,
-    write_json,
-)
-from jaxseek.directory import CheckpointError, new_directory
-from jaxseek.model import DeepSeek
-from jaxseek.redundancy import raise_slots
-from jaxseek.sharding import parameters
+from jaxseek.checkpoint.directory import CheckpointError, new_directory
+from jaxseek.checkpoint.models import Savable, main_dtype, param_dtype, same_bits, write_json
+from jaxseek.experts.replicate import raise_slots
+from jaxseek.model.deepseek import DeepSeek
+from jaxseek.sharding.parameters import parameters
 from jaxseek_convert.numbers import Form, Rows, to_blocks
 from jaxseek_convert.safetensors_io import (
     MAX_SHARD_BYTES,

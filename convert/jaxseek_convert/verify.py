@@ -12,11 +12,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from jaxseek.config import ModelConfig
-from jaxseek.directory import CheckpointError
-from jaxseek.host_memory import free_memory
-from jaxseek.model import DeepSeek
-from jaxseek.sharding import fill
+from jaxseek.checkpoint.directory import CheckpointError
+from jaxseek.config.model import ModelConfig
+from jaxseek.machine.host_memory import free_memory
+from jaxseek.model.deepseek import DeepSeek
+from jaxseek.sharding.parameters import fill
 from jaxseek.storage.hub import model_place
 from jaxseek.storage.place import Place
 from jaxseek_convert import stream
@@ -24,8 +24,8 @@ from jaxseek_convert.checksums import check_sums, known_sums
 from jaxseek_convert.conversion import DIGESTS, Source, Stage, differing, opened, source_place
 from jaxseek_convert.from_hf import HFCheckpoint
 from jaxseek_convert.numbers import F32, Form, decode
-from jaxseek_convert.store import StoreCheckpoint, StoreSink
 from jaxseek_convert.table import Table
+from jaxseek_convert.tensors import StoreCheckpoint, StoreSink
 from jaxseek_convert.to_hf import HFSink
 
 _TOKENS = (2, 16)  # rows and length of the spot check

@@ -8,7 +8,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from jaxseek.cli.shared import WrongUse, table
+from jaxseek.cli.shared import WrongUse
+from jaxseek.machine.terminal import table
 from jaxseek.storage.place import place
 
 
@@ -106,7 +107,7 @@ def _write(args: argparse.Namespace, **choices: Any) -> dict[str, Any]:
 
 
 def _rehearse(args: argparse.Namespace) -> None:
-    from jaxseek_convert.plan import rehearse, summary
+    from jaxseek_convert.dry_run import rehearse, summary
 
     plan = rehearse(args.src, args.dst, args.to, args.dtype, not args.no_mtp, args.mesh)
     for names, to, count, size in summary(plan):
@@ -136,7 +137,7 @@ def _quantize(args: argparse.Namespace) -> None:
         place(args.text).read_text(encoding="utf-8")  # an error now, not after the conversion
     summary = _write(args, dtype=args.weights)
     if not args.no_report:
-        from jaxseek.quantize import rounding_error
+        from jaxseek.recipes.quantize import rounding_error
 
         summary["error"] = error = rounding_error(args.src, args.dst, args.text)
         lines = {"error": f"not measured: {error.get('why')}"}

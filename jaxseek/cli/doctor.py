@@ -21,16 +21,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jaxseek import machine
-from jaxseek.cli.shared import table
-from jaxseek.host_memory import free_memory, total_memory
+from jaxseek.machine import accelerators
+from jaxseek.machine.host_memory import free_memory, total_memory
+from jaxseek.machine.terminal import table
 
 SHOWN = (
     "jaxseek",
     "jax",
     "jaxlib",
     "libtpu",
-    *machine.CUDA_PLUGINS,
+    *accelerators.CUDA_PLUGINS,
     "flax",
     "optax",
     "orbax-checkpoint",
@@ -91,11 +91,11 @@ def examine(buckets: list[str], timeout: float) -> Report:
     report.facts["python"] = f"{platform.python_version()}, {sys.executable}"
     report.facts["system"] = f"{platform.system()} {platform.release()}, {platform.machine()}"
     _packages(report)
-    accelerators = machine.find_accelerators()
-    report.facts["accelerators"] = [str(a) for a in accelerators]
-    _libtpu(report, accelerators)
-    _devices(report, accelerators, timeout)
-    _hosts(report, accelerators)
+    found = accelerators.find_accelerators()
+    report.facts["accelerators"] = [str(a) for a in found]
+    _libtpu(report, found)
+    _devices(report, found, timeout)
+    _hosts(report, found)
     _memory_and_disk(report)
     report.facts["buckets"] = [_bucket(report, url, timeout) for url in buckets]
     return report
@@ -103,7 +103,7 @@ def examine(buckets: list[str], timeout: float) -> Report:
 
 def _packages(report: Report) -> None:
     """Versions, and requirements of the core packages that what is installed does not meet."""
-    versions = {name: version for name in SHOWN if (version := machine.installed(name))}
+    versions = {name: version for name in SHOWN if (version := accelerators.installed(name))}
     report.facts["packages"] = versions
     if "jaxseek" not in versions:
         report.note("jaxseek runs from a folder and is not installed, so its requirements are not checked")
@@ -128,30 +128,34 @@ def _unmet_requirements(packages: list[str]) -> list[tuple[str, str, str]]:
             requirement = Requirement(line)
             if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
                 continue
-            have = machine.installed(requirement.name) or ""
+            have = accelerators.installed(requirement.name) or ""
             if not have or not requirement.specifier.contains(have, prereleases=True):
                 short = f"{requirement.name}{requirement.specifier}"
                 found[short] = (package, short, have)
     return list(found.values())
 
 
-def _libtpu(report: Report, accelerators: list[machine.Accelerator]) -> None:
+def _libtpu(report: Report, found: list[accelerators.Accelerator]) -> None:
     """A libtpu of another release than jax expects, and one that is known to be wrong."""
-    libtpu, jax, expected = machine.installed("libtpu"), machine.installed("jax"), machine.expected_libtpu()
+    libtpu, jax, expected = (
+        accelerators.installed("libtpu"),
+        accelerators.installed("jax"),
+        accelerators.expected_libtpu(),
+    )
     if not (libtpu and jax):
         return
-    tell = report.problem if any(a.kind == "tpu" for a in accelerators) else report.note
-    if expected and machine.numbers(libtpu)[:3] != machine.numbers(expected)[:3]:
-        newer = "newer" if machine.numbers(libtpu) > machine.numbers(expected) else "older"
+    tell = report.problem if any(a.kind == "tpu" for a in found) else report.note
+    if expected and accelerators.numbers(libtpu)[:3] != accelerators.numbers(expected)[:3]:
+        newer = "newer" if accelerators.numbers(libtpu) > accelerators.numbers(expected) else "older"
         text = f"libtpu {libtpu} is {newer} than jax {jax} was released with ({expected})"
         (report.note if newer == "newer" else tell)(text, f"pip install 'jax[tpu]=={jax}'")
-    if bad := machine.BAD_LIBTPU.get(machine.numbers(libtpu)[:3]):
-        release = machine.good_release_for_tpu(jax)
+    if bad := accelerators.BAD_LIBTPU.get(accelerators.numbers(libtpu)[:3]):
+        release = accelerators.good_release_for_tpu(jax)
         mend = f"pip install -U 'jax[tpu]=={release}'" if release != jax else "pip install -U 'jax[tpu]'"
         tell(f"libtpu {libtpu}: {bad}", mend)
 
 
-def _devices(report: Report, accelerators: list[machine.Accelerator], timeout: float) -> None:
+def _devices(report: Report, found: list[accelerators.Accelerator], timeout: float) -> None:
     """Ask JAX, in a process of its own, what it computes on; and tell why it is not the accelerator."""
     told, ended = _run_probe(["jax"], timeout)
     broken = False
@@ -168,11 +172,11 @@ def _devices(report: Report, accelerators: list[machine.Accelerator], timeout: f
         report.facts["devices"] = f"{last['devices']} x {last['kind']}{each}"
     if broken and last and last["backend"] is None:
         return  # its error follows from those
-    held = _held(report, accelerators)
+    held = _held(report, found)
     if not ended and last is None:
         why = held or (
             "does another process hold it, or do the other hosts of the slice not run the same command?"
-            if accelerators
+            if found
             else "the last that it passed was " + (told[-1].get("imported", "") if told else "nothing")
         )
         report.problem(f"JAX found no devices within {timeout:g} s: {why}", "jaxseek doctor --timeout 300")
@@ -180,10 +184,10 @@ def _devices(report: Report, accelerators: list[machine.Accelerator], timeout: f
         report.problem(f"the process that asked JAX for its devices ended without an answer: {ended}")
     elif last["backend"] is None:
         report.problem(
-            f"JAX cannot start: {last['error']}" + (f" ({held})" if held else ""), _mend_backend(accelerators)
+            f"JAX cannot start: {last['error']}" + (f" ({held})" if held else ""), _mend_backend(found)
         )
-    elif found := machine.unused_accelerator(accelerators, last["backend"]):
-        report.problem(found[0] + (f" ({held})" if held else ""), found[1])
+    elif unused := accelerators.unused_accelerator(found, last["backend"]):
+        report.problem(unused[0] + (f" ({held})" if held else ""), unused[1])
 
 
 def _mend_import(report: Report) -> str:
@@ -192,19 +196,19 @@ def _mend_import(report: Report) -> str:
     return mends[0] if mends else "pip install --force-reinstall of the package that it names, or a new venv"
 
 
-def _mend_backend(accelerators: list[machine.Accelerator]) -> str:
-    for accelerator in accelerators:
-        if problem := machine.driver_problem(accelerator):
+def _mend_backend(found: list[accelerators.Accelerator]) -> str:
+    for accelerator in found:
+        if problem := accelerators.driver_problem(accelerator):
             return problem[1]
     return "JAX_PLATFORMS=cpu computes on the CPU meanwhile"
 
 
-def _held(report: Report, accelerators: list[machine.Accelerator]) -> str:
+def _held(report: Report, found: list[accelerators.Accelerator]) -> str:
     """Which processes hold the TPU, or that only the lock file of one that has ended is left."""
-    chips = next((a for a in accelerators if a.kind == "tpu"), None)
+    chips = next((a for a in found if a.kind == "tpu"), None)
     if chips is None:
         return ""
-    if processes := machine.holders(chips):
+    if processes := accelerators.holders(chips):
         names = ", ".join(f"{pid} ({command[:60]})" for pid, command in processes.items())
         report.facts["TPU held by"] = names
         return f"the TPU is held by process {names}; one process at a time can have it"
@@ -217,7 +221,7 @@ def _held(report: Report, accelerators: list[machine.Accelerator]) -> str:
     return ""
 
 
-def _hosts(report: Report, accelerators: list[machine.Accelerator]) -> None:
+def _hosts(report: Report, found: list[accelerators.Accelerator]) -> None:
     """How many processes a run would have, by what launchers set; nothing is joined."""
     given = {
         name: os.environ[name]
@@ -233,7 +237,7 @@ def _hosts(report: Report, accelerators: list[machine.Accelerator]) -> None:
         )
         if os.environ.get(name)
     }
-    on_tpu = any(a.kind == "tpu" for a in accelerators)
+    on_tpu = any(a.kind == "tpu" for a in found)
     if on_tpu and not given and (endpoints := _metadata("worker-network-endpoints")):
         given = {"in this slice": str(endpoints.count(",") + 1), "this is": _metadata("agent-worker-number")}
     report.facts["hosts"] = given or "one"

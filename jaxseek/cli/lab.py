@@ -108,8 +108,8 @@ def add_lab_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    from jaxseek.config.run import is_run_file
     from jaxseek.lab.plan import plan
-    from jaxseek.run_config import is_run_file
 
     if args.trace and not args.repeats:
         raise WrongUse("--trace is of a run: give --run too")
@@ -138,8 +138,8 @@ def _placement(args: argparse.Namespace) -> None:
             raise WrongUse(f"{args.source} is a trace already: -p, -f and --save are for a model")
         load = replay.read_load(args.source)
     else:
-        from jaxseek.generate.sampling import Sampling
-        from jaxseek.generate.text import encode
+        from jaxseek.engine.sampling import Sampling
+        from jaxseek.engine.text import encode
 
         prompts = read_prompts(args.prompt, args.file)
         model, tokenizer = load_model(args.source, args.mesh, args.dtype, quiet=args.json)

@@ -15,7 +15,8 @@ import jaxseek
 from jaxseek.cli.convert import add_conversion_verbs
 from jaxseek.cli.doctor import add_doctor_verb
 from jaxseek.cli.lab import add_lab_verbs
-from jaxseek.cli.shared import WrongUse, load_model, read_prompts, say_unused_accelerator, table
+from jaxseek.cli.shared import WrongUse, load_model, read_prompts, say_unused_accelerator
+from jaxseek.machine.terminal import table
 
 ALL_HOSTS = ("train", "convert", "quantize", "generate", "plan")  # others run on host 0 alone
 NO_DEVICES = ("info", "sweep", "plan")  # the last but with --run
@@ -25,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a verb. Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong use."""
     args = _parser().parse_args(argv)
     _set_up_jax()
-    from jaxseek import hosts
+    from jaxseek.machine import hosts
 
     if args.verb != "doctor":  # which says more
         say_unused_accelerator()
@@ -237,8 +238,8 @@ def _parser() -> argparse.ArgumentParser:
 def _quickstart(args: argparse.Namespace) -> None:
     import jax
 
-    from jaxseek.host_memory import keep_freed_memory
-    from jaxseek.rl.quickstart import quickstart
+    from jaxseek.machine.host_memory import keep_freed_memory
+    from jaxseek.recipes.quickstart import quickstart
 
     keep_freed_memory()
     say_unused_accelerator(jax.default_backend())
@@ -249,7 +250,7 @@ def _quickstart(args: argparse.Namespace) -> None:
 
 
 def _sampling(args: argparse.Namespace, seed: int) -> Any:
-    from jaxseek.generate.sampling import Sampling
+    from jaxseek.engine.sampling import Sampling
 
     return Sampling(
         args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_p, seed, tuple(args.stop)
@@ -258,7 +259,7 @@ def _sampling(args: argparse.Namespace, seed: int) -> Any:
 
 def _train(args: argparse.Namespace) -> int:
     if args.list:
-        from jaxseek.run_config import headline, shipped_runs
+        from jaxseek.config.run import headline, shipped_runs
 
         runs = {name: headline(path) for name, path in shipped_runs().items()}
         print(json.dumps(runs) if args.json else "\n".join(f"{n:22} {text}" for n, text in runs.items()))
@@ -267,14 +268,14 @@ def _train(args: argparse.Namespace) -> int:
         raise WrongUse("no run file: give RUN.toml, or --list for the shipped ones")
     import jax
 
-    from jaxseek.host_memory import keep_freed_memory
-    from jaxseek.run_config import RunConfig, read_toml
+    from jaxseek.config.run import RunConfig, read_toml
+    from jaxseek.machine.host_memory import keep_freed_memory
 
     stages = "stages" in read_toml(args.run_file, args.set)
     settings = None if stages else RunConfig.from_toml(args.run_file, args.set)
     keep_freed_memory()
     say_unused_accelerator(jax.default_backend())
-    from jaxseek.rl.pipeline import Pipeline, run_pipeline, run_stage
+    from jaxseek.recipes.pipeline import Pipeline, run_pipeline, run_stage
 
     if settings is None:
         result = run_pipeline(Pipeline.from_toml(args.run_file, args.set))
@@ -288,9 +289,9 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from jaxseek.chat import split_reasoning
-    from jaxseek.generate.text import TextStream, encode, engine_for
-    from jaxseek.hosts import from_first
+    from jaxseek.engine.text import TextStream, encode, engine_for
+    from jaxseek.machine.hosts import from_first
+    from jaxseek.tokenizer.chat import split_reasoning
 
     prompts = from_first(lambda: read_prompts(args.prompt, args.file))
     if args.chat:
@@ -333,8 +334,8 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _chat(args: argparse.Namespace) -> None:
-    from jaxseek.chat import split_reasoning
-    from jaxseek.generate.text import TextStream, encode, engine_for
+    from jaxseek.engine.text import TextStream, encode, engine_for
+    from jaxseek.tokenizer.chat import split_reasoning
 
     model, tokenizer = load_model(args.model, args.mesh, args.dtype)
     if tokenizer is None:
@@ -395,7 +396,7 @@ class _Writer:
 
     def reasoning(self, opened: bool) -> Any:
         """A function that writes pieces of a reply, its thinking between [thinking] marks and dimmed."""
-        from jaxseek.chat import ReasoningSplitter
+        from jaxseek.tokenizer.chat import ReasoningSplitter
 
         splitter, state = ReasoningSplitter(opened), {"kind": "answer"}
 
@@ -427,13 +428,13 @@ def _rates(timing: Any) -> None:
 
 
 def _info(args: argparse.Namespace) -> int | None:
-    from jaxseek.config import presets
+    from jaxseek.config.model import presets
 
     if args.list:
         print(json.dumps(list(presets())) if args.json else "\n".join(presets()))
         return None
     if args.compute is not None:
-        from jaxseek.info import budget_rows
+        from jaxseek.lab.info import budget_rows
         from jaxseek.train.scaling import propose
 
         if args.model:
@@ -446,7 +447,7 @@ def _info(args: argparse.Namespace) -> int | None:
         return None
     if not args.model:
         raise WrongUse("no model: give MODEL, --list or --compute")
-    from jaxseek.info import describe, read_config, read_quantization
+    from jaxseek.lab.info import describe, read_config, read_quantization
 
     cfg, specs = read_config(args.model), read_quantization(args.model)
     found = describe(cfg, args.mesh, args.dtype, args.context, args.batch, specs)
@@ -481,18 +482,18 @@ def _bench(args: argparse.Namespace) -> None:
     if args.grpo:
         if args.against not in (None, "trl"):
             raise WrongUse(f"--grpo compares with trl, not {args.against}")
-        from jaxseek.bench_grpo import bench_grpo
+        from jaxseek.bench.grpo import bench_grpo
 
         bench_grpo(args.model, 8, 8, 64, args.repeats, args.against, args.json)
         return
     if args.against == "trl":
         raise WrongUse("trl is what --grpo compares with")
     if args.train:
-        from jaxseek.bench_train import bench_train
+        from jaxseek.bench.train import bench_train
 
         bench_train(args.model, rows=args.rows, length=args.length, remat=args.remat, **common)
         return
-    from jaxseek.bench import bench
+    from jaxseek.bench.generate import bench
 
     sizes = {"prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens}
     bench(args.model, batches=args.batch, **sizes, **common)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from jaxseek.machine import unused_accelerator
+from jaxseek.machine.accelerators import unused_accelerator
 from jaxseek.storage.place import place, writable
 
 _said = False
@@ -37,22 +37,11 @@ def say_unused_accelerator(backend: str | None = None) -> None:
         print(f"jaxseek: {what}. Mend it: {mend} (JAX_PLATFORMS=cpu chooses the CPU)", file=sys.stderr)
 
 
-def table(title: str, rows: dict[str, str]) -> None:
-    """Print names and values."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, title=title)
-    for row in rows.items():
-        table.add_row(*row)
-    Console().print(table)
-
-
 def load_model(source: str, mesh: str | None, dtype: str | None, quiet: bool = False) -> tuple[Any, Any]:
     """A model and its tokenizer or None, which it says unless `quiet`."""
     import jax
 
-    from jaxseek.loading import load
+    from jaxseek.api import load
 
     model, tokenizer = load(source, mesh=mesh, dtype=dtype)
     say_unused_accelerator(jax.default_backend())

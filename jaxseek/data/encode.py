@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxseek import chat
-from jaxseek.config import ConfigError
+from jaxseek.config.model import ConfigError
 from jaxseek.data.examples import Talk
-from jaxseek.tokenizer import Tokenizer
+from jaxseek.tokenizer import chat
+from jaxseek.tokenizer.tokenizer import Tokenizer
 
 
 class Encoded(NamedTuple):

@@ -10,10 +10,10 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from jaxseek.chat import ROLES
-from jaxseek.config import ConfigError
+from jaxseek.config.model import ConfigError
+from jaxseek.config.run import DataConfig
 from jaxseek.data.sources import Record
-from jaxseek.run_config import DataConfig
+from jaxseek.tokenizer.chat import ROLES
 
 Talk = list[dict[str, Any]]  # of {"role", "content"} and, where an assistant calls tools, "tool_calls"
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxseek import chat
-from jaxseek.config import ConfigError
+from jaxseek.config.model import ConfigError
+from jaxseek.config.run import RunConfig
 from jaxseek.data.encode import Encoded, encode_document, encode_talk
 from jaxseek.data.examples import conversation, document, preference
 from jaxseek.data.rows import Item
 from jaxseek.data.split import Part
-from jaxseek.run_config import RunConfig
-from jaxseek.tokenizer import Tokenizer
+from jaxseek.tokenizer import chat
+from jaxseek.tokenizer.tokenizer import Tokenizer
 
 
 class Items:

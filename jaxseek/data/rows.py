@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import grain
 import numpy as np
 
-from jaxseek.config import ConfigError
+from jaxseek.config.model import ConfigError
 from jaxseek.data.encode import Encoded
 
 WINDOW = 64  # rows that are fitted together; more leave less padding and take longer to resume

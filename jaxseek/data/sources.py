@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jaxseek.config import ConfigError
+from jaxseek.config.model import ConfigError
 from jaxseek.storage import place as storage
 from jaxseek.storage.place import Remote, cached, is_url
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxseek.config import ConfigError
+from jaxseek.config.model import ConfigError
+from jaxseek.config.run import DataConfig, RunConfig
 from jaxseek.data.examples import Talk, conversation, document, is_chat, preference, prompt
 from jaxseek.data.sources import Joined, Record, Records, open_sources
-from jaxseek.run_config import DataConfig, RunConfig
 
 CHECKED = 10_000  # records looked at when data is opened; the others are when they are read
 

@@ -15,15 +15,17 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
-from jaxseek.config import ConfigError, ModelConfig, configs_dir
-from jaxseek.kernels.chosen_experts import touched_share
-from jaxseek.lab.chips import HOP_SECONDS, Topology
+from jaxseek.config.model import ConfigError, ModelConfig, configs_dir
+from jaxseek.config.run import LoraConfig
+from jaxseek.experts.balance import Placement, contiguous, serve
+from jaxseek.experts.replicate import experts_of_slots
+from jaxseek.hardware import HOP_SECONDS, Topology
 from jaxseek.lab.job import Job, job_weights
-from jaxseek.model import DeepSeek
-from jaxseek.placement import Placement, contiguous, serve
-from jaxseek.redundancy import experts_of_slots
-from jaxseek.run_config import LoraConfig
-from jaxseek.sharding import Rules, Strategy, parameters
+from jaxseek.model.deepseek import DeepSeek
+from jaxseek.ops.chosen_experts import touched_share
+from jaxseek.sharding.parameters import parameters
+from jaxseek.sharding.rules import Rules
+from jaxseek.sharding.strategy import Strategy
 from jaxseek.train.lora import LoraParam, adapt
 
 
@@ -168,7 +170,7 @@ def _most_touched(cfg: ModelConfig, strategy: Strategy, tokens: float, groups: i
 
 def _idle(job: Job, bits: int) -> float:
     """How often longer multiplying an expert's columns on a chip takes than reading them, or 1: padded to the
-    matrix unit, as kernels/chosen_experts.py counts it."""
+    matrix unit, as ops/chosen_experts.py counts it."""
     chip = job.topology.chip.device
     columns = job.cfg.moe_intermediate_size / job.strategy.parts(job.rules, "expert_mlp")
     rows, least = (64, 64) if job.tokens <= 16 else (112, 128)
@@ -177,7 +179,7 @@ def _idle(job: Job, bits: int) -> float:
 
 
 def _in_kernels(job: Job) -> tuple[bool, bool]:
-    """Whether a decode step's attention and experts are the few kernels of layers/decode.py, as it says."""
+    """Whether a decode step's attention and experts are the few kernels of decode/fused.py, as it says."""
     cfg, rules = job.cfg, job.rules
     whole = job.phase == "decode" and not rules.axes("batch") and not rules.axes("length")
     heads = rules.axes("cache_heads") + rules.axes("cache_batch")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from jaxseek.lab.chips import HOP_SECONDS, Topology
+from jaxseek.hardware import HOP_SECONDS, Topology
 from jaxseek.lab.hlo import Op
 
 Coords = tuple[tuple[int, ...], ...]  # of every partition, in the order of the mesh

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxseek.config import ConfigError
+from jaxseek.config.model import ConfigError
 from jaxseek.lab.job import Job
 
 # The compiler is to look for no TPU, and for no other process that uses it.
@@ -106,7 +106,7 @@ def _compile(job: Job, folder: Path, progress: Callable[[str], None]) -> None:
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
     try:
         (partial / "job.pickle").write_bytes(pickle.dumps(job))
-        command = [sys.executable, "-m", "jaxseek.lab.worker", str(partial / "job.pickle"), str(partial)]
+        command = [sys.executable, "-m", "jaxseek.lab.compiler", str(partial / "job.pickle"), str(partial)]
         # the cache of compiled programs is for CPU; XLA's flags are, too, and libtpu dies of those it does
         # not know (its own are LIBTPU_INIT_ARGS)
         kept = {k: v for k, v in os.environ.items() if k not in ("JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS")}

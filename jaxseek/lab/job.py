@@ -18,19 +18,21 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxseek.config import ConfigError, ModelConfig
-from jaxseek.generate import engine, groups
-from jaxseek.generate.sampling import Sampling, SamplingArrays
-from jaxseek.lab.chips import Topology
-from jaxseek.layers.quant import quantize_abstract
-from jaxseek.model import DeepSeek
-from jaxseek.redundancy import place_experts, refuse_slots
+from jaxseek.config.model import ConfigError, ModelConfig
+from jaxseek.config.run import RunConfig
+from jaxseek.engine import engine, groups
+from jaxseek.engine.sampling import Sampling, SamplingArrays
+from jaxseek.experts.replicate import place_experts, refuse_slots
+from jaxseek.hardware import Topology
+from jaxseek.model.deepseek import DeepSeek
+from jaxseek.model.weight import quantize_abstract
 from jaxseek.rl.evaluate import at_a_time
-from jaxseek.rl.experience import MOST_IN_A_ROW, PolicyBatch
 from jaxseek.rl.objective import PolicyObjective, make_logprobs
+from jaxseek.rl.packing import MOST_IN_A_ROW, PolicyBatch
 from jaxseek.rl.rollout import as_in_decode, cast, in_decode
-from jaxseek.run_config import RunConfig
-from jaxseek.sharding import Rules, Strategy, device_bytes, fill
+from jaxseek.sharding.parameters import device_bytes, fill
+from jaxseek.sharding.rules import Rules
+from jaxseek.sharding.strategy import Strategy
 from jaxseek.train import lora
 from jaxseek.train.batch import Batch, make_batch
 from jaxseek.train.objectives import Objective

@@ -10,18 +10,18 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from jaxseek.config import ConfigError, ModelConfig, configs_dir, presets
-from jaxseek.info import read_config
+from jaxseek.config.model import ConfigError, ModelConfig, configs_dir, presets
+from jaxseek.config.run import is_run_file, raise_near_run_file
+from jaxseek.hardware import Topology
 from jaxseek.lab.analytic import first_pass, sensible
-from jaxseek.lab.chips import Topology
 from jaxseek.lab.compile import Compiled, CompileError, compile_job
+from jaxseek.lab.info import read_config
 from jaxseek.lab.job import TOKENS_PER_DISPATCH, Job
+from jaxseek.lab.measure import Measured, devices_of, measure
 from jaxseek.lab.memory import points, programs, table
 from jaxseek.lab.planned_run import check_agrees, job_of, read_runs
 from jaxseek.lab.report import Report, draw, lines, report
-from jaxseek.lab.run import Measured, devices_of, measure
-from jaxseek.run_config import is_run_file, raise_near_run_file
-from jaxseek.sharding import Strategy
+from jaxseek.sharding.strategy import Strategy
 from jaxseek.storage.place import writable, write_text
 
 

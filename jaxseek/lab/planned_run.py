@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxseek import checkpoint
-from jaxseek.config import ConfigError, ModelConfig, presets
-from jaxseek.lab.chips import Topology
+from jaxseek.checkpoint import models
+from jaxseek.config.model import ConfigError, ModelConfig, presets
+from jaxseek.config.run import RunConfig, read_toml
+from jaxseek.hardware import Topology
 from jaxseek.lab.job import Job
-from jaxseek.rl.experience import Shapes
-from jaxseek.rl.pipeline import Pipeline
-from jaxseek.run_config import RunConfig, read_toml
-from jaxseek.sharding import Strategy
+from jaxseek.recipes.pipeline import Pipeline
+from jaxseek.rl.packing import Shapes
+from jaxseek.sharding.strategy import Strategy
 from jaxseek.storage.hub import model_place
 from jaxseek.storage.place import place
 from jaxseek.train import start
@@ -63,7 +63,7 @@ def job_of(run: RunConfig, model: str, topology: str) -> Job:
 def config_of(model: str) -> ModelConfig:
     """The config of a run's model, which need not be here: a directory may have a preset's name."""
     at = model_place(model, weights=False)
-    if checkpoint.kind_of(at) is not None:
+    if models.kind_of(at) is not None:
         return ModelConfig.from_hf(at)
     name = at.name.lower()
     if name not in presets():

@@ -15,13 +15,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jaxseek import placement
-from jaxseek.config import ConfigError
-from jaxseek.generate.engine import Engine
-from jaxseek.generate.groups import sample_groups
-from jaxseek.generate.sampling import Sampling
-from jaxseek.model import DeepSeek
-from jaxseek.placement import Placement, contiguous, imbalance, place, serve
+from jaxseek.config.model import ConfigError
+from jaxseek.engine.engine import Engine
+from jaxseek.engine.groups import sample_groups
+from jaxseek.engine.sampling import Sampling
+from jaxseek.experts import balance
+from jaxseek.experts.balance import Placement, contiguous, imbalance, place, serve
+from jaxseek.model.deepseek import DeepSeek
 from jaxseek.storage import place as places
 
 
@@ -138,7 +138,7 @@ def compare(load: Load, devices: int, redundant: int, nodes: int = 1) -> list[Se
 def keep(load: Load, devices: int, redundant: int, nodes: int, path: str) -> None:
     """Write the load balancer's placement by a whole trace, for a strategy that serves."""
     load_LE = load.load_TLE.sum(axis=0).astype(float)
-    placement.write(path, place(load_LE, load_LE.shape[1] + redundant, load.groups, nodes, devices))
+    balance.write(path, place(load_LE, load_LE.shape[1] + redundant, load.groups, nodes, devices))
 
 
 # -------------------------------------------------------------------- to read

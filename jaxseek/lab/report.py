@@ -8,8 +8,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
+from jaxseek.hardware import Topology
 from jaxseek.lab.analytic import Estimate, first_pass, touched_experts
-from jaxseek.lab.chips import Topology
 from jaxseek.lab.collectives import Coords, cost, mesh_axes
 from jaxseek.lab.compile import Compiled
 from jaxseek.lab.hlo import Op, Program, read_program

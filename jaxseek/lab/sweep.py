@@ -15,14 +15,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from jaxseek.config import ConfigError, ModelConfig
-from jaxseek.info import read_config
+from jaxseek.config.model import ConfigError, ModelConfig
+from jaxseek.hardware import Topology
 from jaxseek.lab.analytic import candidates, first_pass
-from jaxseek.lab.chips import Topology
 from jaxseek.lab.compile import CompileError, compile_job
+from jaxseek.lab.info import read_config
 from jaxseek.lab.job import Job
 from jaxseek.lab.report import Report, report
-from jaxseek.sharding import Strategy
+from jaxseek.sharding.strategy import Strategy
 from jaxseek.storage.place import save_figure
 
 COMPILE_BYTES = 3 * 2**30  # what one compilation of a 671B step takes at most, and more

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.extend.core import Literal
 
-from jaxseek.lab.chips import Chip
+from jaxseek.hardware import Chip
 
 
 class VmemError(ValueError):

@@ -19,10 +19,10 @@ from typing import Any, Literal
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
-from jaxseek import chat
-from jaxseek.config import ConfigError
+from jaxseek.config.model import ConfigError
 from jaxseek.rl.problem import Problem
-from jaxseek.tokenizer import Tokenizer
+from jaxseek.tokenizer import chat
+from jaxseek.tokenizer.tokenizer import Tokenizer
 
 Language = Literal["digits", "en", "zh"]
 

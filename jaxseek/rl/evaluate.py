@@ -9,14 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxseek.config import ConfigError
-from jaxseek.hosts import from_first
+from jaxseek.config.model import ConfigError
+from jaxseek.config.run import RunConfig
+from jaxseek.machine.hosts import from_first
 from jaxseek.rl.problem import Answer, Problem
-from jaxseek.rl.rewards import Rewards
+from jaxseek.rl.rewards.terms import Rewards
 from jaxseek.rl.rollout import Episode, Sampler, seed_of
 from jaxseek.rl.scorer import Judge
-from jaxseek.run_config import RunConfig
-from jaxseek.sharding import Strategy
+from jaxseek.sharding.strategy import Strategy
 from jaxseek.storage.place import Place, write_text
 
 EVALUATION = 2**62  # stands where a step's number stands in seeds

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxseek.rl_config import GrpoConfig
+from jaxseek.config.rl import GrpoConfig
 
 # A log-ratio is exponentiated up to here; beyond, in float32's last stretch, its gradient is zero.
 MAX_LOG_RATIO = 20.0

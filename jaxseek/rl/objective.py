@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxseek.model import DeepSeek
-from jaxseek.rl.experience import PolicyBatch
+from jaxseek.model.deepseek import DeepSeek
 from jaxseek.rl.grpo import policy_loss
-from jaxseek.sharding import Rules
+from jaxseek.rl.packing import PolicyBatch
+from jaxseek.sharding.rules import Rules
 from jaxseek.train.loss import by_chunks, log_softmax_at
 from jaxseek.train.objectives import Metrics, Objective, Whole, routing_metrics
 

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxseek import checkpoint
-from jaxseek.model import DeepSeek
+from jaxseek.checkpoint import models
+from jaxseek.config.run import RunConfig
+from jaxseek.model.deepseek import DeepSeek
 from jaxseek.rl.rollout import cast
-from jaxseek.run_config import RunConfig
-from jaxseek.sharding import Strategy
+from jaxseek.sharding.strategy import Strategy
 from jaxseek.storage.place import place, remove
 from jaxseek.train import lora
 
@@ -38,11 +38,11 @@ class ReferencePolicy:
         self.since = since
         if self.kind != "base":
             path = self.directory / str(since)
-            self._keep(checkpoint.restore(path, self.strategy, self.dtype) if since else first())
+            self._keep(models.restore(path, self.strategy, self.dtype) if since else first())
 
     def replace(self, policy: DeepSeek, step: int, needed: Collection[int] = ()) -> None:
         """The policy after `step` steps becomes the reference. Of older ones those in `needed` are kept."""
-        checkpoint.save(lora.merge(policy), self.directory / str(step), None, {"step": step}, overwrite=True)
+        models.save(lora.merge(policy), self.directory / str(step), None, {"step": step}, overwrite=True)
         self._keep(policy)
         self.since = step
         if jax.process_index() == 0:

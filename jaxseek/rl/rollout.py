@@ -11,17 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxseek import chat
-from jaxseek.generate.engine import Engine
-from jaxseek.generate.groups import GroupTiming, Sampled, sample_groups
-from jaxseek.generate.sampling import Sampling
-from jaxseek.generate.text import encode
-from jaxseek.layers.quant import quantization
-from jaxseek.model import DeepSeek
+from jaxseek.config.run import RunConfig
+from jaxseek.engine.engine import Engine
+from jaxseek.engine.groups import GroupTiming, Sampled, sample_groups
+from jaxseek.engine.sampling import Sampling
+from jaxseek.engine.text import encode
+from jaxseek.model.deepseek import DeepSeek
+from jaxseek.model.weight import quantization
 from jaxseek.rl.problem import Answer, Problem
-from jaxseek.run_config import RunConfig
-from jaxseek.sharding import jit_sharing, parameters
-from jaxseek.tokenizer import Tokenizer
+from jaxseek.sharding.parameters import jit_sharing, parameters
+from jaxseek.tokenizer import chat
+from jaxseek.tokenizer.tokenizer import Tokenizer
 from jaxseek.train import lora
 
 

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxseek.config import ConfigError
-from jaxseek.generate.engine import fetch, read_prompts
-from jaxseek.loading import load
-from jaxseek.model import DeepSeek
+from jaxseek.api import load
+from jaxseek.config.model import ConfigError
+from jaxseek.engine.engine import fetch, read_prompts
+from jaxseek.model.deepseek import DeepSeek
 from jaxseek.rl.problem import Answer
-from jaxseek.sharding import Strategy
-from jaxseek.tokenizer import Tokenizer
+from jaxseek.sharding.strategy import Strategy
+from jaxseek.tokenizer.tokenizer import Tokenizer
 
 QUESTION = (
     "Here are a question and a reply to it.\n\n[Question]\n{question}\n\n[Reply]\n{reply}\n\n"

@@ -16,14 +16,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jaxseek.config import ConfigError
-from jaxseek.data import shuffled
+from jaxseek.config.model import ConfigError
+from jaxseek.config.rl import TaskConfig
+from jaxseek.config.run import Columns, DataConfig, RunConfig
+from jaxseek.data.dataset import shuffled
 from jaxseek.data.examples import Talk, prompt
 from jaxseek.data.sources import Joined, Record, open_sources
 from jaxseek.rl import arithmetic, countdown
 from jaxseek.rl.problem import Messages, Problem
-from jaxseek.rl_config import TaskConfig
-from jaxseek.run_config import Columns, DataConfig, RunConfig
 
 # Rewards that look at Problem.answer; with others alone, records of kind jsonl may go without.
 _COMPARE = {"exact", "math"}

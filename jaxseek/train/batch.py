@@ -13,8 +13,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxseek.model import DeepSeek
-from jaxseek.run_config import RunConfig
+from jaxseek.config.run import RunConfig
+from jaxseek.model.deepseek import DeepSeek
 
 
 @jax.tree_util.register_dataclass

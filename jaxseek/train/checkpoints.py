@@ -22,10 +22,10 @@ import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
-from jaxseek.checkpoint import orbax_writers
-from jaxseek.directory import CheckpointError, orbax_writes, raise_one_host
-from jaxseek.hosts import most
-from jaxseek.run_config import CheckpointConfig
+from jaxseek.checkpoint.directory import CheckpointError, orbax_writes, raise_one_host
+from jaxseek.checkpoint.models import orbax_writers
+from jaxseek.config.run import CheckpointConfig
+from jaxseek.machine.hosts import most
 from jaxseek.storage.place import Place, Remote, download, remove, temporary, upload, writable
 from jaxseek.train.step import State, changed, with_values
 

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxseek.layers.block import Layer
-from jaxseek.model import DeepSeek
-from jaxseek.sharding import parameters
+from jaxseek.model.deepseek import DeepSeek
+from jaxseek.model.layer import Layer
+from jaxseek.sharding.parameters import parameters
 from jaxseek.train.batch import Batch
 from jaxseek.train.checkpoints import Checkpoints
 from jaxseek.train.objectives import Objective, Whole

@@ -18,12 +18,12 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxseek.config import ConfigError
-from jaxseek.layers.mlp import MLP
-from jaxseek.layers.moe import MoE
-from jaxseek.model import DeepSeek
-from jaxseek.run_config import LoraConfig
-from jaxseek.sharding import jit_sharing, parameters
+from jaxseek.config.model import ConfigError
+from jaxseek.config.run import LoraConfig
+from jaxseek.model.deepseek import DeepSeek
+from jaxseek.model.mlp import MLP
+from jaxseek.model.moe import MoE
+from jaxseek.sharding.parameters import jit_sharing, parameters
 
 # By target: matrix, how many of its axes stand before the two factors' (experts), and how many are left's.
 _ATTENTION = {

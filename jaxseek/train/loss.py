@@ -12,11 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxseek.config import ModelConfig
-from jaxseek.layers.block import Context
-from jaxseek.layers.moe import Routing
-from jaxseek.model import DeepSeek
-from jaxseek.sharding import Rules, Strategy, platform
+from jaxseek.config.model import ModelConfig
+from jaxseek.model.deepseek import DeepSeek
+from jaxseek.model.layer import Context
+from jaxseek.model.moe import Routing
+from jaxseek.ops.platform import platform
+from jaxseek.sharding.rules import Rules
+from jaxseek.sharding.strategy import Strategy
 from jaxseek.train.batch import Batch
 
 # Of float32 logits on a device at a time: 128 MiB, and on TPU 512 MiB, since the sum of the head's gradients,

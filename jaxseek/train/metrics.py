@@ -23,8 +23,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxseek.config import ConfigError, ModelConfig
-from jaxseek.run_config import LogConfig
+from jaxseek.config.model import ConfigError, ModelConfig
+from jaxseek.config.run import LogConfig
 from jaxseek.storage.place import Log, Mirror, Place, place, save_figure, write_text
 from jaxseek.train.scaling import attention_flops_per_token
 

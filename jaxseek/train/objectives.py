@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxseek.layers.moe import Routing
-from jaxseek.model import DeepSeek
-from jaxseek.run_config import Recipe
+from jaxseek.config.run import Recipe
+from jaxseek.model.deepseek import DeepSeek
+from jaxseek.model.moe import Routing
 from jaxseek.train.batch import Batch
 from jaxseek.train.loss import balance, divergence, multi_token_logprobs, token_logprobs
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jaxseek.run_config import Recipe
-from jaxseek.sharding import parameters
+from jaxseek.config.run import Recipe
+from jaxseek.sharding.parameters import parameters
 from jaxseek.train.schedule import learning_rate
 
 

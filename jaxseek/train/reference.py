@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxseek.data import open_rows
-from jaxseek.generate.engine import fetch
-from jaxseek.hosts import meet, most
-from jaxseek.model import DeepSeek
-from jaxseek.run_config import RunConfig
+from jaxseek.config.run import RunConfig
+from jaxseek.data.dataset import open_rows
+from jaxseek.engine.engine import fetch
+from jaxseek.machine.hosts import meet, most
+from jaxseek.model.deepseek import DeepSeek
 from jaxseek.storage.place import place, write_bytes
-from jaxseek.tokenizer import Tokenizer
+from jaxseek.tokenizer.tokenizer import Tokenizer
 from jaxseek.train.batch import Batch, blank_row, make_batch, to_devices
 
 SPLITS = ("train", "eval")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from jaxseek.config import ConfigError, ModelConfig, presets
+from jaxseek.config.model import ConfigError, ModelConfig, presets
 
 FITTED = (1e17, 2e19)  # budgets of the experiments on learning rate and batch
 EXTRAPOLATED = 1e24  # as far as the paper goes

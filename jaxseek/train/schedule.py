@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxseek.config import ConfigError
-from jaxseek.run_config import Recipe, RunConfig
+from jaxseek.config.model import ConfigError
+from jaxseek.config.run import Recipe, RunConfig
 
 RAMP_SIZES = 8  # a program is compiled for each size of the batch
 

@@ -9,18 +9,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxseek import checkpoint, hosts
-from jaxseek.config import ConfigError, ModelConfig, presets
-from jaxseek.data import train_tokenizer
+from jaxseek.api import load
+from jaxseek.checkpoint import models
+from jaxseek.config.model import ConfigError, ModelConfig, presets
+from jaxseek.config.run import RunConfig
+from jaxseek.data.dataset import train_tokenizer
 from jaxseek.data.sources import function
-from jaxseek.loading import load
-from jaxseek.model import DeepSeek
-from jaxseek.redundancy import refuse_slots
-from jaxseek.run_config import RunConfig
-from jaxseek.sharding import Strategy, fill, parameters
+from jaxseek.experts.replicate import refuse_slots
+from jaxseek.machine import hosts
+from jaxseek.model.deepseek import DeepSeek
+from jaxseek.sharding.parameters import fill, parameters
+from jaxseek.sharding.strategy import Strategy
 from jaxseek.storage.hub import model_place
 from jaxseek.storage.place import file_sizes, place, scratch, writable
-from jaxseek.tokenizer import Tokenizer
+from jaxseek.tokenizer.tokenizer import Tokenizer
 from jaxseek.train import lora
 from jaxseek.train.checkpoints import Checkpoints
 from jaxseek.train.optimizer import decays, make_optimizer
@@ -65,7 +67,7 @@ def _claim(run: RunConfig) -> None:
     elif made or (out.exists() and not out.is_dir()):
         raise ConfigError(f"{out} is not empty and holds no run; choose another out")
     if now != before:
-        checkpoint.write_json(kept, now)  # at once: a run that is killed here starts again
+        models.write_json(kept, now)  # at once: a run that is killed here starts again
 
 
 def finished(run: RunConfig) -> int | None:
@@ -73,9 +75,9 @@ def finished(run: RunConfig) -> int | None:
     path = place(run.out) / "model"
 
     def steps() -> int | None:
-        if checkpoint.kind_of(path) is None:
+        if models.kind_of(path) is None:
             return None
-        origin = checkpoint.read_manifest(path)["origin"]
+        origin = models.read_manifest(path)["origin"]
         return origin["steps"] if origin["run"]["steps"] == run.steps else None
 
     return hosts.from_first(steps)
@@ -144,11 +146,11 @@ def model_config(run: RunConfig) -> ModelConfig:
     Raises ConfigError for a quantised one, CheckpointError for one that is not there. The name of a released
     model stands for random weights in pretraining alone.
     """
-    kind = checkpoint.kind_of(run.model)
+    kind = models.kind_of(run.model)
     random = run.model.startswith("tiny-") or run.objective == "pretrain"
     if kind is None and not (random and run.model in presets()):
-        raise checkpoint.not_a_checkpoint(run.model)
-    if kind == "jaxseek" and checkpoint.stored_quantization(checkpoint.read_manifest(place(run.model))):
+        raise models.not_a_checkpoint(run.model)
+    if kind == "jaxseek" and models.stored_quantization(models.read_manifest(place(run.model))):
         raise ConfigError(
             f"{run.model} is quantised, so it cannot be trained; convert it first: "
             f"jaxseek convert {run.model} DST --dtype bfloat16"
@@ -215,7 +217,7 @@ def check_strategy(run: RunConfig, cfg: ModelConfig, strategy: Strategy) -> None
 def open_model(run: RunConfig, cfg: ModelConfig, strategy: Strategy) -> DeepSeek:
     """The model that the run starts from, in float32; with adapters its base in the compute dtype."""
     dtype = compute_dtype(run) if run.lora.rank else jnp.float32
-    if checkpoint.kind_of(run.model) is None:
+    if models.kind_of(run.model) is None:
         return DeepSeek.init(cfg, strategy, run.seed, dtype)
     model, _ = load(run.model, strategy, dtype)
     if model.cfg == cfg:
@@ -223,7 +225,7 @@ def open_model(run: RunConfig, cfg: ModelConfig, strategy: Strategy) -> DeepSeek
     other = DeepSeek.abstract(cfg, strategy, dtype)
     values = {p: v.get_value() for p, v in parameters(model).items()}
     shapes = {p: v.get_value().shape for p, v in parameters(other).items()}
-    checkpoint.raise_mismatch(
+    models.raise_mismatch(
         f"[config] makes another model of {run.model}",
         {p: v.shape for p, v in values.items()},
         shapes,

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jaxseek.layers.moe import MoE, RouterBias
-from jaxseek.model import DeepSeek
-from jaxseek.sharding import parameters
+from jaxseek.model.deepseek import DeepSeek
+from jaxseek.model.moe import MoE, RouterBias
+from jaxseek.sharding.parameters import parameters
 from jaxseek.train.batch import Batch
 from jaxseek.train.lora import LoraParam, is_adapted
 from jaxseek.train.objectives import Metrics, Objective, Whole

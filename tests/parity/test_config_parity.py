@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from jaxseek.config import ModelConfig, RopeConfig, presets
+from jaxseek.config.model import ModelConfig, RopeConfig, presets
 
 pytestmark = pytest.mark.parity
 

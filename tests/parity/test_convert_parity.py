@@ -7,8 +7,8 @@ import warnings
 import numpy as np
 import pytest
 
-from jaxseek import checkpoint
-from jaxseek.model import DeepSeek
+from jaxseek.checkpoint import models
+from jaxseek.model.deepseek import DeepSeek
 from jaxseek_convert import convert, load_hf, save_hf
 from jaxseek_convert.safetensors_io import read_safetensors
 
@@ -111,7 +111,7 @@ def test_what_transformers_saves_gives_its_logits_and_returns_to_it(family, raw,
     np.testing.assert_array_equal(logits_of(again), expected)
     disk, back = read_safetensors(tmp_path / "theirs"), read_safetensors(tmp_path / "back")
     assert disk.keys() == back.keys()
-    assert all(checkpoint.same_bits(disk[n], back[n]) for n in disk)
+    assert all(models.same_bits(disk[n], back[n]) for n in disk)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "deepseek_v2", "deepseek_v3", "deepseek_v32"])
@@ -123,7 +123,7 @@ def test_a_bfloat16_checkpoint_returns_as_it_was(name, tmp_path):
     convert(tmp_path / "ours", tmp_path / "back", to="hf", progress=False)
     disk, back = read_safetensors(tmp_path / "theirs"), read_safetensors(tmp_path / "back")
     assert disk.keys() == back.keys()
-    assert all(checkpoint.same_bits(disk[n], back[n]) for n in disk)
+    assert all(models.same_bits(disk[n], back[n]) for n in disk)
     again, _ = read_back(tmp_path / "back")
     assert again.dtype == torch.bfloat16
     np.testing.assert_array_equal(logits_of(again), logits_of(read_back(tmp_path / "theirs")[0]))
@@ -164,8 +164,8 @@ def test_transformers_loads_the_main_model_of_one_with_a_multi_token_module(tmp_
     main = load_hf(tmp_path / "theirs")
     cfg = main.cfg.replace(num_nextn_predict_layers=1)
     both = DeepSeek.init(cfg)
-    for path, param in checkpoint.parameters(main).items():
-        checkpoint.parameters(both)[path].set_value(param.get_value())
+    for path, param in models.parameters(main).items():
+        models.parameters(both)[path].set_value(param.get_value())
     save_hf(both, tmp_path / "both")
     assert json.loads((tmp_path / "both" / "config.json").read_text())["num_nextn_predict_layers"] == 1
     again, unexpected = read_back(tmp_path / "both")

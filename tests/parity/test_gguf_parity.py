@@ -14,9 +14,9 @@ import pytest
 import tiny_gguf as tiny
 from tokenizers import pre_tokenizers
 
-from jaxseek.checkpoint import CheckpointError
-from jaxseek.config import ModelConfig
-from jaxseek.tokenizer import Tokenizer
+from jaxseek.checkpoint.models import CheckpointError
+from jaxseek.config.model import ModelConfig
+from jaxseek.tokenizer.tokenizer import Tokenizer
 from jaxseek_convert.gguf import gguf_to_hf, packaged_gguf
 from jaxseek_convert.safetensors_io import read_safetensors
 

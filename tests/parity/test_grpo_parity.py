@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxseek.config.rl import GrpoConfig
 from jaxseek.rl import grpo
-from jaxseek.rl_config import GrpoConfig
 
 pytestmark = pytest.mark.parity
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import jaxseek
-from jaxseek.generate.engine import Engine
-from jaxseek.generate.sampling import Sampling
+from jaxseek.engine.engine import Engine
+from jaxseek.engine.sampling import Sampling
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
 

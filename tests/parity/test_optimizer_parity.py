@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxseek.run_config import RunConfig
+from jaxseek.config.run import RunConfig
 from jaxseek.train.optimizer import make_optimizer
 from jaxseek.train.schedule import learning_rate
 

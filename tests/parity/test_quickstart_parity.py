@@ -6,10 +6,10 @@ Needs the extra `parity`.
 import pytest
 
 import jaxseek
-from jaxseek.generate.sampling import Sampling
-from jaxseek.generate.text import engine_for
+from jaxseek.engine.sampling import Sampling
+from jaxseek.engine.text import engine_for
+from jaxseek.recipes.quickstart import quickstart
 from jaxseek.rl.arithmetic import demonstrations
-from jaxseek.rl.quickstart import quickstart
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
 

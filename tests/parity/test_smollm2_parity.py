@@ -8,8 +8,8 @@ import importlib.util
 import pytest
 
 import jaxseek
-from jaxseek.generate.sampling import Sampling
-from jaxseek.generate.text import encode, engine_for
+from jaxseek.engine.sampling import Sampling
+from jaxseek.engine.text import encode, engine_for
 from jaxseek_convert import convert
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxseek import checkpoint
-from jaxseek.config import ModelConfig
-from jaxseek.model import DeepSeek
+from jaxseek.checkpoint import models
+from jaxseek.config.model import ModelConfig
+from jaxseek.model.deepseek import DeepSeek
 from jaxseek.rl.arithmetic import character_tokenizer, demonstrations
-from jaxseek.tokenizer import Tokenizer
+from jaxseek.tokenizer.tokenizer import Tokenizer
 from jaxseek_convert import convert
 
 transformers = pytest.importorskip("transformers")
@@ -67,7 +67,7 @@ def test_the_character_tokenizer_has_the_same_ids_in_transformers(tmp_path):
 def test_an_exported_model_has_its_tokenizer_and_logits_in_transformers(tmp_path):
     tokenizer = character_tokenizer(tmp_path / "tokenizer")
     cfg = ModelConfig.from_hf(RAW | {"eos_token_id": tokenizer.eos_ids[0]})
-    checkpoint.save(DeepSeek.init(cfg, dtype=jnp.float32), tmp_path / "saved", tokenizer)
+    models.save(DeepSeek.init(cfg, dtype=jnp.float32), tmp_path / "saved", tokenizer)
     convert(tmp_path / "saved", tmp_path / "exported", to="hf", progress=False)
     for path in (tmp_path / "saved", tmp_path / "exported"):
         ours = Tokenizer.from_dir(path)
@@ -81,6 +81,6 @@ def test_an_exported_model_has_its_tokenizer_and_logits_in_transformers(tmp_path
         )
         expected = theirs(prompt["input_ids"]).logits.detach().numpy()
     logits = np.asarray(
-        checkpoint.restore(tmp_path / "saved")(jnp.asarray(prompt["input_ids"].numpy(), jnp.int32))
+        models.restore(tmp_path / "saved")(jnp.asarray(prompt["input_ids"].numpy(), jnp.int32))
     )
     assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()

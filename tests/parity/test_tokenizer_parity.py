@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxseek.tokenizer import Tokenizer
+from jaxseek.tokenizer.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
 

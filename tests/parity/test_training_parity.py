@@ -14,7 +14,7 @@ import pytest
 
 import jaxseek
 from jaxseek.cli.main import main
-from jaxseek.run_config import RunConfig
+from jaxseek.config.run import RunConfig
 from jaxseek.train.batch import make_batch, to_devices
 from jaxseek.train.objectives import Objective
 from jaxseek.train.optimizer import decays, make_optimizer

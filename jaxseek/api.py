@@ -1,0 +1,72 @@
+"""`load`: a model and its tokenizer from a checkpoint or a Hugging Face directory, wherever, or a preset."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from jaxseek.checkpoint import models
+from jaxseek.config.model import ModelConfig, presets
+from jaxseek.experts.replicate import place_experts
+from jaxseek.model.deepseek import DeepSeek
+from jaxseek.sharding.strategy import Strategy
+from jaxseek.storage.hub import model_place
+from jaxseek.storage.place import Place
+
+if TYPE_CHECKING:
+    from jaxseek.tokenizer.tokenizer import Tokenizer
+
+
+def load(
+    path_or_preset: str | Place, mesh: Any = None, dtype: Any = None
+) -> tuple[DeepSeek, Tokenizer | None]:
+    """A model ready to run, and its tokenizer or None where there is none.
+
+    A directory, of a disk or an object store (gs://, s3://), or a hub name (hf://OWNER/NAME) is a converted
+    checkpoint or a Hugging Face one; `tiny-*` presets get random weights. `mesh` defaults to one device on
+    CPU and else to as many on the tensor axis as divide the model, with the others, on several hosts, on the
+    data axis; `dtype` to float32 on CPU and else bfloat16. Each host reads only the shards of its devices.
+    Redundant experts of the mesh's strategy are in place. Raises CheckpointError, ConfigError, TokenizerError
+    or PlaceError.
+    """
+    path = model_place(path_or_preset)
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = models.parse_dtype(("float32" if on_cpu else "bfloat16") if dtype is None else dtype)
+    kind = models.kind_of(path)
+    name = str(path_or_preset)
+    if kind is None and not (name.startswith("tiny-") and name in presets()):
+        raise models.not_a_checkpoint(path_or_preset)
+    cfg = ModelConfig.from_hf(path / "config.json") if kind else ModelConfig.from_preset(name)
+    if mesh is None:
+        hosts = jax.process_count()
+        mesh = widest(cfg, 1 if on_cpu and hosts == 1 else jax.device_count(), whole=hosts > 1)
+    tokenizer = None
+    if kind is not None:
+        from jaxseek.tokenizer.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer.from_dir(path)
+        if tokenizer is not None:
+            tokenizer.check_fits(cfg.vocab_size)
+    if kind is None:
+        model = DeepSeek.init(cfg, mesh, dtype=dtype)
+    elif kind == "jaxseek":
+        model = models.restore(path, mesh, dtype)
+    else:
+        from jaxseek_convert.from_hf import load_hf
+
+        model = load_hf(path, mesh, dtype)
+    place_experts(model)
+    return model, tokenizer
+
+
+def widest(cfg: ModelConfig, devices: int, whole: bool = False) -> Strategy:
+    """The default strategy with the longest tensor axis, up to `devices`, that divides the model.
+
+    With `whole` it also divides `devices`, and the data axis takes those that are left.
+    """
+    for n in range(devices, 1, -1):
+        strategy = Strategy.default(tensor=n, data=devices // n if whole else 1)
+        if not strategy.misfits(cfg) and (not whole or devices % n == 0):
+            return strategy
+    return Strategy.default(data=devices if whole else 1)

@@ -1,0 +1,409 @@
+"""Checkpoints: a directory that Orbax restores straight onto any mesh, in any dtype.
+
+    config.json     the model, as Hugging Face writes it
+    params/         Orbax: one array for each parameter, by dotted path
+    jaxseek.json    format version, shapes and dtypes, which matrices are quantised and in what groups, sizes
+                    of the files, and where the weights came from
+    tokenizer files, where there is a tokenizer
+
+A quantised matrix is two arrays, PATH.value and PATH.scale (model/weight.py). int4 values are stored as bytes
+(ops/int4.py), although jaxseek.json says their own shape and dtype.
+
+A checkpoint is written beside its destination and gets its name when it is whole, so a directory with
+that name is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.sharding import PartitionSpec as P
+
+from jaxseek.checkpoint.directory import (
+    MANIFEST,
+    PARTIAL,
+    CheckpointError,
+    kind_of,
+    left,
+    new_directory,
+    orbax_writes,
+)
+from jaxseek.checkpoint.store import LAYOUT, Array
+from jaxseek.config.model import ModelConfig, presets
+from jaxseek.experts.replicate import raise_slots
+from jaxseek.model.deepseek import DeepSeek
+from jaxseek.model.weight import MATRICES, Spec, quantization, quantized
+from jaxseek.ops import int4
+from jaxseek.sharding.parameters import fill, parameters
+from jaxseek.storage.hub import HUB, hub_hint, model_place
+from jaxseek.storage.place import Place, Remote, file_sizes, local_tree, place, write_text
+
+FORMAT = 1
+DTYPES = ("bfloat16", "float16", "float32")
+_CHUNK_BYTES = 64 << 20  # of storage: the least that is read at a time, and that replicas share in writing
+
+
+class Savable(Protocol):
+    """What is saved beside the weights: a tokenizer."""
+
+    def save(self, path: Path, /) -> None: ...
+
+
+def save(
+    model: DeepSeek,
+    path: str | Place,
+    tokenizer: Savable | None = None,
+    origin: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    check: bool = False,
+) -> None:
+    """Write a checkpoint, each parameter in the dtype that it has. On several hosts, all call it.
+
+    `origin` is kept for `read_manifest`. With `overwrite`, an older checkpoint is replaced once this one is
+    whole; with `check`, only after every parameter was read back and found equal. Raises CheckpointError
+    where the destination is taken or the disk is full.
+    """
+    raise_slots(model)
+    arrays, specs = {p: v.get_value() for p, v in parameters(model).items()}, quantization(model)
+    plain = arrays.keys() - {f"{p}.{part}" for p in specs for part in ("value", "scale")}
+    if plain | specs.keys() != parameters(DeepSeek.abstract(model.cfg)).keys():
+        raise ValueError("this model has other stacks than its config: save the one it was unrolled from")
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "params": {p: {"shape": list(a.shape), "dtype": a.dtype.name} for p, a in arrays.items()},
+        "origin": dict(origin or {}),
+    }
+    if specs:
+        manifest["quantization"] = {p: spec.group for p, spec in specs.items()}
+    arrays = {p: _as_stored(p, a, model.mesh) for p, a in arrays.items()}
+    path = place(path)
+    with new_directory(path, sum(a.nbytes for a in arrays.values()), overwrite) as partial:
+        weights = path if isinstance(path, Remote) and orbax_writes(path) else partial
+        _orbax_save(weights / "params", arrays)
+        if check:
+            _check(weights / "params", arrays)
+        if jax.process_index() == 0:
+            write_json(partial / "config.json", model.cfg.replace(dtype=stored_dtype(model)).to_hf())
+            if tokenizer is not None:
+                tokenizer.save(partial)
+            manifest["files"] = dict(sorted((file_sizes(weights) | file_sizes(partial)).items()))
+            write_json(partial / MANIFEST, manifest)  # last: it says that all else is there
+
+
+def restore(path: str | Place, mesh: Any = None, dtype: Any = None, mtp: bool = True) -> DeepSeek:
+    """The model of a checkpoint, on any mesh; `dtype` casts all but what is float32 by design or quantised.
+
+    Without `mtp` the multi-token module is left out. Raises CheckpointError where the directory is no
+    checkpoint, an interrupted or a newer one, or does not fit its config.
+    """
+    path = place(path)
+    manifest = read_manifest(path)
+    raise_incomplete(path, manifest["files"])
+    held, cfg = manifest["params"], ModelConfig.from_hf(path / "config.json")
+    if not mtp:
+        cfg = cfg.replace(num_nextn_predict_layers=0)
+        held = {p: h for p, h in held.items() if not p.startswith("mtp.")}
+    model = DeepSeek.abstract(cfg, mesh, jnp.bfloat16)
+    specs = {p: spec for p, spec in stored_quantization(manifest).items() if p in parameters(model)}
+    model = quantized(model, specs)
+    expected = {p: v.get_value() for p, v in parameters(model).items()}
+    raise_mismatch(
+        f"{path / MANIFEST} and config.json do not fit each other",
+        {p: tuple(h["shape"]) for p, h in held.items()},
+        {p: a.shape for p, a in expected.items()},
+        "they were written together: restore the original config.json",
+    )
+    mesh = model.strategy.make_mesh()
+    shardings = {p: _stored_sharding(p, a, mesh) for p, a in expected.items()}
+    shapes = {
+        p: int4.packed_shape(a.shape, _pairs(p)) if a.dtype == jnp.int4 else a.shape
+        for p, a in expected.items()
+    }
+    dtypes = {p: param_dtype(a, dtype, held[p]["dtype"]) for p, a in expected.items()}
+    dtypes |= {p: np.dtype(np.uint8) for p, kind in dtypes.items() if kind == jnp.int4}
+    if manifest.get("layout") == LAYOUT:
+        arrays = {p: _from_store(path, p, shardings[p], dtypes[p]) for p in shapes}
+    else:
+        arrays = _orbax_restore(path / "params", shapes, shardings, dtypes)
+
+    def value(p: str, param: nnx.Variable, sharding: NamedSharding) -> jax.Array:
+        array, abstract = arrays.pop(p), param.get_value()
+        if abstract.dtype != jnp.int4:
+            return array
+        return _unpack(array, abstract.shape[_pairs(p)], _pairs(p), sharding)
+
+    with jax.set_mesh(mesh):
+        return fill(model, mesh, value)
+
+
+def _from_store(path: Place, name: str, sharding: Sharding, dtype: Any) -> jax.Array:
+    """An array that a conversion wrote; each shard is read by itself."""
+    array = Array.of(path, name)
+
+    def shard(index: Any) -> np.ndarray:
+        at = tuple(slice(*i.indices(n)[:2]) for i, n in zip(index, array.shape))
+        return array.read(path, at, dtype)
+
+    return jax.make_array_from_callback(array.shape, sharding, shard, dtype=dtype)
+
+
+def read_manifest(path: Place) -> dict[str, Any]:
+    """`jaxseek.json` of a checkpoint. Raises CheckpointError, as `restore` does."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        version, *_ = (manifest[key] for key in ("format", "params", "origin", "files"))
+    except FileNotFoundError:
+        raise CheckpointError(_why_not(path)) from None
+    except (ValueError, KeyError, TypeError) as e:
+        raise CheckpointError(f"{path / MANIFEST}: cannot be read ({type(e).__name__}: {e})") from None
+    if version != FORMAT:
+        raise CheckpointError(f"{path}: has format {version!r}, this jaxseek reads {FORMAT}; update jaxseek")
+    return manifest
+
+
+def stored_quantization(manifest: Mapping[str, Any]) -> dict[str, Spec]:
+    """How each quantised parameter of a checkpoint is so, by path, from its manifest."""
+    groups = manifest.get("quantization", {})
+    return {p: Spec(manifest["params"][f"{p}.value"]["dtype"], group) for p, group in groups.items()}
+
+
+def raise_incomplete(path: Place, files: Mapping[str, int]) -> None:
+    """Arrays are checked by name and size first: Orbax takes long to find that some are not there."""
+    found = file_sizes(path / "params")
+    expected = {name.removeprefix("params/"): n for name, n in files.items() if name.startswith("params/")}
+    if wrong := [name for name in expected if found.get(name) != expected[name]]:
+        name = wrong[0]
+        raise CheckpointError(
+            f"{path}: {len(wrong)} of {len(expected)} files in params/ are not as they were written, such as "
+            f"{name} ({found.get(name, 'no')} bytes, expected {expected[name]}); copy the checkpoint again"
+        )
+
+
+def not_a_checkpoint(path_or_preset: str | Place) -> CheckpointError:
+    """What to tell a user who named something that has no weights."""
+    path, known = model_place(path_or_preset, weights=False), presets()
+    name = path.name.lower()
+    if name in known and not path.exists():
+        if name.startswith("tiny-"):
+            return CheckpointError(f"{name}: is a preset with random weights, so there is nothing to convert")
+        source = known[name].read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+        return CheckpointError(
+            f"{name}: is the name of a released model, whose weights are not part of jaxseek. Convert them "
+            f"into a directory of that name: jaxseek convert {HUB}{source} {name}"
+        )
+    if path.name.endswith(".gguf") and path.is_file():
+        return CheckpointError(f"{path}: is a GGUF file; convert it first: jaxseek convert {path} DST")
+    what = "exists, but is none" if path.exists() else f"does not exist{left(path)}"
+    near = difflib.get_close_matches(name, known, 3, 0.4)
+    hint = hub_hint(path_or_preset) or (
+        f"; presets with a similar name: {', '.join(near)}"
+        if near
+        else "; jaxseek info --list names the presets"
+    )
+    return CheckpointError(
+        f"{path}: expected a jaxseek checkpoint (a directory with {MANIFEST}), a Hugging Face directory "
+        f"(with config.json) or the name of a preset; this {what}{hint}"
+    )
+
+
+def _why_not(path: Place) -> str:
+    if (path / "params").is_dir() or path.name.endswith(PARTIAL):
+        return f"{path}: has no {MANIFEST}, so the save was interrupted; save it again"
+    if kind_of(path) == "hf":
+        return f"{path}: is a Hugging Face checkpoint; convert it first (jaxseek convert {path} DST)"
+    if not path.exists():
+        return f"{path}: no such checkpoint{left(path)}{hub_hint(path)}"
+    return f"{path}: is no checkpoint; expected a directory with {MANIFEST}, config.json and params/"
+
+
+# -------------------------------------------------------------------- shared with the converter
+
+
+def parse_dtype(dtype: Any) -> np.dtype:
+    """A dtype that weights may have. Raises CheckpointError for any other."""
+    with contextlib.suppress(TypeError):
+        if jnp.dtype(dtype).name in DTYPES:
+            return jnp.dtype(dtype)
+    raise CheckpointError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+
+
+def param_dtype(abstract: jax.ShapeDtypeStruct, dtype: Any, source: Any) -> np.dtype:
+    """A parameter's dtype: its own by design (in a model made for bfloat16), or as asked, or its source's."""
+    if abstract.dtype != jnp.bfloat16:
+        return np.dtype(abstract.dtype)
+    return parse_dtype(source if dtype is None else dtype)
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether dtype, shape and every bit are equal."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    bits = f"u{a.itemsize}"
+    return np.array_equal(a.view(bits), b.view(bits))
+
+
+def main_dtype(specs: Iterable[tuple[tuple[int, ...], np.dtype]]) -> str:
+    """The dtype that most elements have, which config.json names."""
+    count = Counter()
+    for shape, dtype in specs:
+        count[dtype.name] += math.prod(shape)
+    return count.most_common(1)[0][0]
+
+
+def stored_dtype(model: DeepSeek) -> str:
+    """The dtype of most of a model's weights, quantised ones not counted."""
+    specs = quantization(model)
+    values = (v.get_value() for p, v in parameters(model).items() if p.rpartition(".")[0] not in specs)
+    return main_dtype((v.shape, v.dtype) for v in values)
+
+
+def write_json(path: Place, value: Any, indent: int | None = 2) -> None:
+    """Write a value as JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+def raise_mismatch(
+    what: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], advice: str
+) -> None:
+    """Raise CheckpointError unless names and shapes are the same; one error names everything that differs."""
+    problems = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unknown": sorted(found.keys() - expected.keys()),
+        "misshapen": [
+            f"{n} is {list(found[n])}, expected {list(expected[n])}"
+            for n in expected
+            if n in found and tuple(found[n]) != tuple(expected[n])
+        ],
+    }
+    lines = [
+        f"  {len(names)} {problem}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        for problem, names in problems.items()
+        if names
+    ]
+    if lines:
+        raise CheckpointError("\n".join([f"{what}:", *lines, f"  {advice}"]))
+
+
+# -------------------------------------------------------------------- Orbax
+
+
+def _check(path: Place, arrays: dict[str, jax.Array]) -> None:
+    """Read parameters back, one at a time. Raises CheckpointError unless each has the same bits."""
+
+    def survived(p: str, a: jax.Array) -> bool:
+        back = _orbax_restore(path, {p: a.shape}, {p: a.sharding}, {p: a.dtype})[p]
+        shards = zip(a.addressable_shards, back.addressable_shards)
+        return all(same_bits(np.asarray(x.data), np.asarray(y.data)) for x, y in shards)
+
+    for p, a in arrays.items():
+        if not survived(p, a):
+            raise CheckpointError(f"{path.parent}: {p} was read back with other values; is the disk sound?")
+
+
+def _pairs(path: str) -> int:
+    """The axis along which a checkpoint holds int4 values in pairs: the last that is summed over."""
+    name = path.split(".")[-2]
+    letters = name.rsplit("_", 1)[1]
+    return letters.index(MATRICES[name][-1]) - len(letters)
+
+
+def _stored_sharding(path: str, a: Any, mesh: Mesh) -> NamedSharding:
+    """How an array is laid out as it is stored: int4's rows are whole where a shard would cut a byte."""
+    spec = [*a.sharding.spec, *(None,) * (a.ndim - len(a.sharding.spec))]
+    if a.dtype == jnp.int4 and spec[_pairs(path)] is not None:
+        axes = spec[_pairs(path)]
+        parts = math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+        if a.shape[_pairs(path)] % (2 * parts):
+            spec[_pairs(path)] = None
+    return NamedSharding(mesh, P(*spec))
+
+
+def _as_stored(path: str, a: jax.Array, mesh: Mesh) -> jax.Array:
+    if a.dtype != jnp.int4:
+        return a
+    sharding, axis = _stored_sharding(path, a, mesh), _pairs(path)
+    with jax.set_mesh(mesh):
+        return jax.jit(lambda values: int4.pack(jax.sharding.reshard(values, sharding), axis))(a)
+
+
+@functools.partial(jax.jit, static_argnames=("size", "axis", "sharding"))
+def _unpack(stored: jax.Array, size: int, axis: int, sharding: NamedSharding) -> jax.Array:
+    return jax.sharding.reshard(int4.unpack(stored, size, axis), sharding)
+
+
+def _apart(path: str, a: jax.Array) -> tuple[int, ...]:
+    """Axes that no chunk of a large array spans: layers and experts, which a conversion reads one by one."""
+    name = next(
+        part for part in reversed(path.split(".")) if "_" in part
+    )  # not that of a quantised one's part
+    letters = name.rsplit("_", 1)[1]
+    lead = a.ndim - len(letters) + letters.startswith("E")
+    return tuple(range(lead)) if a.nbytes > _CHUNK_BYTES else ()
+
+
+def orbax_writers() -> Any:
+    """What writes arrays: without a minimum Orbax cuts every small one between its replicas, by programs
+    compiled for the purpose."""
+    import orbax.checkpoint as ocp
+
+    writer = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_CHUNK_BYTES)
+    return ocp.type_handlers.create_type_handler_registry((jax.Array, writer))
+
+
+def orbax_place(at: Place) -> Any:
+    """Give the place where Orbax reads or writes arrays; of stores it does not know, a copy here to read."""
+    from etils import epath
+
+    if isinstance(at, Remote):
+        return epath.Path(str(at)) if orbax_writes(at) else epath.Path(local_tree(at))
+    return epath.Path(at.absolute())
+
+
+def _orbax_save(path: Place, arrays: dict[str, jax.Array]) -> None:
+    import orbax.checkpoint as ocp  # a third of a second to import
+
+    args = {p: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=_apart(p, a)) for p, a in arrays.items()}
+    largest = max(shard.data.nbytes for a in arrays.values() for shard in a.addressable_shards)
+    handler = ocp.PyTreeCheckpointHandler(
+        type_handler_registry=orbax_writers(),
+        use_compression=False,  # a fifth smaller, but two to three times slower
+        save_concurrent_gb=1 + -(-largest // 10**9),  # or the whole model is copied at once
+    )
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(orbax_place(path), args=ocp.args.PyTreeSave(arrays, save_args=args))
+
+
+def _orbax_restore(
+    path: Place,
+    shapes: Mapping[str, tuple[int, ...]],
+    shardings: Mapping[str, Sharding],
+    dtypes: Mapping[str, np.dtype],
+) -> dict[str, jax.Array]:
+    import orbax.checkpoint as ocp
+
+    args = {
+        p: ocp.ArrayRestoreArgs(sharding=shardings[p], global_shape=shape, dtype=dtypes[p])
+        for p, shape in shapes.items()
+    }
+    wanted = ocp.args.PyTreeRestore(dict.fromkeys(args, 0), restore_args=args, partial_restore=True)
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(orbax_place(path), args=wanted)
+    except (ValueError, KeyError, OSError) as e:
+        raise CheckpointError(
+            f"{path}: cannot be restored, so the checkpoint is damaged or its copy incomplete "
+            f"({type(e).__name__}: {str(e)[:500]})"
+        ) from e

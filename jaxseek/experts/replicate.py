@@ -1,0 +1,76 @@
+"""A model's experts brought into the slots of its strategy, busy ones into several."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxseek.config.model import ConfigError, ModelConfig
+from jaxseek.experts.balance import neighbours, read
+from jaxseek.model.deepseek import DeepSeek
+from jaxseek.model.moe import EXPERTS, MoE
+from jaxseek.model.replicas import Slots, bring, table
+from jaxseek.sharding.strategy import Strategy
+
+
+def place_experts(model: DeepSeek) -> None:
+    """Bring the experts of all stacks into the strategy's slots, matrix by matrix and in place; does nothing
+    where it has none.
+
+    Which expert is in which slot its `placement` says, or else `placement.neighbours`.
+    The model gives the same results as before, and is for serving: training and saving refuse it. Raises
+    ConfigError for a placement that does not fit the model.
+    """
+    if not model.strategy.has_slots:
+        return
+    expert_LS, done = experts_of_slots(model.cfg, model.strategy), 0
+    embed_VD = model.embed_VD.get_value()
+    abstract, everywhere = (
+        isinstance(embed_VD, jax.ShapeDtypeStruct),
+        NamedSharding(embed_VD.sharding.mesh, P()),
+    )
+    for stack in model.stacks:
+        if not isinstance(stack.mlp, MoE):
+            continue
+        own_LS = expert_LS[done : (done := done + stack.depth)]
+        with nullcontext() if abstract else model.on_mesh():
+            for name in EXPERTS:
+                bring(getattr(stack.mlp, name), own_LS)
+        values = table(own_LS)
+        if abstract:
+            slots = jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=everywhere)
+        else:
+            slots = jax.make_array_from_callback(values.shape, everywhere, lambda at, v=values: v[at])
+        stack.mlp.slots = Slots(slots, axes=(None, None), fill=None)
+
+
+def experts_of_slots(cfg: ModelConfig, strategy: Strategy) -> np.ndarray:
+    """The expert in every slot [sparse layers, S]. Raises ConfigError, as `place_experts` does."""
+    layers = sum(cfg.is_moe_layer(l) for l in range(cfg.num_hidden_layers))
+    slots = cfg.n_routed_experts + strategy.redundant_experts
+    if strategy.placement is not None:
+        return read(strategy.placement, layers, cfg.n_routed_experts, slots)
+    devices = strategy.parts(strategy.decode, "expert")
+    return neighbours(layers, cfg.n_routed_experts, slots, devices).expert_LS
+
+
+def raise_slots(model: DeepSeek) -> None:
+    """Raise ValueError for a model that `place_experts` has changed, which no checkpoint holds."""
+    if any(isinstance(stack.mlp, MoE) and stack.mlp.slots is not None for stack in model.stacks):
+        raise ValueError(
+            "the experts of this model are in slots, for serving: to save it, load it with a strategy "
+            "without redundant_experts and placement"
+        )
+
+
+def refuse_slots(strategy: Strategy, doing: str) -> None:
+    """Raise ConfigError where a strategy has experts in slots, which `doing` is not for."""
+    if strategy.has_slots:
+        raise ConfigError(
+            f"redundant_experts and placement in [weights] are for serving; {doing} has each expert once: "
+            "use a strategy without them"
+        )

@@ -1,0 +1,169 @@
+"""Softmax attention with a mask made from positions and segments.
+
+On TPU fresh keys are read by a kernel that writes no scores to memory (flash_attention.py), on CPU by
+products that leave out what is above the diagonal (causal_attention.py), unless queries have keys chosen for
+them. Otherwise XLA writes scores, of a block of queries at a time when they are many.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+
+from jaxseek.ops.causal_attention import causal_attention
+from jaxseek.ops.few_rows import FEW, product_of_few
+from jaxseek.ops.flash_attention import flash_attention
+from jaxseek.ops.platform import platform
+from jaxseek.sharding.rules import Rules
+
+QUERY_BLOCK = 1024  # queries at a time: scores take B * N * QUERY_BLOCK * S floats
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Mask:
+    """Who attends to whom: the same segment, not later; where `chosen_BTS` is given, only the chosen keys.
+
+    With `q_prefix_BT` also the segment named there, not later: a prefix that several segments share, and that
+    stands before them; a segment's tokens stand in order. In a cache slot s holds position s and all slots
+    belong to the row, so `kv_seg_BS` is None there.
+    """
+
+    q_pos_BT: jax.Array
+    q_seg_BT: jax.Array
+    kv_pos_BS: jax.Array
+    kv_seg_BS: jax.Array | None
+    chosen_BTS: jax.Array | None = None
+    q_prefix_BT: jax.Array | None = None
+
+    def laid_out(self, rules: Rules) -> Mask:
+        """With the queries' rows as these rules have them."""
+        names = ("q_pos_BT", "q_seg_BT", "q_prefix_BT")
+        own = {name: a for name in names if (a := getattr(self, name)) is not None}
+        return replace(self, **{name: rules.shard(a, "batch", "length") for name, a in own.items()})
+
+    def dense(self) -> jax.Array:
+        """The mask as booleans, [B, T, S]."""
+        mask_BTS = self.kv_pos_BS[:, None, :] <= self.q_pos_BT[:, :, None]
+        if self.kv_seg_BS is not None:
+            same_BTS = self.kv_seg_BS[:, None, :] == self.q_seg_BT[:, :, None]
+            if self.q_prefix_BT is not None:
+                same_BTS |= self.kv_seg_BS[:, None, :] == self.q_prefix_BT[:, :, None]
+            mask_BTS &= same_BTS
+        return mask_BTS if self.chosen_BTS is None else mask_BTS & self.chosen_BTS
+
+
+def attend(
+    q_BTKGH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    mask: Mask,
+    scale: float,
+    rules: Rules,
+    head_axes: tuple[str | None, str | None],
+    key_axis: str | None = None,
+) -> jax.Array:
+    """softmax(scale * q k^T + mask) v with float32 softmax: [B, T, K, G, value width].
+
+    `head_axes` are the logical names of K and G, `key_axis` that of S: over a split S, maximum and sums are
+    reduced across the shards (a log-sum-exp combine).
+    """
+    T, blocks = q_BTKGH.shape[1], q_BTKGH.shape[1] // QUERY_BLOCK
+    whole = blocks < 2 or T % QUERY_BLOCK != 0 or bool(rules.axes("length"))
+    if key_axis is None and mask.kv_seg_BS is not None and mask.chosen_BTS is None:
+        if platform() == "tpu":
+            return _flash(q_BTKGH, k_BKSH, v_BKSH, mask, scale, rules, head_axes)
+        if platform() == "cpu" and whole:
+            return _causal(q_BTKGH, k_BKSH, v_BKSH, mask, scale, rules, head_axes)
+    if whole:
+        return _attend(q_BTKGH, k_BKSH, v_BKSH, mask, scale, rules, head_axes, key_axis)
+
+    def cut(x):
+        return None if x is None else jnp.moveaxis(x.reshape(x.shape[0], blocks, -1, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def block(args):
+        q, q_pos, q_seg, chosen, prefix = args
+        part = replace(mask, q_pos_BT=q_pos, q_seg_BT=q_seg, chosen_BTS=chosen, q_prefix_BT=prefix)
+        return _attend(q, k_BKSH, v_BKSH, part, scale, rules, head_axes, key_axis)
+
+    of_queries = q_BTKGH, mask.q_pos_BT, mask.q_seg_BT, mask.chosen_BTS, mask.q_prefix_BT
+    parts = jax.lax.map(block, jax.tree.map(cut, of_queries))
+    out = jnp.moveaxis(parts, 0, 1)
+    return out.reshape(out.shape[0], T, *out.shape[3:])
+
+
+def _flash(q_BTKGH, k_BKSH, v_BKSH, mask, scale, rules, head_axes, interpret=False):
+    """The kernel on every device's own rows, queries and heads; a split length has its keys gathered."""
+    query, keys = (
+        rules.spec("batch", *head_axes, "length", None),
+        rules.spec("batch", head_axes[0], None, None),
+    )
+    rows_BT, rows_BS = rules.spec("batch", "length"), rules.spec("batch", None)
+    out_BKGTH = jax.shard_map(
+        functools.partial(flash_attention, scale=scale, interpret=interpret),
+        in_specs=(query, keys, keys, rows_BT, rows_BT, rows_BS, rows_BS, rows_BT),
+        out_specs=query,
+        check_vma=False,  # a Pallas call does not declare over which axes its results vary
+    )(
+        jnp.moveaxis(q_BTKGH, 1, 3),
+        k_BKSH,
+        v_BKSH,
+        mask.q_pos_BT,
+        mask.q_seg_BT,
+        mask.kv_pos_BS,
+        mask.kv_seg_BS,
+        mask.q_prefix_BT,
+    )
+    return jnp.moveaxis(out_BKGTH, 3, 1)
+
+
+def _causal(q_BTKGH, k_BKSH, v_BKSH, mask, scale, rules, head_axes):
+    query = rules.spec("batch", *head_axes, "length", None)
+    keys, keep = rules.spec("batch", head_axes[0], None, None), rules.spec("batch", "length", None)
+    out_BKGTH = jax.shard_map(
+        causal_attention,
+        in_specs=(query, keys, keys, keep),
+        out_specs=query,
+        check_vma=False,  # nor does a function with a derivative of its own
+    )(jnp.moveaxis(scale * q_BTKGH, 1, 3), k_BKSH, v_BKSH, mask.dense())
+    return jnp.moveaxis(out_BKGTH, 3, 1)
+
+
+def _attend(q_BTKGH, k_BKSH, v_BKSH, mask, scale, rules, head_axes, key_axis):
+    # dot_general, not einsum: with heads before tokens on both sides no operand is transposed for it
+    q_BKGTH = jnp.moveaxis(q_BTKGH, 1, 3)
+    _, T, _, G, _ = q_BTKGH.shape
+    one_device, cached = jax.sharding.get_abstract_mesh().size == 1, key_axis is not None
+    if platform() == "cpu" and T == 1 and G <= FEW and one_device and cached:  # it has no gradient
+        scores_BKGTS = product_of_few(q_BKGTH[..., 0, :], k_BKSH)[..., None, :]
+    elif platform() == "cpu" and T == 1:  # with keys first, XLA:CPU does not transpose them
+        scores_BKSGT = jax.lax.dot_general(
+            k_BKSH,
+            q_BKGTH,
+            (((3,), (4,)), ((0, 1), (0, 1))),
+            preferred_element_type=jnp.float32,
+            out_sharding=rules.spec("batch", head_axes[0], key_axis, head_axes[1], "length"),
+        )
+        scores_BKGTS = jnp.moveaxis(scores_BKSGT, 2, 4)
+    else:
+        scores_BKGTS = jax.lax.dot_general(
+            q_BKGTH,
+            k_BKSH,
+            (((4,), (3,)), ((0, 1), (0, 1))),
+            preferred_element_type=jnp.float32,
+            out_sharding=rules.spec("batch", *head_axes, "length", key_axis),
+        )
+    keep = mask.dense()[:, None, None]
+    scores_BKGTS = jnp.where(keep, scale * scores_BKGTS, jnp.finfo(jnp.float32).min)
+    probs_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BKSH.dtype)
+    out_BKGTH = jax.lax.dot_general(
+        probs_BKGTS,
+        v_BKSH,
+        (((4,), (2,)), ((0, 1), (0, 1))),
+        out_sharding=rules.spec("batch", *head_axes, "length", None),
+    )
+    return jnp.moveaxis(out_BKGTH, 3, 1)

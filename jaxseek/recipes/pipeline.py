@@ -1,0 +1,221 @@
+"""Several runs, one after the other, from one file: the stages of R1's training, or of any other recipe.
+
+    out = "runs/mine"
+    [common]                       what all stages share, as in a run file
+    [stages.cold-start]            a run; its directory is OUT/cold-start
+    objective = "sft"
+    model = "tiny-r1"
+    [stages.reason]
+    objective = "grpo"
+    model = "stage:cold-start"     what that stage left; so in data.train, distill.teacher
+    [evaluation]                   task, rollout and rewards: every stage's model is measured by them
+
+`only = "reason"` runs a stage alone. Started again, a pipeline goes on where it was, also within a stage.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+from jaxseek.api import load
+from jaxseek.checkpoint.models import write_json
+from jaxseek.config.model import ConfigError
+from jaxseek.config.run import RunConfig, read_toml
+from jaxseek.machine.hosts import from_first
+from jaxseek.recipes.reject import FILE, reject
+from jaxseek.rl.evaluate import HeldOut, Marking, evaluate
+from jaxseek.rl.recipe import train_grpo
+from jaxseek.rl.rollout import Sampler
+from jaxseek.rl.tasks import open_task
+from jaxseek.storage.place import Place, place, writable, write_text
+from jaxseek.train import start
+from jaxseek.train.trainer import Result, train
+
+KEYS = ("out", "seed", "only", "common", "stages", "evaluation")
+REFERENCE = "stage:"
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The stages as runs, by name and in order, and what measures their models (None: nothing)."""
+
+    out: Place
+    stages: dict[str, RunConfig]
+    evaluation: RunConfig | None
+    only: str
+
+    @classmethod
+    def from_toml(cls, path: str | Place, overrides: list[str] | tuple[str, ...] = ()) -> Pipeline:
+        """Read a pipeline file, with `stages.NAME.key=value` overrides. Raises ConfigError."""
+        return cls.from_dict(read_toml(path, overrides), str(path))
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any], where: str = "pipeline") -> Pipeline:
+        """From nested tables. Raises ConfigError, naming the stage."""
+        if unknown := [key for key in raw if key not in KEYS]:
+            raise ConfigError(
+                f"{where}: unknown key(s) {', '.join(unknown)}; a pipeline has {', '.join(KEYS)}"
+            )
+        tables = raw.get("stages")
+        if not isinstance(raw.get("out"), str) or not isinstance(tables, dict) or not tables:
+            raise ConfigError(f"{where}: expected out = DIRECTORY and a table [stages.NAME] for each stage")
+        shared = {key: raw[key] for key in ("common", "evaluation") if key in raw}
+        for name, own in (*shared.items(), *((f"stages.{name}", own) for name, own in tables.items())):
+            if not isinstance(own, dict):
+                raise ConfigError(f"{where}: {name} is {own!r}, expected a table [{name}]")
+            if "out" in own:
+                raise ConfigError(f"{where}: [{name}] has out; a stage's directory is OUT/NAME")
+        out, only = writable(raw["out"]), raw.get("only", "")
+        stages: dict[str, RunConfig] = {}
+        common = {"seed": raw.get("seed", 0)} | raw.get("common", {})
+        for name, own in tables.items():
+            settings = _merged(common, own) | {"out": str(out / name)}
+            try:
+                stages[name] = RunConfig.from_dict(_resolved(settings, stages))
+            except ConfigError as e:
+                raise ConfigError(f"{where}: [stages.{name}]: {e}") from None
+        if only not in ("", *stages):
+            raise ConfigError(f"{where}: only is {only!r}, expected one of {', '.join(stages)}")
+        evaluation = None
+        if "evaluation" in raw:
+            fixed = {"objective": "grpo", "model": "", "out": str(out), "steps": 1}
+            try:
+                evaluation = RunConfig.from_dict(_merged(common, raw["evaluation"]) | fixed)
+            except ConfigError as e:
+                raise ConfigError(f"{where}: [evaluation]: {e}") from None
+        return cls(out, stages, evaluation, only)
+
+
+@dataclass(frozen=True)
+class PipelineResult:
+    """Whether a signal stopped it, and of every stage that is over what it reached."""
+
+    out: str
+    stopped: bool
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        end = "stopped; the same command goes on" if self.stopped else f"{self.out}: done"
+        return f"{table(self.stages)}\n{end}"
+
+
+def run_pipeline(
+    pipeline: Pipeline,
+    deadlines: Mapping[str, float] | None = None,
+    tell: Callable[[str], None] = print,
+) -> PipelineResult:
+    """Run the stages that are not over. `deadlines` (of time.monotonic) end stages that would take longer.
+
+    OUT/pipeline.json has what every stage reached, OUT/pipeline.md the same as a table. Raises as stages do.
+    """
+    deadlines = deadlines or {}
+    names = [pipeline.only] if pipeline.only else list(pipeline.stages)
+    for number, name in enumerate(names, 1):
+        run = pipeline.stages[name]
+        tell(f"\nstage {number} of {len(names)}: {name} ({run.objective}, up to {run.steps} steps)")
+        if name in _reached(pipeline) and start.finished(run) is not None:
+            start.claim(run)  # the settings are still those it ran with
+            tell("it is over already")
+            _write(pipeline)
+            continue
+        begin = time.monotonic()
+        result = run_stage(run, deadlines.get(name, float("inf")))
+        if result.stopped:
+            return PipelineResult(str(pipeline.out), True, _reached(pipeline))
+        _measure(pipeline, name, result, time.monotonic() - begin, tell)
+        _write(pipeline)
+    return PipelineResult(str(pipeline.out), False, _reached(pipeline))
+
+
+def run_stage(run: RunConfig, deadline: float = float("inf")) -> Result:
+    """A run by its objective. Raises as train, train_grpo and reject do."""
+    if run.objective == "reject":
+        return reject(run)
+    return train_grpo(run, deadline) if run.objective == "grpo" else train(run, deadline)
+
+
+def _measure(
+    pipeline: Pipeline, name: str, result: Result, seconds: float, tell: Callable[[str], None]
+) -> None:
+    """OUT/NAME/stage.json: steps and, of a model that the stage left, how it answers held-out problems."""
+    run, path = pipeline.stages[name], place(result.out) / "stage.json"
+    if _reached(pipeline).get(name, {}).get("steps") == result.steps:
+        return
+    reached: dict[str, Any] = {
+        "objective": run.objective,
+        "steps": result.steps,
+        "seconds": round(seconds, 1),
+    }
+    if pipeline.evaluation is not None and run.objective != "reject":
+        model, tokenizer = load(place(run.out) / "model", run.mesh or None, start.compute_dtype(run))
+        how = pipeline.evaluation
+        if tokenizer is None:
+            raise ConfigError(f"{run.out}/model has no tokenizer to evaluate it with")
+        sampler = Sampler(how, tokenizer, start.compute_dtype(how))
+        sampler.load(model)
+        with Marking(how, model.strategy) as marking:
+            found = evaluate(how, sampler, HeldOut.of(open_task(how).held_out, sampler, how), marking)
+        reached |= found.values
+        if jax.process_index() == 0:
+            found.write(place(run.out) / "evaluation.jsonl")
+        tell(f"{name}: {found}")
+    if jax.process_index() == 0:
+        write_json(path, reached)
+
+
+def _reached(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
+    """Read what the stages that are over have written, as host 0 sees it."""
+    paths = {name: place(run.out) / "stage.json" for name, run in pipeline.stages.items()}
+    return from_first(lambda: {n: json.loads(p.read_text("utf-8")) for n, p in paths.items() if p.is_file()})
+
+
+def _write(pipeline: Pipeline) -> None:
+    reached = _reached(pipeline)
+    if jax.process_index() == 0:
+        write_json(pipeline.out / "pipeline.json", reached)
+        write_text(pipeline.out / "pipeline.md", table(reached) + "\n")
+
+
+def table(reached: Mapping[str, Mapping[str, Any]]) -> str:
+    """What each stage reached, in Markdown."""
+    rewards = dict.fromkeys(key for row in reached.values() for key in row if key.startswith("reward_"))
+    columns = {"objective": "", "steps": "", "seconds": ".0f", "accuracy": ".1%", "thinking_tokens": ".1f"}
+    columns |= dict.fromkeys(rewards, ".2f")
+    lines = [
+        ["stage", *(c.replace("reward_", "").replace("_", " ") for c in columns)],
+        ["---"] * (1 + len(columns)),
+    ]
+    for name, row in reached.items():
+        lines.append([name, *(format(row[c], f) if c in row else "" for c, f in columns.items())])
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`, table by table."""
+    out = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = _merged(out[key], value) if both else value
+    return out
+
+
+def _resolved(value: Any, stages: Mapping[str, RunConfig], key: str = "") -> Any:
+    """`stage:NAME` as a path: to the stage's model, or in lists of sources to its samples."""
+    if isinstance(value, dict):
+        return {k: _resolved(v, stages, k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_resolved(v, stages, key) for v in value]
+    if not isinstance(value, str) or not value.startswith(REFERENCE):
+        return value
+    name = value.removeprefix(REFERENCE)
+    if name not in stages:
+        known = ", ".join(stages) or "none"
+        raise ConfigError(f"{key} is {value!r}, expected a stage that comes before: {known}")
+    out = place(stages[name].out)
+    return str(out / (FILE if stages[name].objective == "reject" else "model"))

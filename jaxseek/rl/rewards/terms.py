@@ -1,0 +1,163 @@
+"""The reward of an answer: a weighted sum of terms, none of which can stop the run.
+
+Cheap terms are computed here; `math` and `python` in worker processes (pool.py), `code` in a sandbox
+(sandbox.py). A term that raises, takes too long or is no finite number fails for that answer alone. Nothing
+here imports JAX: the workers import this module.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from jaxseek.config.model import ConfigError
+from jaxseek.config.rl import RewardConfig
+from jaxseek.rl.problem import Answer
+from jaxseek.rl.rewards.answers import exact
+from jaxseek.rl.rewards.code import code
+from jaxseek.rl.rewards.countdown import countdown
+from jaxseek.rl.rewards.format import format, length
+from jaxseek.rl.rewards.language import language
+from jaxseek.rl.sandbox.pool import Pool, WorkerError
+from jaxseek.rl.sandbox.programs import check_platform
+
+
+@dataclass(frozen=True)
+class Failure:
+    """No score: which answer (index in the batch), which reward, and why."""
+
+    index: int
+    reward: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"answer {self.index}, reward {self.reward}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The rewards of N answers: `total` and, by name and unweighted, its terms: float64 [N], NaN for none."""
+
+    total: np.ndarray
+    parts: dict[str, np.ndarray]
+    failures: list[Failure]
+
+
+class Rewards:
+    """The rewards of a run. Close it, or use it as a context manager, to end its processes.
+
+    `model_score(model, answers)` computes rewards of kind `model`; `cpu_workers` processes compute those of
+    kind math, python and code at a time. A function of kind `python` is called with at most 16 answers at a
+    time. Raises ConfigError for rewards that cannot work here.
+    """
+
+    def __init__(
+        self,
+        configs: list[RewardConfig],
+        cpu_workers: int = 2,
+        model_score: Callable[[str, list[Answer]], list[float]] | None = None,
+    ):
+        self.configs = {config.name or config.kind: config for config in configs}
+        if not configs or len(self.configs) < len(configs):
+            names = [config.name or config.kind for config in configs]
+            raise ConfigError(f"the rewards are named {names}: give at least one, and each its own `name`")
+        self.model_score = model_score
+        for name, config in self.configs.items():
+            self._check(name, config)
+        self.pool = Pool(cpu_workers)
+        for name, config in self.configs.items():
+            if config.kind == "python":
+                try:
+                    self.pool.load(config)
+                except WorkerError as error:
+                    self.close()
+                    raise ConfigError(f"rewards {name}: importing {config.function}: {error}") from error
+
+    def _check(self, name: str, config: RewardConfig) -> None:
+        if not math.isfinite(config.weight) or config.seconds <= 0 or config.target <= 0:
+            raise ConfigError(
+                f"rewards {name}: weight {config.weight} must be finite, seconds {config.seconds} and target "
+                f"{config.target} above 0"
+            )
+        if config.kind == "math" and importlib.util.find_spec("math_verify") is None:
+            raise ConfigError(f"rewards {name}: kind math needs a package: pip install math-verify")
+        if config.kind == "code":
+            if config.megabytes < 64:
+                raise ConfigError(
+                    f"rewards {name}: megabytes {config.megabytes} must be at least 64 for Python"
+                )
+            check_platform()
+        if config.kind == "python" and not all(config.function.partition(":")):
+            raise ConfigError(f"rewards {name}: function {config.function!r} must be `module:function`")
+        if config.kind == "model" and self.model_score is None:
+            raise ConfigError(f"rewards {name}: kind model needs a reward model")
+
+    def score(self, answers: list[Answer]) -> Scores:
+        total, parts, failures = np.zeros(len(answers)), {}, []
+        for name, config in self.configs.items():
+            values = self._term(config, answers)
+            failures += [Failure(i, name, v) for i, v in enumerate(values) if isinstance(v, str)]
+            parts[name] = np.array([math.nan if isinstance(v, str) else v for v in values], np.float64)
+            if config.weight:
+                total += config.weight * parts[name]
+        return Scores(total, parts, failures)
+
+    def _term(self, config: RewardConfig, answers: list[Answer]) -> list[float | str]:
+        if config.kind in ("math", "python"):
+            return self.pool.score(config, answers)
+        if config.kind == "code":
+            return self.pool.map(partial(_attempt, _function(config)), answers)
+        if config.kind == "model":
+            assert self.model_score is not None
+            return numbers(self.model_score(config.model, answers), len(answers))
+        return [_attempt(_function(config), answer) for answer in answers]
+
+    def close(self) -> None:
+        self.pool.close()
+
+    def __enter__(self) -> Rewards:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _function(config: RewardConfig) -> Callable[[Answer], float]:
+    """The function of a reward that is computed answer by answer in this process, or from it."""
+    return {
+        "exact": exact,
+        "countdown": countdown,
+        "format": partial(format, tags=config.tags),
+        "language": partial(language, target=config.language),
+        "length": partial(length, target=config.target),
+        "code": partial(code, seconds=config.seconds, megabytes=config.megabytes),
+    }[config.kind]
+
+
+def _attempt(function: Callable[[Answer], float], answer: Answer) -> float | str:
+    try:
+        return function(answer)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def numbers(values: Any, count: int) -> list[float | str]:
+    """`values` as floats, with a reason where one is no finite number. ValueError for the wrong count."""
+    values = list(values)
+    if len(values) != count:
+        raise ValueError(f"{len(values)} rewards for {count} answers")
+
+    def number(value: Any) -> float | str:
+        try:
+            converted = math.nan if isinstance(value, (str, bytes)) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            return f"a value of type {type(value).__name__} is not a finite number"
+        return converted if math.isfinite(converted) else f"{value!r:.50} is not a finite number"
+
+    return [number(value) for value in values]

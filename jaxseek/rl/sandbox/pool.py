@@ -1,0 +1,191 @@
+"""Workers for rewards that may raise, hang or take their process along.
+
+A worker that does not answer within its limit, or ends, is killed with all processes it started, and another
+takes its place; of its answers only those fail that bring a worker down on their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import queue
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from jaxseek.config.rl import RewardConfig
+from jaxseek.rl.problem import Answer
+
+CHUNK = 16  # answers of one request, at most
+LOADING = 120.0  # seconds for a process to start, and to import the function
+T = TypeVar("T")
+
+
+class WorkerError(RuntimeError):
+    """A request came to nothing: the message is the reason."""
+
+
+class Pool:
+    """Up to `size` worker processes, started when they are needed, and as many threads that wait for them."""
+
+    def __init__(self, size: int):
+        self.threads = ThreadPoolExecutor(size, thread_name_prefix="rewards")
+        self.idle: queue.SimpleQueue[Worker | None] = queue.SimpleQueue()
+        for _ in range(size):
+            self.idle.put(None)
+        self.size = size
+        self.workers: set[Worker] = set()
+        self.closed = False
+
+    def map(self, function: Callable[[Answer], T], answers: list[Answer]) -> list[T]:
+        """`function` of each answer, in this process, `size` at a time."""
+        return list(self.threads.map(function, answers))
+
+    def load(self, config: RewardConfig) -> None:
+        """Raises WorkerError where a worker cannot import what the reward needs."""
+        self._request(config, None)
+
+    def score(self, config: RewardConfig, answers: list[Answer]) -> list[float | str]:
+        """For each answer the reward, or the reason why there is none."""
+        size = max(1, min(CHUNK, -(-len(answers) // (2 * self.size))))
+        chunks = [answers[i : i + size] for i in range(0, len(answers), size)]
+        return [
+            value for part in self.threads.map(lambda c: self._chunk(config, c), chunks) for value in part
+        ]
+
+    def close(self) -> None:
+        """Kills the workers, also those that are computing."""
+        self.closed = True
+        for worker in list(self.workers):
+            worker.kill()
+        self.threads.shutdown(cancel_futures=True)
+        for worker in list(self.workers):
+            worker.close()
+        self.workers.clear()
+
+    def _chunk(self, config: RewardConfig, answers: list[Answer]) -> list[float | str]:
+        try:
+            return self._request(config, answers)
+        except WorkerError as error:
+            if len(answers) == 1:
+                return [str(error)]
+        return [self._chunk(config, [answer])[0] for answer in answers]
+
+    def _request(self, config: RewardConfig, answers: list[Answer] | None) -> list[float | str]:
+        worker = self.idle.get()
+        try:
+            if self.closed:
+                raise RuntimeError("these rewards are closed")
+            if worker is None:
+                worker = Worker()
+                self.workers.add(worker)
+            worker.load(config)
+            return [] if answers is None else worker.score(config, answers)
+        except OSError as error:
+            raise WorkerError(f"no process to compute it: {error}") from error
+        finally:
+            if worker is not None and not worker.usable:
+                self.workers.discard(worker)
+                worker = None
+            self.idle.put(worker)
+
+
+class Worker:
+    """One process of worker.py. After a time-out or its end it is not `usable`."""
+
+    def __init__(self):
+        requests, self.requests = os.pipe()
+        self.replies, replies = os.pipe()
+        lifeline, self.lifeline = os.pipe()
+        theirs = (requests, replies, lifeline)
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "jaxseek.rl.sandbox.worker", *map(str, theirs)],
+                stdin=subprocess.DEVNULL,
+                stdout=2,
+                # jaxseek is found as it is here; a reward that imports JAX leaves the trainer its devices.
+                env=os.environ
+                | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                pass_fds=theirs,
+                start_new_session=True,
+            )
+        finally:
+            for descriptor in theirs:
+                os.close(descriptor)
+        self.usable = True
+        self.loaded: set[RewardConfig] = set()
+        os.set_blocking(self.requests, False)
+
+    def load(self, config: RewardConfig) -> None:
+        if config not in self.loaded:
+            self._ask(("load", config, sys.path), LOADING)
+            self.loaded.add(config)
+
+    def score(self, config: RewardConfig, answers: list[Answer]) -> list[float | str]:
+        return self._ask(("score", config, answers), config.seconds * len(answers))
+
+    def kill(self) -> None:
+        """Ends the process and what it started."""
+        if self.usable:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        if self.usable:
+            self.kill()
+            self.usable = False
+            self.process.wait()
+            for descriptor in (self.requests, self.replies, self.lifeline):
+                os.close(descriptor)
+
+    def _ask(self, message: Any, seconds: float) -> list[float | str]:
+        """The values of the reply. Anything else than a reply, of values or of an exception, is the end."""
+        deadline = time.monotonic() + seconds
+        answered = False
+        try:
+            self._send(message, deadline)
+            reply = json.loads(self._line(deadline))
+            answered = True
+        except TimeoutError as error:
+            raise WorkerError(f"no answer within {seconds:g} seconds") from error
+        except (EOFError, BrokenPipeError, ValueError) as error:
+            raise WorkerError(f"the process ended: {error}") from error
+        finally:
+            if not answered:
+                self.close()
+        if "raised" in reply:
+            raise WorkerError(reply["raised"])
+        return reply["values"]
+
+    def _send(self, message: Any, deadline: float) -> None:
+        data = pickle.dumps(message)
+        rest = memoryview(len(data).to_bytes(8, "little") + data)
+        while rest:
+            _wait(self.requests, select.POLLOUT, deadline)
+            rest = rest[os.write(self.requests, rest) :]
+
+    def _line(self, deadline: float) -> bytes:
+        line = bytearray()
+        while not line.endswith(b"\n"):
+            _wait(self.replies, select.POLLIN, deadline)
+            if not (piece := os.read(self.replies, 1 << 16)):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(1.0)
+                raise EOFError(f"exit status {self.process.returncode}")
+            line += piece
+        return bytes(line)
+
+
+def _wait(descriptor: int, event: int, deadline: float) -> None:
+    """Until the descriptor is ready for `event`, or its other end closed. TimeoutError at the deadline."""
+    poll = select.poll()
+    poll.register(descriptor, event)
+    if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        raise TimeoutError

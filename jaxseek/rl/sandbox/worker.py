@@ -1,0 +1,82 @@
+"""A process that computes rewards: `python -m jaxseek.rl.sandbox.worker REQUESTS REPLIES LIFELINE`.
+
+The arguments are file descriptors. Requests are pickles behind their length (8 bytes): ("load", config,
+search path) and ("score", config, answers). A reply is one line of JSON: {"values": [...]} with a number or a
+reason in words for each answer, or {"raised": text}. What a reward prints goes to standard error. The
+lifeline is a pipe nobody writes to: when it closes, the trainer has ended, and so does this process.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import logging
+import os
+import pickle
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import IO, Any
+
+from jaxseek.config.rl import RewardConfig
+from jaxseek.rl.problem import Answer
+from jaxseek.rl.rewards import answers as of_answers
+from jaxseek.rl.rewards import terms
+
+Function = Callable[[list[Answer]], list[Any]]
+
+
+def load(config: RewardConfig) -> Function:
+    """The function of a reward of kind `math` or `python`."""
+    if config.kind == "math":
+        logging.getLogger("math_verify").setLevel(
+            logging.ERROR
+        )  # it tells of every comparison that takes long
+        importlib.import_module("math_verify")
+        return lambda answers: [of_answers.math(answer, config.seconds) for answer in answers]
+    module, _, name = config.function.partition(":")
+    function = functools.reduce(getattr, name.split("."), importlib.import_module(module))
+    if not callable(function):
+        raise TypeError(f"{config.function} is a {type(function).__name__} and cannot be called")
+    return function
+
+
+def read(requests: IO[bytes]) -> Any:
+    size = requests.read(8)
+    return pickle.loads(requests.read(int.from_bytes(size, "little"))) if size else None
+
+
+def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
+    functions: dict[tuple[str, str, float], Function] = {}
+    while request := read(requests):
+        action, config, content = request
+        key = (config.kind, config.function, config.seconds)
+        try:
+            if action == "load":
+                sys.path[:] = content
+                functions[key] = load(config)
+                reply: dict[str, Any] = {"values": []}
+            else:
+                reply = {"values": terms.numbers(functions[key](content), len(content))}
+        except BaseException as error:
+            reply = {"raised": f"{type(error).__name__}: {error}"[:500]}
+        replies.write(json.dumps(reply).encode() + b"\n")
+        replies.flush()
+
+
+def watch(lifeline: int) -> None:
+    os.read(lifeline, 1)
+    os.killpg(0, signal.SIGKILL)
+
+
+def main() -> None:
+    requests, replies, lifeline = map(int, sys.argv[1:])
+    threading.Thread(target=watch, args=(lifeline,), daemon=True).start()
+    with open(requests, "rb") as source, open(replies, "wb") as sink:
+        serve(source, sink)
+
+
+if __name__ == "__main__":
+    main()

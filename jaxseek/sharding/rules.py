@@ -1,0 +1,93 @@
+"""Where arrays live: the shape legend, mesh axes, and the tables from logical names to mesh axes.
+
+Shape legend (suffix letters are einsum letters, for arrays and parameters of the whole project):
+
+    B batch      T query tokens   S cache slots / key tokens   D model width   V vocabulary
+    N heads      K kv heads       G query heads per kv head    H head width    P head width without rope
+    Q q-lora     C kv-lora        R rope width                 A = C + R       L layers
+    E experts    F feed-forward width                          M rows sorted by expert
+
+    In the router K is the number of experts that a token chooses; in latent attention H is P + R for queries
+    and keys and the value width for values.
+
+A *strategy* is a TOML file: sizes of the mesh axes, where weights rest (`[weights]`), and how each phase
+(`[train]`, `[prefill]`, `[decode]`) lays out its activations and the weights it computes with. For serving,
+`[weights]` may ask for `redundant_experts`, slots beyond one for each expert, and name the `placement` that
+says which expert is in which. Layers know
+logical names only; this file alone knows mesh axes. One sharding mode everywhere: Explicit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
+DISPATCHES = ("local", "replicated", "all_to_all")
+FACTORS = ("capacity_factor", "room_factor")  # of the rows that a dispatch takes, see model/dispatch.py
+PHASES = ("train", "prefill", "decode")
+LOGICAL_AXES = (
+    "batch",
+    "length",
+    "cache_batch",
+    "cache_length",
+    "embed",
+    "vocab",
+    "heads",
+    "cache_heads",
+    "kv_heads",
+    "q_groups",
+    "q_lora",
+    "latent",
+    "mlp",
+    "expert",
+    "expert_mlp",
+)
+
+
+# Where attention against a cache puts rows and heads, unless a table says so: where the rest of the layer
+# has them.
+_SAME = {"cache_batch": "batch", "cache_heads": "heads"}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """One table of a strategy: logical axis name to mesh axes, and the expert dispatch of the phase.
+
+    The factors limit what an expert or a shard takes to a multiple of its even share (model/dispatch.py).
+    """
+
+    table: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    dispatch: str = "local"
+    capacity_factor: float | None = None
+    room_factor: float | None = None
+
+    def axes(self, name: str | None) -> tuple[str, ...]:
+        """Mesh axes (of size above one) that this logical axis is split over."""
+        table = dict(self.table)
+        return table.get(name, table.get(_SAME.get(name, ""), ())) if name else ()
+
+    def spec(self, *names: str | None) -> P:
+        """The PartitionSpec of an array whose dimensions have these logical names."""
+        return P(*(axes if len(axes) > 1 else axes[0] if axes else None for axes in map(self.axes, names)))
+
+    def for_cache(self) -> Rules:
+        """These rules where queries meet a cache: rows and heads are where it has them."""
+        moved = {name: self.axes(where) for where, name in _SAME.items()}
+        return replace(self, table=tuple((dict(self.table) | moved).items()))
+
+    def shard(self, x: jax.Array, *names: str | None) -> jax.Array:
+        """Move `x` to the layout of these logical names; `x` itself where it is there already."""
+        spec = self.spec(*names)
+        there = NamedSharding(jax.sharding.get_abstract_mesh(), spec)
+        return x if jax.typeof(x).sharding == there else jax.sharding.reshard(x, spec)
+
+    def use(self, param: Any, dtype: Any, *axes: str | None) -> jax.Array:
+        """A parameter as this phase computes with it, or by other `axes` than its own: cast first, so that a
+        gather moves fewer bytes."""
+        value = param[...].astype(dtype)
+        return self.shard(value, *(axes or param.get_metadata("axes")))

@@ -1,0 +1,441 @@
+"""Tokenizer: one face over `tokenizer.json` (tokenizers) and `*.model` (sentencepiece) files.
+
+What users write never becomes a control token: `encode` takes `<｜User｜>`, `<think>` or `<|im_start|>` in a
+text as the characters they are. Only `render_chat`, `render_fim` and `encode_trusted` set control tokens.
+A control token is an added token that is marked special or looks like markup; any other added token (such as
+the letters that the 100k DeepSeek vocabulary adds) is vocabulary and stays so.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import re
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+import tokenizers
+from sentencepiece import sentencepiece_model_pb2
+
+from jaxseek.storage.hub import model_place
+from jaxseek.storage.place import Place, place, write_bytes
+from jaxseek.tokenizer import chat
+from jaxseek.tokenizer.chat import Mark, Message, TokenizerError
+
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+_NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
+_MARKUP = re.compile(r"<.+>|\[.+\]", re.DOTALL)
+
+
+class Tokenizer:
+    """Text to ids and back; `Tokenizer.from_dir` makes one.
+
+    vocab_size is the largest id + 1; bos_id and pad_id may be None; eos_ids are all ids that end a reply.
+    template names the chat template: one of `jaxseek.tokenizer.chat.TEMPLATES`, or "jinja" for the
+    chat_template that the model brings, or None where nothing is known.
+    """
+
+    def __init__(self, files: Mapping[str, bytes], template: str | None = None):
+        """`files`: name to content, as `from_dir` reads them; one is tokenizer.json or a *.model file."""
+        self._files = dict(files)
+        models = sorted(name for name in files if name.endswith(".model"))
+        source = next(name for name in ("tokenizer.json", "tokenizer.model", *models) if name in files)
+        special_map = _read_json(files, "special_tokens_map.json")
+        config = _read_json(files, "tokenizer_config.json")
+        generation = _read_json(files, "generation_config.json")
+        names = {key: _content(c[key]) for c in (special_map, config) for key in _NAMED if c.get(key)}
+        try:
+            if source == "tokenizer.json":
+                backend = _HuggingFace(_read_json(files, source), names.values())
+            else:
+                backend = _SentencePiece(files[source], config.get("added_tokens_decoder", {}))
+        except Exception as error:
+            raise TokenizerError(
+                f"{source} cannot be read as a tokenizer ({type(error).__name__}: {error}); fetch the file "
+                "again, or remove it to load the model without a tokenizer"
+            ) from error
+        names = backend.named | names
+        for key in ("bos_token", "eos_token"):
+            if key in names and names[key] not in backend.control:
+                raise TokenizerError(f"the config names {key} {names[key]!r}, which {source} does not hold")
+
+        def ids(key: str) -> list[int]:
+            also = generation.get(f"{key}_token_id")
+            found = [backend.control.get(names.get(f"{key}_token", ""))]
+            return [i for i in found + (also if isinstance(also, list) else [also]) if i is not None]
+
+        bos = names.get("bos_token")
+        add_bos = config.get("add_bos_token")
+        self._backend = backend
+        self._names = names
+        self.vocab_size = backend.size
+        self.bos_id = next(iter(ids("bos")), None)
+        self.eos_ids = tuple(dict.fromkeys(ids("eos")))
+        self.pad_id = next(iter([*ids("pad"), *self.eos_ids]), None)
+        self.add_bos = backend.adds_bos(bos) if add_bos is None else bool(add_bos)
+        self.chat_template = _chat_template(files, config)
+        self.template = template or chat.detect(backend.control, bos, self.chat_template)
+        self._skipped = backend.special.union(ids("bos"), ids("pad"), self.eos_ids)
+
+    @classmethod
+    def from_dir(cls, path: str | Place, *, template: str | None = None) -> Tokenizer | None:
+        """The tokenizer of a Hugging Face style directory, on a disk or not, or None where it holds none.
+
+        Reads tokenizer.json, or else tokenizer.model, with the config files beside it. `template` overrides
+        the detected chat template. Raises TokenizerError for a file that is not what its name says.
+        """
+        path = model_place(path, weights=False)
+        paths = [path / name for name in _FILES] + sorted(path.glob("*.model"), key=str)
+        files = {file.name: file.read_bytes() for file in paths if file.is_file()}
+        if "tokenizer.json" not in files and not any(name.endswith(".model") for name in files):
+            return None
+        return cls(files, template)
+
+    def save(self, path: str | Place) -> None:
+        """Writes the files that this tokenizer was read from, byte for byte, the vocabulary last."""
+        folder = place(path)
+        for name in sorted(self._files, key=lambda name: name.endswith(("tokenizer.json", ".model"))):
+            write_bytes(folder / name, self._files[name])
+
+    def encode(self, text: str, *, bos: bool = True) -> list[int]:
+        """Ids of a text by anybody: no control token but the BOS in front, where the model wants one."""
+        return self._encode([text], bos)
+
+    def encode_trusted(self, text: str, *, bos: bool = True) -> list[int]:
+        """Ids of a text of ours: the control tokens that it spells are parsed. BOS is never doubled."""
+        return self._encode(list(chat.split_marks(text, self._backend.control)), bos)
+
+    def encode_reply(self, text: str) -> list[int]:
+        """Ids that a model should learn to write: thinking tags parsed, all else text, the EOS at the end."""
+        tags = self._backend.control.keys() & {chat.THINK, chat.THINK_END}
+        return self._encode(list(chat.split_marks(text, tags)), bos=False) + list(self.eos_ids[:1])
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """Text of `ids`; unused ids (embedding padding) give nothing, broken UTF-8 gives U+FFFD.
+
+        skip_special drops bos, eos, pad and tokens marked special; `<think>` and role marks stay.
+        """
+        kept = [i for i in map(int, ids) if 0 <= i < self.vocab_size]
+        return self._backend.decode([i for i in kept if not (skip_special and i in self._skipped)])
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a control token or vocabulary piece, None where there is none."""
+        return self._backend.token_id(token)
+
+    def check_fits(self, rows: int) -> None:
+        """Raises TokenizerError if an id falls outside an embedding of `rows` rows; spare rows are fine."""
+        if self.vocab_size > rows:
+            raise TokenizerError(
+                f"the tokenizer has ids up to {self.vocab_size - 1} but the embedding has {rows} rows; "
+                "use the tokenizer that belongs to this model"
+            )
+
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+    ) -> list[int]:
+        """Prompt ids of a conversation; contents are text, whatever they spell.
+
+        thinking asks for the model's thinking mode or for none; None is the template's own default. `tools`
+        are rendered by the model's own chat_template alone (template="jinja").
+        """
+        name = template or self.template
+        if name is None or (name == "jinja" and not self.chat_template):
+            known = ", ".join(chat.TEMPLATES)
+            raise TokenizerError(f"this tokenizer has no chat template; pass template= one of {known}")
+        if name == "jinja":
+            mode = {} if thinking is None else {"thinking": thinking, "enable_thinking": thinking}
+            variables = {**self._names, **mode, "add_generation_prompt": add_generation_prompt}
+            source = self.chat_template or ""
+            segments = chat.render_jinja(source, messages, self._backend.control, tools, **variables)
+            return self._encode(segments, bos=False)
+        if tools:
+            raise TokenizerError(
+                f"{name} has no fixed wording for tool descriptions; put them into the system message, or "
+                'pass template="jinja" for a model that brings its own chat_template'
+            )
+        return self._encode(chat.render(name, messages, add_generation_prompt, thinking), bos=True)
+
+    def render_fim(self, prefix: str, suffix: str) -> list[int]:
+        """Prompt ids after which a base model writes what stands between `prefix` and `suffix`."""
+        segments = [chat.FIM_BEGIN, prefix, chat.FIM_HOLE, suffix, chat.FIM_END]
+        return self._encode(segments, bos=True)
+
+    def opened_think(self, prompt: Sequence[int]) -> bool:
+        """Whether prompt ids end inside a fresh `<think>`, so that the reply begins with reasoning."""
+        return self.decode(prompt[-16:], skip_special=False).rstrip().endswith(chat.THINK)
+
+    def _encode(self, segments: Sequence[str], bos: bool) -> list[int]:
+        """Ids of marks and text; thinking tags that the vocabulary lacks are text, as in the V3 files."""
+        control = self._backend.control
+        segments = [str(s) if s in (chat.THINK, chat.THINK_END) and s not in control else s for s in segments]
+        unknown = sorted({s for s in segments if isinstance(s, Mark) and s not in control})
+        if unknown:
+            raise TokenizerError(
+                f"this tokenizer has no token {', '.join(unknown)}, which the chat template needs; "
+                "choose a template that fits the model"
+            )
+        try:
+            "".join(segments).encode()
+        except UnicodeEncodeError as error:
+            raise TokenizerError(f"the text is not valid Unicode: {error}") from error
+        ids = self._backend.encode(segments)
+        if bos and self.add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
+            return [self.bos_id, *ids]
+        return ids
+
+
+class StreamDecoder:
+    """Text of ids as they come. The pieces and the flush together are `tokenizer.decode` of all ids.
+
+    A piece never ends inside a character: text that ends in U+FFFD waits for the rest of its bytes. (Bytes
+    that are no UTF-8 at all may give another number of U+FFFD under a tokenizer.json with ByteFallback.)
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
+        self._decode = lambda ids: tokenizer.decode(ids, skip_special)
+        self._context: list[int] = []  # the ids last given out, behind which the next are decoded
+        self._pending: list[int] = []
+
+    def feed(self, ids: int | Sequence[int] | np.ndarray) -> str:
+        """The text that `ids` complete, possibly none."""
+        self._pending += [int(i) for i in np.atleast_1d(ids)]
+        text = self._text()
+        return "" if text.endswith("\ufffd") else self._give(text)
+
+    def flush(self) -> str:
+        """What was held back, at the end of the stream."""
+        return self._give(self._text())
+
+    def _text(self) -> str:
+        return self._decode(self._context + self._pending)[len(self._decode(self._context)) :]
+
+    def _give(self, text: str) -> str:
+        if text:
+            # A context of white space alone would be taken for the start of the text, where some
+            # sentencepiece models drop it.
+            self._context = self._pending if text.strip() else self._context + self._pending
+            self._pending = []
+        return text
+
+
+class _HuggingFace:
+    """tokenizer.json, with every control token renamed to something that nobody can write.
+
+    The renamed tokenizer keeps ids, normalizer, pre-tokenizer and merges, so text is encoded as before except
+    that it cannot spell a control token; a mark in the segments is written as its new name.
+    """
+
+    def __init__(self, spec: dict[str, Any], named: Iterable[str]):
+        model = spec["model"]
+        vocab = model["vocab"]
+        ids = vocab if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
+        added = {token["content"]: token for token in spec["added_tokens"]}
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        for name in named:
+            if name in ids and name not in added:
+                added[name] = {"id": ids[name], "content": name, "special": True, **flags}
+        self._literals = {token["id"]: name for name, token in added.items()}
+        self.control = {n: t["id"] for n, t in added.items() if t["special"] or _MARKUP.fullmatch(n)}
+        self.special = frozenset(token["id"] for token in added.values() if token["special"])
+        self.size = max([*ids.values(), *self._literals]) + 1
+        usual = {"bos_token": str(chat.BOS), "eos_token": str(chat.EOS)}
+        self.named = {key: name for key, name in usual.items() if name in self.control}
+        self._template = json.dumps(spec.get("post_processor"), ensure_ascii=False)
+
+        nonce = uuid.uuid4().hex
+        self._alias = {name: f"{nonce}{i:06d}" for i, name in enumerate(self.control)}
+        renamed = [{**token, "content": self._alias.get(name, name)} for name, token in added.items()]
+        spec["added_tokens"] = sorted(renamed, key=lambda token: token["id"])
+        _rename(model, self._alias, self._alias.keys() & ids.keys())
+        spec |= {"post_processor": None, "truncation": None, "padding": None}
+        self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        if "ByteLevel" in json.dumps(spec["decoder"]):
+            byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+            self._literals = {i: byte_level.pre_tokenize_str(n)[0][0] for i, n in self._literals.items()}
+
+    def adds_bos(self, bos: str | None) -> bool:
+        """Whether the post-processor puts `bos` first; every DeepSeek release wants it, said or not."""
+        first = re.search(r'"single": \[\{"SpecialToken": \{"id": ("(?:[^"\\]|\\.)*")', self._template)
+        return bos == chat.BOS or (first is not None and json.loads(first[1]) == bos)
+
+    def encode(self, segments: Sequence[str]) -> list[int]:
+        text = "".join(self._alias[s] if isinstance(s, Mark) else s for s in segments)
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """As tokenizers decodes, except that added letters keep their meaning (it reads them as bytes)."""
+        pieces = [self._literals.get(i) or self._tokenizer.id_to_token(i) for i in ids]
+        pieces = [piece for piece in pieces if piece is not None]
+        decoder = self._tokenizer.decoder
+        return " ".join(pieces) if decoder is None else decoder.decode(pieces)
+
+    def token_id(self, token: str) -> int | None:
+        return self.control.get(token, self._tokenizer.token_to_id(token))
+
+
+def _rename(model: dict[str, Any], alias: Mapping[str, str], taken: Iterable[str]) -> None:
+    """Renames control tokens that also stand in the base vocabulary, where merges might build them."""
+    taken = set(taken)
+    if not taken:
+        return
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {alias[p] if p in taken else p: i for p, i in model["vocab"].items()}
+    else:
+        model["vocab"] = [[alias[p] if p in taken else p, score] for p, score in model["vocab"]]
+    if model.get("unk_token") in taken:
+        model["unk_token"] = alias[model["unk_token"]]
+    if "merges" in model:
+        merges = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
+        model["merges"] = [[a, b] for a, b in merges if taken.isdisjoint((a, b, a + b))]
+
+
+class _SentencePiece:
+    """A sentencepiece model; each run of text between marks is encoded by itself.
+
+    Its control symbols are never found in text; user-defined symbols that are markup are made control symbols
+    so that the same holds for them. Sentencepiece itself writes a space for U+2581 in a text.
+    """
+
+    def __init__(self, blob: bytes, added: Mapping[str, Mapping[str, Any]]):
+        proto = sentencepiece_model_pb2.ModelProto.FromString(blob)  # pyright: ignore
+        if not proto.pieces:
+            raise ValueError("it holds no pieces")
+        kinds = proto.SentencePiece
+        self.control: dict[str, int] = {}
+        for i, piece in enumerate(proto.pieces):
+            if piece.type == kinds.USER_DEFINED and _MARKUP.fullmatch(piece.piece):
+                piece.type = kinds.CONTROL
+            if piece.type in (kinds.CONTROL, kinds.UNKNOWN):
+                self.control[piece.piece] = i
+        self._sp = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+        self.control |= {token["content"]: int(i) for i, token in added.items()}
+        own = {
+            "unk_token": self._sp.unk_id(),
+            "bos_token": self._sp.bos_id(),
+            "eos_token": self._sp.eos_id(),
+            "pad_token": self._sp.pad_id(),
+        }
+        self.named = {key: proto.pieces[i].piece for key, i in own.items() if i >= 0}
+        special = {int(i) for i, token in added.items() if token.get("special")}
+        self.special = frozenset(special | {i for i in own.values() if i >= 0})
+        self.size = max(len(proto.pieces) - 1, *self.control.values()) + 1
+        self._marks = {i: name for name, i in self.control.items()}
+
+    def adds_bos(self, bos: str | None) -> bool:
+        return bos is not None
+
+    def encode(self, segments: Sequence[str]) -> list[int]:
+        ids = []
+        for is_mark, group in itertools.groupby(segments, key=lambda s: isinstance(s, Mark)):
+            run = list(group)
+            ids += [self.control[mark] for mark in run] if is_mark else self._sp.encode("".join(run))
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text = ""
+        for is_mark, group in itertools.groupby(ids, key=self._marks.__contains__):
+            run = [i for i in group if is_mark or i < len(self._sp)]
+            text += "".join(self._marks[i] for i in run) if is_mark else self._sp.decode(run)
+        return text
+
+    def token_id(self, token: str) -> int | None:
+        if token in self.control:
+            return self.control[token]
+        i = self._sp.piece_to_id(token)
+        return None if i == self._sp.unk_id() else i
+
+
+def _read_json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(files.get(name, b"{}"))
+    except ValueError as error:
+        raise TokenizerError(f"{name} is not valid JSON ({error}); fetch the file again") from error
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{name} holds a {type(value).__name__}; expected a JSON object")
+    return value
+
+
+def _content(token: str | Mapping[str, Any]) -> str:
+    """A token name as the config files write it: a string, or an AddedToken as a dict."""
+    return token["content"] if isinstance(token, Mapping) else token
+
+
+def _chat_template(files: Mapping[str, bytes], config: Mapping[str, Any]) -> str | None:
+    """chat_template.jinja, or else the config's template (older files hold a list of named ones)."""
+    if "chat_template.jinja" in files:
+        return files["chat_template.jinja"].decode()
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        return next((t["template"] for t in template if t["name"] == "default"), None)
+    return template
+
+
+def train_sentencepiece(
+    texts: Iterable[str],
+    vocab_size: int,
+    directory: str | Path,
+    control: Sequence[str] = (chat.USER, chat.ASSISTANT, chat.THINK, chat.THINK_END),
+) -> Tokenizer:
+    """Trains a small BPE model on `texts` and writes tokenizer.model and tokenizer_config.json.
+
+    Any text survives a round trip (byte fallback, no normalisation, no added space), except that U+2581
+    comes back as a space. bos, eos and pad are DeepSeek's, with its ids 0, 1 and 2; `control` tokens follow
+    the unknown token. The same texts give the same file. `vocab_size` is a ceiling: scant text fills less.
+    """
+    names = {"bos_token": str(chat.BOS), "eos_token": str(chat.EOS), "pad_token": "<｜▁pad▁｜>"}
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            split_digits=True,
+            max_sentence_length=1 << 24,
+            bos_id=0,
+            eos_id=1,
+            pad_id=2,
+            unk_id=3,
+            bos_piece=names["bos_token"],
+            eos_piece=names["eos_token"],
+            pad_piece=names["pad_token"],
+            control_symbols=list(map(str, control)),
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise TokenizerError(
+            f"sentencepiece cannot make {vocab_size} pieces of these texts ({error}); 256 bytes, the control "
+            "symbols and the texts' characters must fit"
+        ) from error
+    config = {"add_bos_token": True, "tokenizer_class": "LlamaTokenizer", **names}
+    files = {
+        "tokenizer.model": model.getvalue(),
+        "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2).encode(),
+    }
+    tokenizer = Tokenizer(files)
+    tokenizer.save(directory)
+    return tokenizer
