@@ -339,7 +339,7 @@ def test_workers_end_with_the_trainer(functions, tmp_path):
     script = """if True:
         import threading
         from jaxseek.rl.problem import Answer, Problem
-        from jaxseek.rl.rewards import Rewards
+        from jaxseek.rl.rewards.terms import Rewards
         from jaxseek.config.rl import RewardConfig
 
         rewards = Rewards([RewardConfig("python", function="reward_functions:loops", seconds=100.0)], 1)

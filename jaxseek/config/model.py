@@ -519,8 +519,9 @@ def _rope_to_hf(rope: RopeConfig) -> dict[str, Any] | None:
 
 def configs_dir() -> Path:
     """The folder of shipped TOML files: inside the wheel, or the sibling of the package in a checkout."""
-    inside = Path(__file__).parent / "configs"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
+    package = Path(__file__).parent.parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
 
 
 def presets() -> dict[str, Path]:

@@ -104,13 +104,13 @@ class Layer(nnx.Module):
         `stack` is the one that this is a layer of, where kernels may read parameters in it.
         """
         with jax.named_scope("attention"):
-            if stack is not None and tpu.serves_attention(stack.attn, x_BTD, ctx):
-                y_BTD, cache = tpu.attention(stack.attn_norm, stack.attn, layer, x_BTD, cache, ctx)
+            if stack is not None and fused.serves_attention(stack.attn, x_BTD, ctx):
+                y_BTD, cache = fused.attention(stack.attn_norm, stack.attn, layer, x_BTD, cache, ctx)
             else:
                 y_BTD, cache = self.attn(self.attn_norm(x_BTD), cache, layer, ctx)
         with jax.named_scope("mlp"):
-            if stack is not None and replay_BTK is None and tpu.serves_experts(stack.mlp, x_BTD, ctx):
-                x_BTD, y_BTD, routing = tpu.experts(stack.mlp_norm, stack.mlp, layer, x_BTD, y_BTD, ctx)
+            if stack is not None and replay_BTK is None and fused.serves_experts(stack.mlp, x_BTD, ctx):
+                x_BTD, y_BTD, routing = fused.experts(stack.mlp_norm, stack.mlp, layer, x_BTD, y_BTD, ctx)
                 return x_BTD + y_BTD, cache, routing
             x_BTD = checkpoint_name(x_BTD + y_BTD, "residual")
             if isinstance(self.mlp, MoE):
