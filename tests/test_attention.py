@@ -10,7 +10,7 @@ import pytest
 from oracles import assert_close, quick_compilation, softmax  # noqa: F401
 
 from jaxseek.ops import attention, causal_attention
-from jaxseek.ops.attention import Mask, attend
+from jaxseek.ops.mask import Mask, attend
 from jaxseek.sharding.strategy import Strategy
 
 B, T, S, K, G, H, V = 2, 16, 16, 2, 2, 8, 6

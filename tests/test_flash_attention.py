@@ -9,7 +9,7 @@ import pytest
 from oracles import assert_close, quick_compilation, slow  # noqa: F401
 
 from jaxseek.ops import attention, flash_attention
-from jaxseek.ops.attention import Mask
+from jaxseek.ops.mask import Mask
 from jaxseek.sharding.strategy import Strategy
 
 HEADS = ("kv_heads", "q_groups")

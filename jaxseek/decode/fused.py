@@ -7,26 +7,23 @@ over any axes, and the cache by rows and slots. Elsewhere MLA and MoE say the sa
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxseek.decode import kernels as kernels
+from jaxseek.decode import kernels
 from jaxseek.model.cache import LatentCache
+from jaxseek.model.context import Context
 from jaxseek.model.mla import INNER_EPS, MLA
 from jaxseek.model.moe import EXPERTS, MoE, Routing, mean_affinity
 from jaxseek.model.norm import RMSNorm
-from jaxseek.model.weight import read
+from jaxseek.model.weight import stored
 from jaxseek.ops.chosen_experts import ROWS, chosen_experts_mlp, touched_share
 from jaxseek.ops.decode_attention import combined, decode_attention
-from jaxseek.ops.platform import platform
-from jaxseek.ops.scaled import Scaled
+from jaxseek.ops.scaled import scales_of
 from jaxseek.sharding.rules import Rules
-
-if TYPE_CHECKING:
-    from jaxseek.model.layer import Context
 
 _MATRICES = ("q_a_DQ", "kv_a_DA", "q_b_QNH", "k_b_NPC", "v_b_NHC", "o_NHD")
 _SHARED = ("gate_DF", "up_DF", "down_FD")
@@ -35,31 +32,31 @@ _SHARED = ("gate_DF", "up_DF", "down_FD")
 def _everywhere(x_BTD: jax.Array, ctx: Context) -> bool:
     rules, rows = ctx.rules, x_BTD.shape[0]
     split = rules.axes("batch") or rules.axes("length")
-    return platform() == "tpu" and x_BTD.shape[1] == 1 and rows <= ROWS and not split and not ctx.fp8
+    return x_BTD.shape[1] == 1 and rows <= ROWS and not split and not ctx.fp8
 
 
 def serves_attention(stack: Any, x_BTD: jax.Array, ctx: Context) -> bool:
-    """Whether `attention` is this step: latent attention, with a query latent, no biases and no selection."""
+    """True if `attention` can be this step: latent attention, a query latent, no biases, no sparse selection."""
     if not isinstance(stack, MLA) or not _everywhere(x_BTD, ctx):
         return False
     rules, cfg = ctx.rules, stack.cfg
     plain = cfg.q_lora_rank and not (cfg.attention_bias or cfg.attention_out_bias or cfg.index_topk)
     heads = rules.axes("cache_heads") + rules.axes("cache_batch")
-    return bool(plain) and rules.axes("heads") == heads and read(stack, _MATRICES, rules) is not None
+    return bool(plain) and rules.axes("heads") == heads and stored(stack, _MATRICES, rules) is not None
 
 
 def serves_experts(stack: Any, x_BTD: jax.Array, ctx: Context) -> bool:
-    """Whether `experts` is this step: no exchange or capacity, shared experts lying as the routed ones do."""
+    """True if `experts` can be this step: no exchange, no capacity, shared experts in the routed ones' layout."""
     if not isinstance(stack, MoE) or not _everywhere(x_BTD, ctx):
         return False
-    rules, routed, shared = ctx.rules, read(stack, EXPERTS, ctx.rules), stack.shared
+    rules, routed, shared = ctx.rules, stored(stack, EXPERTS, ctx.rules), stack.shared
     if routed is None or rules.capacity_factor or (rules.dispatch == "all_to_all" and rules.axes("expert")):
         return False
     if shared is None:
         return True
     same = set(rules.axes("mlp")) == set(_sum_axes(rules)) and not stack.cfg.mlp_bias
-    always = read(shared, _SHARED, rules)
-    return same and always is not None and isinstance(always[0], Scaled) == isinstance(routed[0], Scaled)
+    always = stored(shared, _SHARED, rules)
+    return same and always is not None and bool(scales_of(*always)) == bool(scales_of(*routed))
 
 
 def _sum_axes(rules: Rules) -> tuple[str, ...]:
@@ -125,7 +122,7 @@ def attention(
         ctx.slots_BT,
         cache.latent_LBSA,
         norms,
-        read(stack, _MATRICES, rules),
+        stored(stack, _MATRICES, rules),
     )
     cached = rules.spec(None, "cache_batch", "cache_length", None)
     y_BTD, latent_LBSA = jax.shard_map(
@@ -170,11 +167,11 @@ def experts(
         return x_BD[:, None], y_BD[:, None], logits_BE, ids_BK
 
     bias_LE = None if stack.router_bias_E is None else stack.router_bias_E[...]
-    shared = None if stack.shared is None else read(stack.shared, _SHARED, rules)
+    shared = None if stack.shared is None else stored(stack.shared, _SHARED, rules)
     slots_LXS = None if stack.slots is None else stack.slots[...]
     given = (
         ctx.valid_BT, norm.scale_D[...], stack.router_DE[...], bias_LE, slots_LXS,
-        read(stack, EXPERTS, rules), shared,
+        stored(stack, EXPERTS, rules), shared,
     )  # fmt: skip
     x_BTD, y_BTD, logits_BE, ids_BK = jax.shard_map(
         local, in_specs=(P(), P(), P(), *_specs(given)), out_specs=(P(),) * 4, check_vma=False

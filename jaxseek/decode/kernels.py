@@ -26,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxseek.config.model import ModelConfig
 from jaxseek.decode.choice import affinities, choose, listed, to_slots
-from jaxseek.ops.scaled import Scaled
+from jaxseek.ops.scaled import Scaled, scales_of, value_of
 
 _VMEM = 48 << 20  # bytes that a kernel may use
 _TILE = 4 << 20  # bytes of a tile of weights
@@ -55,7 +55,7 @@ def latents(
     q_LQD, kv_LAD = _transposed(q_a_LDQ), _transposed(kv_a_LDA)
     Q, A = q_LQD.shape[1], kv_LAD.shape[1]
     tile = _divisor(D, _TILE // ((Q + A) * q_LQD.dtype.itemsize))
-    scales = _rows(q_a_LDQ, kv_a_LDA)
+    scales = scales_of(q_a_LDQ, kv_a_LDA)
 
     def kernel(layer_ref, x_ref, norm_ref, kv_norm_ref, cos_ref, sin_ref, q_ref, kv_ref, *refs):
         *scale_refs, cq_ref, latent_ref, q_sum, kv_sum = refs
@@ -116,12 +116,12 @@ def queries(
     interpret: bool = False,
 ) -> jax.Array:
     """Each head's query for the latents, [N, B, A]: the part without rotation through the keys' expansion."""
-    q_LNHQ = jnp.moveaxis(_value(q_b_LQNH), 1, 3)
-    k_LNPC = _value(k_b_LNPC)
+    q_LNHQ = jnp.moveaxis(value_of(q_b_LQNH), 1, 3)
+    k_LNPC = value_of(k_b_LNPC)
     (B, Q), (_, N, H, _), (_, _, P, C) = cq_BQ.shape, q_LNHQ.shape, k_LNPC.shape
     scales = []
-    if isinstance(q_b_LQNH, Scaled) and isinstance(k_b_LNPC, Scaled):
-        scales = [q_b_LQNH.scale[:, 0], k_b_LNPC.scale]  # [L, N, H] and [L, N, P, 1]
+    if found := scales_of(q_b_LQNH, k_b_LNPC):
+        scales = [found[0][:, 0], found[1]]  # [L, N, H] and [L, N, P, 1]
 
     def kernel(layer_ref, cq_ref, norm_ref, cos_ref, sin_ref, q_ref, k_ref, *refs):
         *scale_refs, out_ref = refs
@@ -167,11 +167,11 @@ def outputs(
     interpret: bool = False,
 ) -> jax.Array:
     """Of attention over the latents: the heads' values through the output projection, summed, [B, D]."""
-    v_LNHC, o_LNHD_ = _value(v_b_LNHC), _value(o_LNHD)
+    v_LNHC, o_LNHD_ = value_of(v_b_LNHC), value_of(o_LNHD)
     (N, B, C), (_, _, H, D) = z_NBC.shape, o_LNHD_.shape
     scales = []
-    if isinstance(v_b_LNHC, Scaled) and isinstance(o_LNHD, Scaled):
-        scales = [v_b_LNHC.scale, o_LNHD.scale[:, 0]]  # [L, N, H, 1] and [L, 1, D]
+    if found := scales_of(v_b_LNHC, o_LNHD):
+        scales = [found[0], found[1][:, 0]]  # [L, N, H, 1] and [L, 1, D]
 
     def kernel(layer_ref, z_ref, v_ref, o_ref, *refs):
         *scale_refs, y_ref, sum_ref = refs
@@ -350,17 +350,9 @@ def _rotated(x_BR: jax.Array, cos_Br: jax.Array, sin_Br: jax.Array, interleaved:
 # -------------------------------------------------------------------- around them
 
 
-def _value(w: jax.Array | Scaled) -> jax.Array:
-    return w.value if isinstance(w, Scaled) else w
-
-
 def _transposed(w_LIO: jax.Array | Scaled) -> jax.Array:
     """Inputs last: they are the longer axis, and need no padding to whole tiles."""
-    return _value(w_LIO).swapaxes(1, 2)
-
-
-def _rows(*weights: jax.Array | Scaled) -> list[jax.Array]:
-    return [w.scale for w in weights if isinstance(w, Scaled)]
+    return value_of(w_LIO).swapaxes(1, 2)
 
 
 def _divisor(n: int, most: int) -> int:

@@ -4,9 +4,11 @@ against."""
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
 from jaxseek.decode.forms import Stepped
-from jaxseek.model.deepseek import Caches, DeepSeek
+from jaxseek.model.context import Context
+from jaxseek.model.deepseek import Caches, DeepSeek, Output
 
 
 def applies(model: DeepSeek) -> str:
@@ -20,7 +22,7 @@ def prepare(model: DeepSeek) -> DeepSeek:
 
 
 def split(caches: Caches) -> Caches:
-    """Caches that prefill wrote, as `step` takes them: unchanged."""
+    """The caches that prefill wrote, unchanged."""
     return caches
 
 
@@ -31,10 +33,24 @@ def step(
 
     Rows that are not `live` leave the caches and the experts alone; their logits mean nothing.
     """
-    rules = weights.strategy.decode
-    token_B1, position_B1 = token_B[:, None], position_B[:, None]
-    live_B1 = live_B[:, None].astype("int32")
-    ctx = weights.context(rules, token_B1, position_B1, live_B1, caches, fresh=False)
-    out = weights.forward(token_B1, ctx, caches)
+    out = hidden_states(weights, caches, token_B, position_B, live_B)
     assert out.caches is not None
-    return Stepped(weights.logits(out.hidden_BTD, rules)[:, 0], out.caches, out.routing)
+    logits_BTV = weights.logits(out.hidden_BTD, weights.strategy.decode)
+    return Stepped(logits_BTV[:, 0], out.caches, out.routing)
+
+
+def context(
+    weights: DeepSeek, caches: Caches, token_B1: jax.Array, position_B: jax.Array, live_B: jax.Array
+) -> Context:
+    """The context of one token per row against the caches."""
+    live_B1 = live_B[:, None].astype(jnp.int32)
+    rules = weights.strategy.decode
+    return weights.context(rules, token_B1, position_B[:, None], live_B1, caches, fresh=False)
+
+
+def hidden_states(
+    weights: DeepSeek, caches: Caches, token_B: jax.Array, position_B: jax.Array, live_B: jax.Array
+) -> Output:
+    """The forward pass of one token per row against the caches."""
+    token_B1 = token_B[:, None]
+    return weights.forward(token_B1, context(weights, caches, token_B1, position_B, live_B), caches)

@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import PartitionSpec as P
 
+from jaxseek.decode import forms
 from jaxseek.engine.sampling import Drawn, Mode, Sampling, SamplingArrays, batch_mode, sample
 from jaxseek.model.cache import split_layers
 from jaxseek.model.deepseek import Caches, DeepSeek
@@ -81,7 +82,8 @@ class Engine:
         self.model = model
         self.cache_dtype = cache_dtype or model.embed_VD[...].dtype
         self.platform = platform = model.mesh.devices.flat[0].platform
-        self.decoder = model.unrolled() if (platform == "cpu" if unroll is None else unroll) else model
+        self.form = forms.choose("auto" if unroll is None else "cpu" if unroll else "plain", model)
+        self.decoder = self.form.prepare(model)
         self.owns, self.weights = owns, jax.tree.leaves(model)
         self._programs: dict[tuple, jax.stages.Compiled] = {}
         self.lay_out, self.laid_out = platform == "tpu" if lay_out is None else lay_out, False
@@ -342,11 +344,8 @@ def _decode_steps(
 
     def step(carry):
         state, trace, i = carry
-        token_B1, position_B1 = state.token_B[:, None], state.position_B[:, None]
-        live_B1 = (~state.done_B)[:, None].astype(jnp.int32)
-        ctx = model.context(rules, token_B1, position_B1, live_B1, state.caches, fresh=False)
-        out = model.forward(token_B1, ctx, state.caches)
-        logits_BV = model.logits(out.hidden_BTD, rules)[:, 0]
+        out = form.step(model, state.caches, state.token_B, state.position_B, ~state.done_B)
+        logits_BV = out.logits_BV
         new = draw(logits_BV, state.position_B + 1, params, mode, rules)
         experts = jnp.concatenate([r.ids_BTK for r in out.routing]) if "experts" in record else None
         made = Trace(new.token_B, new.logprob_B, new.tempered_B, new.drawn_B, experts)

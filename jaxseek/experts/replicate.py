@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -13,7 +15,8 @@ from jaxseek.config.model import ConfigError, ModelConfig
 from jaxseek.experts.balance import neighbours, read
 from jaxseek.model.deepseek import DeepSeek
 from jaxseek.model.moe import EXPERTS, MoE
-from jaxseek.model.replicas import Slots, bring, table
+from jaxseek.model.replicas import Slots, table
+from jaxseek.model.weight import arrays_of
 from jaxseek.sharding.strategy import Strategy
 
 
@@ -39,7 +42,7 @@ def place_experts(model: DeepSeek) -> None:
         own_LS = expert_LS[done : (done := done + stack.depth)]
         with nullcontext() if abstract else model.on_mesh():
             for name in EXPERTS:
-                bring(getattr(stack.mlp, name), own_LS)
+                spread(getattr(stack.mlp, name), own_LS)
         values = table(own_LS)
         if abstract:
             slots = jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=everywhere)
@@ -74,3 +77,51 @@ def refuse_slots(strategy: Strategy, doing: str) -> None:
             f"redundant_experts and placement in [weights] are for serving; {doing} has each expert once: "
             "use a strategy without them"
         )
+
+
+def spread(weight: Any, expert_LS: np.ndarray) -> None:
+    """Replace, in place, a stack's matrices of the experts [L, E, ...] by those of the slots [L, S, ...].
+
+    Both are split alike over the mesh. The devices' matrices travel round a ring, layer by layer, which takes
+    memory for three layers. Abstract arrays change their shapes.
+    """
+    for values in arrays_of(weight):
+        given = values.get_value()
+        if isinstance(given, jax.ShapeDtypeStruct):
+            shape = (given.shape[0], expert_LS.shape[1], *given.shape[2:])
+            values.set_value(jax.ShapeDtypeStruct(shape, given.dtype, sharding=given.sharding))
+        else:
+            values.set_value(_gathered(given, expert_LS.astype(np.int32)))
+
+
+@jax.jit
+def _gathered(w_LEXX: jax.Array, expert_LS: jax.Array) -> jax.Array:
+    spec = jax.typeof(w_LEXX).sharding.spec
+    axes = (spec[1],) if isinstance(spec[1], str) else spec[1] or ()
+
+    def local(w_LEXX, expert_LS):
+        E, P = w_LEXX.shape[1], jax.lax.axis_size(axes) if axes else 1
+        S, me = expert_LS.shape[1] // P, jax.lax.axis_index(axes) if axes else 0
+
+        def layer(given):
+            w_EXX, expert_S = given
+            own_S = jax.lax.dynamic_slice_in_dim(expert_S, me * S, S)
+
+            def turn(p, carry):
+                mine_SXX, theirs_EXX = carry
+                at_S = own_S - (me - p) % P * E
+                here_SXX = ((at_S >= 0) & (at_S < E)).reshape(-1, *(1,) * (w_EXX.ndim - 1))
+                mine_SXX = jnp.where(here_SXX, theirs_EXX[jnp.clip(at_S, 0, E - 1)], mine_SXX)
+                if axes:
+                    round_ = [(i, (i + 1) % P) for i in range(P)]
+                    theirs_EXX = jax.lax.ppermute(theirs_EXX, axes, round_)
+                return mine_SXX, theirs_EXX
+
+            blank_SXX = jnp.zeros((S, *w_EXX.shape[1:]), w_EXX.dtype)
+            return jax.lax.fori_loop(0, P, turn, (blank_SXX, w_EXX))[0]
+
+        return jax.lax.map(layer, (w_LEXX, expert_LS))
+
+    return jax.shard_map(
+        local, in_specs=(spec, jax.sharding.PartitionSpec()), out_specs=spec, check_vma=False
+    )(w_LEXX, expert_LS)

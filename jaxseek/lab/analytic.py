@@ -22,11 +22,12 @@ from jaxseek.experts.replicate import experts_of_slots
 from jaxseek.hardware import HOP_SECONDS, Topology
 from jaxseek.lab.job import Job, job_weights
 from jaxseek.model.deepseek import DeepSeek
+from jaxseek.model.weight import LoraParam
 from jaxseek.ops.chosen_experts import touched_share
 from jaxseek.sharding.parameters import parameters
 from jaxseek.sharding.rules import Rules
 from jaxseek.sharding.strategy import Strategy
-from jaxseek.train.lora import LoraParam, adapt
+from jaxseek.train.lora import adapt
 
 
 @dataclass(frozen=True)

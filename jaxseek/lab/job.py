@@ -25,7 +25,7 @@ from jaxseek.engine.sampling import Sampling, SamplingArrays
 from jaxseek.experts.replicate import place_experts, refuse_slots
 from jaxseek.hardware import Topology
 from jaxseek.model.deepseek import DeepSeek
-from jaxseek.model.weight import quantize_abstract
+from jaxseek.model.weight import is_adapted, quantize_abstract
 from jaxseek.rl.evaluate import at_a_time
 from jaxseek.rl.objective import PolicyObjective, make_logprobs
 from jaxseek.rl.packing import MOST_IN_A_ROW, PolicyBatch
@@ -152,7 +152,7 @@ def job_weights(model: DeepSeek, weights: str) -> DeepSeek:
     """An abstract model with its weights as the job has them: the one place that knows of quantised ones."""
     if weights == "bf16":
         return model
-    return quantize_abstract(model, {"fp8": "float8"}.get(weights, weights))
+    return quantize_abstract(model, weights)
 
 
 # -------------------------------------------------------------------- on the slice's mesh
@@ -328,7 +328,7 @@ def _reference(run: RunConfig, model: DeepSeek) -> DeepSeek:
     """The policy that KL is measured against, as ReferencePolicy has it."""
     if run.reference.kind == "base":
         return lora.base(model)
-    return cast(lora.merged(model) if lora.is_adapted(model) else model, run.compute_dtype or "bfloat16")
+    return cast(lora.merged(model) if is_adapted(model) else model, run.compute_dtype or "bfloat16")
 
 
 def _read(job: Job, run: RunConfig, model: DeepSeek) -> tuple[Any, tuple]:

@@ -1,8 +1,7 @@
 """DeepSeek: one decoder for the whole family. `forward` is the model; the rest prepares its arguments.
 
 Consecutive layers of one kind form a stack with a leading layer axis, which is scanned (a dense and a sparse
-stack in the released models). `unrolled` is the same model with stacks of one layer: it decodes faster on
-CPU, where a scan copies the weights of every layer at every step.
+stack in the released models).
 """
 
 from __future__ import annotations
@@ -22,16 +21,14 @@ from jax.core import Tracer
 from jax.sharding import Mesh
 
 from jaxseek.config.model import ModelConfig
-from jaxseek.model.cache import Cache, init_cache
-from jaxseek.model.layer import Context, Layer, run_stack
+from jaxseek.model.cache import Cache
+from jaxseek.model.context import Context, make_context
+from jaxseek.model.layer import Layer, run_stack
 from jaxseek.model.moe import MoE, Routing
 from jaxseek.model.mtp import MTP
 from jaxseek.model.norm import RMSNorm
-from jaxseek.model.rope import rope_table
-from jaxseek.model.weight import quantization
-from jaxseek.ops.attention import Mask
-from jaxseek.ops.few_rows import product_by_output
-from jaxseek.sharding.parameters import Init, fill, jit_sharing, random_values
+from jaxseek.model.weight import Weight, quantization
+from jaxseek.sharding.parameters import Init, fill, random_values
 from jaxseek.sharding.rules import Rules
 from jaxseek.sharding.strategy import Strategy
 
@@ -41,7 +38,7 @@ Caches = tuple[Cache, ...]  # one per stack
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Output:
-    """Of a forward pass: final-norm hidden states, the caches, and per sparse stack what its routers did."""
+    """Result of a forward pass: final-norm hidden states, the caches, the routing of each sparse stack."""
 
     hidden_BTD: jax.Array
     caches: Caches | None
@@ -49,7 +46,7 @@ class Output:
 
 
 def layer_runs(cfg: ModelConfig) -> list[tuple[bool, int]]:
-    """The stacks: (is a mixture of experts, number of layers), in order."""
+    """The stacks in order, as (mixture of experts, number of layers)."""
     kinds = (cfg.is_moe_layer(l) for l in range(cfg.num_hidden_layers))
     return [(sparse, len(list(run))) for sparse, run in itertools.groupby(kinds)]
 
@@ -59,7 +56,7 @@ class DeepSeek(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, strategy: Strategy, dtype: Any):
         self.cfg, self.strategy = cfg, strategy
-        D, V, init = cfg.hidden_size, cfg.vocab_size, Init(strategy, dtype)
+        D, V, init = cfg.hidden_size, cfg.vocab_size, Init(strategy, dtype, Weight)
 
         def stack(sparse: bool, count: int) -> Layer:
             return jax.vmap(lambda _: Layer(cfg, sparse, init))(jnp.arange(count))
@@ -68,8 +65,6 @@ class DeepSeek(nnx.Module):
         self.stacks = nnx.List([stack(sparse, count) for sparse, count in layer_runs(cfg)])
         self.norm = RMSNorm(D, cfg.rms_norm_eps, init)
         self.head_DV = None if cfg.tie_word_embeddings else init((D, V), ("embed", "vocab"))
-        self.head_VD: nnx.Param | None = nnx.data(None)  # in place of head_DV, see `unroll`
-        self.by_output = False  # whether the head is for `product_by_output`
         self.mtp = nnx.List([MTP(cfg, depth, init) for depth in range(cfg.num_nextn_predict_layers)])
 
     # ---------------------------------------------------------------- the model
@@ -103,9 +98,8 @@ class DeepSeek(nnx.Module):
         return table_VD.at[tokens_BT].get(out_sharding=ctx.rules.spec("batch", "length", None))
 
     def head(self, rules: Rules, dtype: Any) -> jax.Array:
-        """The head as a phase uses it: [V, D] where tied to the embedding, or by output, else [D, V]."""
-        own = self.head_VD if self.head_DV is None else self.head_DV
-        return rules.use(self.embed_VD if own is None else own, dtype)
+        """The head as a phase uses it: [D, V], or [V, D] where it is the embedding."""
+        return rules.use(self.embed_VD if self.head_DV is None else self.head_DV, dtype)
 
     def logits(self, hidden_BTD: jax.Array, rules: Rules, head: jax.Array | None = None) -> jax.Array:
         """float32 logits [B, T, V] of final-norm hidden states, main or multi-token.
@@ -113,14 +107,10 @@ class DeepSeek(nnx.Module):
         `head` is what `head` returns, where several calls share it.
         """
         with jax.named_scope("head"):
-            head = self.head(rules, hidden_BTD.dtype) if head is None else head
-            if self.by_output:
-                B, T, D = hidden_BTD.shape
-                return product_by_output(hidden_BTD.reshape(B * T, D), head).reshape(B, T, -1)
             return jnp.einsum(
                 "BTD,VD->BTV" if self.head_DV is None else "BTD,DV->BTV",
                 hidden_BTD,
-                head,
+                self.head(rules, hidden_BTD.dtype) if head is None else head,
                 preferred_element_type=jnp.float32,
                 out_sharding=rules.spec("batch", "length", "vocab"),
             )
@@ -138,36 +128,20 @@ class DeepSeek(nnx.Module):
         fp8: bool = False,
         prefix_ids_BT: jax.Array | None = None,
     ) -> Context:
-        """What the layers share. Segment 0 is padding; positions count from 0 in every segment unless given.
+        """The context that the layers share. Segment 0 is padding; positions count from 0 in each segment.
 
         `prefix_ids` name, for every token, a segment of its row that it sees besides its own: a prefix that
-        several segments go on from, each at the position after it (its own segment's id where there is none).
+        several segments continue, each from the position after it (its own segment's id where there is none).
         Without `fresh`, queries attend to the caches, whose slots are positions, and need `positions_BT`.
-        `dtype` is that of the activations, and of the weights as they are used; the default is the weights'.
+        `dtype` is that of the activations and of the weights as they are used; by default, the weights'.
         `remat` and `fp8` are for training, see Context. Raises ValueError for `fp8` on quantised weights.
         """
         if fp8 and quantization(self):
             raise ValueError("fp8 rounds weights for training, but these are quantised")
-        ones_BT = jnp.ones(tokens_BT.shape, jnp.int32)
-        segment_ids_BT = ones_BT if segment_ids_BT is None else segment_ids_BT
-        if positions_BT is None:
-            positions_BT = positions_in_segments(segment_ids_BT)
-        valid_BT = segment_ids_BT > 0
-        if fresh:
-            kv_pos, kv_seg = (rules.shard(a, "batch", None) for a in (positions_BT, segment_ids_BT))
-        else:
-            slots_1S = jnp.arange(jax.tree.leaves(caches)[0].shape[-2])[None]
-            kv_pos, kv_seg = rules.shard(slots_1S, None, "cache_length"), None
-        slots_BT = jnp.where(valid_BT, positions_BT, -1)
-        pos_BT, seg_BT, valid_BT = (
-            rules.shard(a, "batch", "length") for a in (positions_BT, segment_ids_BT, valid_BT)
-        )
-        prefix_BT = None if prefix_ids_BT is None else rules.shard(prefix_ids_BT, "batch", "length")
-        mask = Mask(pos_BT, seg_BT, kv_pos, kv_seg, q_prefix_BT=prefix_BT)
+        slots = None if fresh else jax.tree.leaves(caches)[0].shape[-2]
         dtype = self.embed_VD[...].dtype if dtype is None else dtype
-        return Context(
-            rules, rope_table(self.cfg, pos_BT), mask, valid_BT, slots_BT, fresh, dtype, remat, fp8
-        )
+        given = (tokens_BT, positions_BT, segment_ids_BT, prefix_ids_BT)
+        return make_context(self.cfg, rules, *given, slots, dtype, remat, fp8)
 
     def __call__(
         self,
@@ -228,12 +202,12 @@ class DeepSeek(nnx.Module):
 
     @property
     def mesh(self) -> Mesh:
-        """The mesh that the weights live on."""
+        """The mesh on which the weights live."""
         return self.embed_VD[...].sharding.mesh
 
     @property
     def sparse_layers(self) -> int:
-        """How many layers route to experts, multi-token modules not counted."""
+        """Number of layers that route to experts, multi-token modules not counted."""
         return sum(stack.depth for stack in self.stacks if isinstance(stack.mlp, MoE))
 
     def on_mesh(self):
@@ -241,19 +215,9 @@ class DeepSeek(nnx.Module):
         traced = isinstance(self.embed_VD[...], Tracer)
         return nullcontext() if traced else jax.set_mesh(self.mesh)
 
-    def unrolled(self) -> DeepSeek:
-        """The same model with every layer a stack of its own; the layers' weights are copied.
-
-        On a single CPU device they are also joined, see Layer.join.
-        """
-        join = self.mesh.size == 1 and self.mesh.devices.flat[0].platform == "cpu"
-        with self.on_mesh():
-            return unroll(self, join)
-
     def init_caches(self, batch: int, capacity: int, dtype: Any, rules: Rules) -> Caches:
         """Empty caches, one per stack."""
-        stacks = self.stacks
-        return tuple(init_cache(self.cfg, batch, capacity, dtype, rules, s.depth) for s in stacks)
+        return tuple(s.attn.empty_cache(s.depth, batch, capacity, dtype, rules) for s in self.stacks)
 
     def check_tokens(self, tokens_BT: Any) -> None:
         """Raise ValueError for a wrong shape, a token outside the vocabulary, or too long a sequence."""
@@ -276,29 +240,6 @@ def _abstract(cfg: ModelConfig, strategy: Strategy, dtype: np.dtype) -> DeepSeek
     """Traced once: opening one checkpoint asks for it several times."""
     with jax.sharding.use_abstract_mesh(strategy.abstract_mesh()):
         return jax.eval_shape(lambda: DeepSeek(cfg, strategy, dtype))
-
-
-@jit_sharing
-def unroll(model: DeepSeek, join: bool) -> DeepSeek:
-    """See `DeepSeek.unrolled`; with `join`, see `Layer.join`. Else what is not in a stack is not copied."""
-    graph = nnx.clone(model, variables=False)
-
-    def cut(stack: Layer, l: int) -> Layer:
-        layer = jax.tree.map(lambda a: a[l], stack)
-        return jax.tree.map(lambda a: a[None], layer.join() if join else layer)
-
-    graph.by_output = join
-    if join and model.head_DV is not None:
-        graph.head_DV, graph.head_VD = None, nnx.Param(model.head_DV[...].T, axes=("vocab", "embed"))
-    graph.stacks = nnx.List([cut(s, l) for s in model.stacks for l in range(s.depth)])
-    return graph
-
-
-def positions_in_segments(segment_ids_BT: jax.Array) -> jax.Array:
-    """Each token's index within its run of equal segment ids, [B, T] int32."""
-    index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
-    starts_BT = segment_ids_BT != jnp.pad(segment_ids_BT, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
-    return index_T[None] - jax.lax.cummax(jnp.where(starts_BT, index_T[None], 0), axis=1)
 
 
 @functools.partial(jax.jit, static_argnames="shape")
@@ -329,7 +270,7 @@ def _ahead(model: DeepSeek, tokens_BT, positions_BT, segment_ids_BT, shape, dept
 
 
 def _cut(x_BTX: jax.Array, shape: tuple[int, int], rules: Rules, last: str | None) -> jax.Array:
-    """Without the padding that made it divisible by the mesh."""
+    """Cut off the padding that made x divisible by the mesh."""
     if x_BTX.shape[:2] == shape:
         return x_BTX
     return rules.shard(x_BTX, None, None, last)[: shape[0], : shape[1]]

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxseek.config.model import ModelConfig
-from jaxseek.model.dispatch import dispatch, reads_in_place
+from jaxseek.model.context import Context
+from jaxseek.model.dispatch import dispatch
 from jaxseek.model.mlp import MLP
 from jaxseek.model.replicas import Slots
-from jaxseek.model.weight import Quantized, read
-from jaxseek.ops.few_rows import ByOutput
-from jaxseek.ops.fp8 import round_blocks
+from jaxseek.ops.experts import Experts
 from jaxseek.sharding.parameters import Init
 from jaxseek.sharding.rules import Rules
-
-if TYPE_CHECKING:
-    from jaxseek.model.layer import Context
-
 
 EXPERTS = ("gate_EDF", "up_EDF", "down_EFD")
 
@@ -33,9 +27,11 @@ class RouterBias(nnx.Variable):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Routing:
-    """What the router did: chosen experts per token, each expert's affinity as the mean over the tokens of a
-    sequence (they sum to one), assignments per expert, assignments dropped, and, where experts were replayed,
-    what it would have chosen itself."""
+    """What the router did.
+
+    Chosen experts per token; mean affinity of each expert over the tokens of a sequence (they sum to one);
+    assignments per expert; assignments dropped; and, where experts were replayed, the router's own choice.
+    """
 
     ids_BTK: jax.Array
     affinity_BE: jax.Array
@@ -56,10 +52,7 @@ class MoE(nnx.Module):
         self.gate_EDF = init((E, D, F), ("expert", "embed", "expert_mlp"))
         self.up_EDF = init((E, D, F), ("expert", "embed", "expert_mlp"))
         self.down_EFD = init((E, F, D), ("expert", "expert_mlp", "embed"))
-        self.by_output = False  # whether experts lie as ByOutput says
-        self.slots: Slots | None = nnx.data(
-            None
-        )  # where experts lie in slots, see jaxseek/experts/replicate.py
+        self.slots: Slots | None = nnx.data(None)  # see model/replicas.py
         self.shared = MLP(D, F * cfg.n_shared_experts, cfg.mlp_bias, init) if cfg.n_shared_experts else None
 
     def __call__(
@@ -67,46 +60,30 @@ class MoE(nnx.Module):
         x_BTD: jax.Array,
         ctx: Context,
         replay_BTK: jax.Array | None = None,
-        stack: tuple[Any, jax.Array | int] | None = None,
+        experts: Experts | None = None,
     ) -> tuple[jax.Array, Routing]:
         """Returns ([B, T, D], Routing). Padding (not valid) reaches no expert.
 
-        `replay_BTK` are experts to use in place of the router's choice, with its gates for them; -1 leaves
-        the choice to it. `stack` is the one that this is a layer of, and which: few tokens on TPU read the
-        experts in it.
+        `replay` are experts to use in place of the router's choice, weighed by its gates; -1 leaves the
+        choice to the router. `experts` are the matrices to use, where they lie elsewhere: a decode step reads
+        them in the stack of layers.
         """
-        rules, valid_BT, dtype = ctx.rules, ctx.valid_BT, x_BTD.dtype
+        rules, valid_BT = ctx.rules, ctx.valid_BT
         with jax.named_scope("router"):
             ids_BTK, gates_BTK, logits_BTE, own_BTK = self.route(x_BTD, rules, replay_BTK)
             affinity_BE = mean_affinity(self.cfg, logits_BTE, valid_BT, rules)
         with jax.named_scope("experts"):
-            experts, layer = None, None
-            if stack is not None and not ctx.fp8 and reads_in_place(x_BTD, rules):
-                experts, layer = read(stack[0], EXPERTS, rules), stack[1]
             if experts is None:
-                experts, layer = self._experts(rules, dtype), None
-            experts = [round_blocks(w, lead=1) for w in experts] if ctx.fp8 else experts
-            slots = None if self.slots is None else (self.cfg.n_routed_experts, self.slots[...])
+                experts = Experts(*(getattr(self, name).operand(rules, x_BTD.dtype) for name in EXPERTS))
+            experts = experts.rounded() if ctx.fp8 else experts
+            replicas = None if self.slots is None else (self.cfg.n_routed_experts, self.slots[...])
             y_BTD, load_E, dropped = dispatch(
-                x_BTD, ids_BTK, gates_BTK, valid_BT, experts, rules, ctx.fp8, layer, slots
+                x_BTD, ids_BTK, gates_BTK, valid_BT, experts, rules, ctx.fp8, replicas
             )
         if self.shared is not None:
             with jax.named_scope("shared_experts"):
-                y_BTD += self.shared(x_BTD, ctx)
+                y_BTD += self.shared(x_BTD, ctx)[0]
         return y_BTD, Routing(ids_BTK, affinity_BE, load_E, dropped, own_BTK)
-
-    def join(self) -> None:
-        """For Layer.join."""
-        if not isinstance(self.gate_EDF, Quantized):
-            for name in EXPERTS:
-                setattr(self, name, nnx.Param(getattr(self, name)[...].transpose(2, 0, 1)))
-            self.by_output = True
-
-    def _experts(self, rules: Rules, dtype: Any) -> list[Any]:
-        params = [getattr(self, name) for name in EXPERTS]
-        if self.by_output:
-            return [ByOutput(w[...]) for w in params]
-        return [w.laid_out(rules) if isinstance(w, Quantized) else rules.use(w, dtype) for w in params]
 
     def route(
         self, x_BTD: jax.Array, rules: Rules, replay_BTK: jax.Array | None = None
@@ -163,7 +140,7 @@ def choose_experts(
 
 
 def gates_of(cfg: ModelConfig, scores: jax.Array, ids: jax.Array) -> jax.Array:
-    """Weights [..., K] of the experts `ids` by the router's scores [..., E]."""
+    """Gates [..., K] of the experts `ids`, from the router's scores [..., E]."""
     # take_along_axis by comparison: a gather would need the layout of its result spelled out
     chosen = jax.nn.one_hot(ids, scores.shape[-1], dtype=bool)
     gates = jnp.where(chosen, scores[..., None, :], 0).sum(axis=-1)

@@ -12,7 +12,8 @@ from flax import nnx
 
 from jaxseek.config.model import ModelConfig
 from jaxseek.model.cache import Cache
-from jaxseek.model.layer import Context, Layer, run_stack
+from jaxseek.model.context import Context
+from jaxseek.model.layer import Layer, run_stack
 from jaxseek.model.moe import Routing
 from jaxseek.model.norm import RMSNorm
 from jaxseek.sharding.parameters import Init

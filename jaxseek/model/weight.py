@@ -1,16 +1,19 @@
-"""Quantised weights: int8 with a scale per output, int4 and FP8 with a scale per group of inputs too.
+"""Weights of the layers, by one protocol: plain, quantised, adapted (LoRA).
 
-A number is value * scale. There is no zero point, and what is not in MATRICES (embedding, head, router,
-norms, biases) stays as it is. A quantised matrix stands where its parameter stood.
+Every kind has `dense`, its numbers as a phase uses them; `operand`, what the experts' operations read; and
+`matmul`, its product. A kind stands where the parameter stood, and no layer asks which it is. A quantised
+number is value * scale, without a zero point; parameters that are not in MATRICES (embedding, head, router,
+norms, biases) stay as they are.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+import string
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +21,17 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxseek.ops.matmul import matmul, scaled_matmul
 from jaxseek.ops.scaled import Scaled, dequantize
 from jaxseek.sharding.parameters import parameters
 from jaxseek.sharding.rules import Rules
 
-# Every matrix that may be quantised: its name, and which of its letters are the inputs that are summed over.
+if TYPE_CHECKING:
+    from jaxseek.model.context import Context
+
+Axes = tuple[str | None, ...]
+
+# Matrices that may be quantised or adapted, and the letters of their inputs, which a product sums over.
 MATRICES = {
     "q_DKGH": "D", "k_DKH": "D", "v_DKH": "D", "o_KGHD": "KGH", "q_DNH": "D", "q_a_DQ": "D", "q_b_QNH": "Q",
     "kv_a_DA": "D", "k_b_NPC": "C", "v_b_NHC": "C", "o_NHD": "NH", "k_DH": "D", "gate_DF": "D", "up_DF": "D",
@@ -30,21 +39,40 @@ MATRICES = {
 }  # fmt: skip
 
 
+class Weight(nnx.Param):
+    """A parameter in plain numbers."""
+
+    def dense(self, rules: Rules, dtype: Any, *axes: str | None) -> jax.Array:
+        """The numbers in `dtype`, laid out by the parameter's own logical axes or by `axes`."""
+        return rules.use(self, dtype, *axes)
+
+    def operand(self, rules: Rules, dtype: Any) -> jax.Array:
+        """The numbers in `dtype`, laid out as the phase says."""
+        return rules.use(self, dtype)
+
+    def matmul(
+        self, x: jax.Array, ctx: Context, *axes: str | None, contract: int = 1, weight_axes: Axes = ()
+    ) -> jax.Array:
+        """x times the matrix over the last `contract` axes of x; the result is laid out by `axes`."""
+        w = self.dense(ctx.rules, x.dtype, *weight_axes)
+        return matmul(x, w, contract, ctx.rules.spec(*axes), ctx.fp8)
+
+
 @dataclass(frozen=True)
 class Spec:
-    """How a matrix is quantised: its values' dtype, and how many inputs share a scale (None: all)."""
+    """A format: the dtype of the values, and how many inputs share a scale (None: all of them)."""
 
     dtype: str
     group: int | None
 
 
-KINDS = {"int8": Spec("int8", None), "int4": Spec("int4", 128), "float8": Spec("float8_e4m3fn", 128)}
+FORMATS = {"int8": Spec("int8", None), "int4": Spec("int4", 128), "fp8": Spec("float8_e4m3fn", 128)}
 
 
 def group_size(name: str, shape: tuple[int, ...], group: int) -> int:
-    """How many neighbours along the last input axis share a scale.
+    """Number of neighbours along the last input axis that share a scale.
 
-    That is `group`, or where there are several input axes the most that divides the last of them too.
+    Equal to `group`, or, with several input axes, its largest divisor that divides the last of them too.
     """
     letters, inputs = name.rsplit("_", 1)[1], MATRICES[name]
     return math.gcd(group, shape[letters.index(inputs[-1]) - len(letters)]) if len(inputs) > 1 else group
@@ -87,8 +115,9 @@ class Quantized(nnx.Module):
         self.value = abstract(shape, spec.dtype, value.sharding.spec)
         self.scale = abstract(scale, "float32", P(*divided))
 
-    def laid_out(self, rules: Rules, *axes: str | None) -> Scaled:
-        """As a phase computes with it, or with other `axes` than its own: few bits are moved."""
+    def operand(self, rules: Rules, dtype: Any, *axes: str | None) -> Scaled:
+        """Value and scale, laid out by the matrix's own logical axes or by `axes`; only the few bits move."""
+        del dtype
         axes = axes or self.value.get_metadata("axes")
         value, scale = rules.shard(self.value[...], *axes), self.scale[...]
         mesh, names = jax.sharding.get_abstract_mesh(), list(axes)
@@ -102,16 +131,15 @@ class Quantized(nnx.Module):
                 scale = _repeat(whole, self.group // smaller, axis, n // smaller)
         return Scaled(value, rules.shard(scale, *names))
 
-    def numbers(self) -> nnx.Param:
-        """The float32 parameter that this stands for; on one device."""
-        numbers = dequantize(self.laid_out(Rules()), jnp.float32)
-        return nnx.Param(numbers, axes=self.value.get_metadata("axes"), fill=None)
+    def dense(self, rules: Rules, dtype: Any, *axes: str | None) -> jax.Array:
+        """value * scale in `dtype`, laid out as `Weight.dense`."""
+        return dequantize(self.operand(rules, dtype, *axes), dtype)
 
-    def widen(self) -> None:
-        """For Layer.join: values of a dtype that XLA:CPU is quick to convert, and that holds them all."""
-        wide = {"int4": jnp.int8, "float8_e4m3fn": jnp.float16}.get(self.value[...].dtype.name)
-        if wide is not None:
-            self.value.set_value(self.value[...].astype(wide))
+    def matmul(
+        self, x: jax.Array, ctx: Context, *axes: str | None, contract: int = 1, weight_axes: Axes = ()
+    ) -> jax.Array:
+        """As `Weight.matmul`."""
+        return scaled_matmul(x, self.operand(ctx.rules, x.dtype, *weight_axes), ctx.rules, axes, contract)
 
 
 def _parts(mesh: Any, axes: Any) -> int:
@@ -129,28 +157,64 @@ def _repeat(a: jax.Array, times: int, axis: int, size: int) -> jax.Array:
     return jax.lax.slice_in_dim(many, 0, size, axis=axis)
 
 
-def read(module: Any, names: Sequence[str], rules: Rules) -> list[Any] | None:
-    """A stack's parameters [L, ...] as they rest, for kernels to read: all plain, or all quantised.
+class LoraParam(nnx.Variable):
+    """A factor of an adapter: trained while its base is not."""
 
-    None where a phase has one laid out otherwise, or one has other scales than one for each output.
+
+class Adapted(nnx.Module):
+    """A weight with a low-rank adapter (LoRA, arXiv:2106.09685): base + scale * left @ right."""
+
+    def __init__(self, base: Weight, left: LoraParam, right: LoraParam, lead: int, scale: float):
+        self.base, self.left, self.right = base, left, right
+        self.lead, self.scale = lead, scale  # lead: axes before the factors' own, the layer axis not counted
+
+    def __getitem__(self, index: Any) -> jax.Array:
+        base, left, right = (v[...] for v in (self.base, self.left, self.right))
+        stacked = base.ndim - len(self.base.get_metadata("axes"))
+        lead = string.ascii_lowercase[: self.lead + stacked]
+        rows = string.ascii_uppercase[: left.ndim - len(lead) - 1]
+        columns = string.ascii_uppercase[len(rows) : base.ndim - len(lead)]
+        change = jnp.einsum(
+            f"{lead}{rows}z,{lead}z{columns}->{lead}{rows}{columns}",
+            left,
+            right,
+            out_sharding=jax.typeof(base).sharding.spec,
+        )
+        return (base.astype(change.dtype) + self.scale * change)[index]
+
+    def get_metadata(self, name: str) -> Any:
+        """Metadata of the base parameter."""
+        return self.base.get_metadata(name)
+
+    dense, operand, matmul = Weight.dense, Weight.operand, Weight.matmul
+
+
+def stored(module: nnx.Module, names: Sequence[str], rules: Rules) -> list[Any] | None:
+    """Parameters of a stack of layers [L, ...] as they rest, for kernels that read them in place: all plain,
+    or all Scaled with one scale per output.
+
+    None if a parameter rests in another layout than the phase uses, has scales per group, or is adapted.
     """
     found: list[jax.Array | Scaled] = []
     for param in (getattr(module, name) for name in names):
         values = param.value if isinstance(param, Quantized) else param
+        if isinstance(param, Adapted) or (isinstance(param, Quantized) and param.spec.group is not None):
+            return None
         axes = (None, *values.get_metadata("axes"))
         if jax.typeof(values[...]).sharding.spec != rules.spec(*axes):
             return None
-        if isinstance(param, Quantized) and param.spec.group is not None:
-            return None
-        found.append(param.laid_out(rules, *axes) if isinstance(param, Quantized) else param[...])
-    return found if len({isinstance(w, Scaled) for w in found}) == 1 else None
+        found.append(param.operand(rules, None, *axes) if isinstance(param, Quantized) else param[...])
+    return found if len({type(w) is Scaled for w in found}) == 1 else None
 
 
-def matrix(param: Any, rules: Rules, dtype: Any) -> jax.Array:
-    """`rules.use` of a parameter that may be quantised."""
-    return (
-        dequantize(param.laid_out(rules), dtype) if isinstance(param, Quantized) else rules.use(param, dtype)
-    )
+def arrays_of(weight: Any) -> tuple[nnx.Variable, ...]:
+    """The arrays that make a weight: its values, and the scale of a quantised one."""
+    return (weight.value, weight.scale) if isinstance(weight, Quantized) else (weight,)
+
+
+def is_plain(weight: Any) -> bool:
+    """True for a parameter in plain numbers."""
+    return isinstance(weight, Weight)
 
 
 # -------------------------------------------------------------------- whole models
@@ -173,12 +237,34 @@ def quantized(model: Model, specs: Mapping[str, Spec]) -> Model:
 
 
 def quantize_abstract(model: Model, kind: str) -> Model:
-    """An abstract model's twin with all MATRICES quantised, as int8, int4 or float8 (a key of KINDS)."""
+    """An abstract model's twin with all MATRICES quantised, as int8, int4 or fp8 (a key of FORMATS)."""
     paths = [p for p in parameters(model) if p.rsplit(".", 1)[-1] in MATRICES]
-    return quantized(model, dict.fromkeys(paths, KINDS[kind]))
+    return quantized(model, dict.fromkeys(paths, FORMATS[kind]))
 
 
 def quantization(model: nnx.Module) -> dict[str, Spec]:
-    """How each quantised parameter of a model is so, by its path."""
+    """The format of each quantised parameter of a model, by its path."""
     found = nnx.iter_modules(model)
     return {".".join(map(str, path)): m.spec for path, m in found if isinstance(m, Quantized)}
+
+
+def widen(model: nnx.Module) -> None:
+    """Give quantised values, in place, a dtype that XLA:CPU converts quickly and that holds them exactly."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, Quantized):
+            wide = {"int4": jnp.int8, "float8_e4m3fn": jnp.float16}.get(module.value[...].dtype.name)
+            if wide is not None:
+                module.value.set_value(module.value[...].astype(wide))
+
+
+def is_adapted(model: nnx.Module) -> bool:
+    """True if any weight of the model has an adapter."""
+    return any(isinstance(m, Adapted) for _, m in nnx.iter_modules(model))
+
+
+def adapted(model: nnx.Module) -> Iterator[tuple[nnx.Module, str, Adapted]]:
+    """Every adapted weight, as (module that holds it, its name there, the weight)."""
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, Adapted):
+            parent = functools.reduce(_child, map(str, path[:-1]), model)
+            yield parent, str(path[-1]), module

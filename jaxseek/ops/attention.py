@@ -1,59 +1,27 @@
-"""Softmax attention with a mask made from positions and segments.
+"""Softmax attention, with fresh keys or against a cache: the chooser of its forms.
 
-On TPU fresh keys are read by a kernel that writes no scores to memory (flash_attention.py), on CPU by
-products that leave out what is above the diagonal (causal_attention.py), unless queries have keys chosen for
-them. Otherwise XLA writes scores, of a block of queries at a time when they are many.
+On TPU fresh keys are read by a kernel that writes no scores to memory (flash_attention.py), and a cache by a
+flash-decode kernel (decode_attention.py); on CPU fresh keys by products that leave out what lies above the
+diagonal (causal_attention.py). Everything else, and chosen keys, goes through XLA, a block of queries at a
+time when there are many.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 
 from jaxseek.ops.causal_attention import causal_attention
-from jaxseek.ops.few_rows import FEW, product_of_few
+from jaxseek.ops.decode_attention import attend_in_cache
 from jaxseek.ops.flash_attention import flash_attention
+from jaxseek.ops.mask import Mask
 from jaxseek.ops.platform import platform
 from jaxseek.sharding.rules import Rules
 
 QUERY_BLOCK = 1024  # queries at a time: scores take B * N * QUERY_BLOCK * S floats
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Mask:
-    """Who attends to whom: the same segment, not later; where `chosen_BTS` is given, only the chosen keys.
-
-    With `q_prefix_BT` also the segment named there, not later: a prefix that several segments share, and that
-    stands before them; a segment's tokens stand in order. In a cache slot s holds position s and all slots
-    belong to the row, so `kv_seg_BS` is None there.
-    """
-
-    q_pos_BT: jax.Array
-    q_seg_BT: jax.Array
-    kv_pos_BS: jax.Array
-    kv_seg_BS: jax.Array | None
-    chosen_BTS: jax.Array | None = None
-    q_prefix_BT: jax.Array | None = None
-
-    def laid_out(self, rules: Rules) -> Mask:
-        """With the queries' rows as these rules have them."""
-        names = ("q_pos_BT", "q_seg_BT", "q_prefix_BT")
-        own = {name: a for name in names if (a := getattr(self, name)) is not None}
-        return replace(self, **{name: rules.shard(a, "batch", "length") for name, a in own.items()})
-
-    def dense(self) -> jax.Array:
-        """The mask as booleans, [B, T, S]."""
-        mask_BTS = self.kv_pos_BS[:, None, :] <= self.q_pos_BT[:, :, None]
-        if self.kv_seg_BS is not None:
-            same_BTS = self.kv_seg_BS[:, None, :] == self.q_seg_BT[:, :, None]
-            if self.q_prefix_BT is not None:
-                same_BTS |= self.kv_seg_BS[:, None, :] == self.q_prefix_BT[:, :, None]
-            mask_BTS &= same_BTS
-        return mask_BTS if self.chosen_BTS is None else mask_BTS & self.chosen_BTS
 
 
 def attend(
@@ -96,6 +64,33 @@ def attend(
     return out.reshape(out.shape[0], T, *out.shape[3:])
 
 
+def attend_cached(
+    q_BTKGH: jax.Array,
+    k_LBKSH: jax.Array,
+    v_LBKSH: jax.Array | None,
+    layer: jax.Array | int,
+    mask: Mask,
+    scale: float,
+    width: int,
+    rules: Rules,
+    head_axes: tuple[str | None, str | None],
+) -> jax.Array:
+    """Attention to one layer of a cache, [B, T, K, G, width]; laid out by `rules` outside.
+
+    Inside, they are where the cache is (`Rules.for_cache`); over a split cache length, a log-sum-exp combine.
+    Without `v`, the first `width` numbers of the keys are the values.
+    """
+    near, axes = rules.for_cache(), ("batch", "length", *head_axes, None)
+    q_BTKGH, mask = near.shard(q_BTKGH, *axes), mask.laid_out(near)
+    if platform() == "tpu" and q_BTKGH.shape[1] == 1 and mask.chosen_BTS is None:
+        out = attend_in_cache(q_BTKGH, k_LBKSH, v_LBKSH, layer, mask, scale, width, near, head_axes)
+    else:
+        k_BKSH = k_LBKSH[layer].astype(q_BTKGH.dtype)
+        v_BKSH = k_BKSH if v_LBKSH is None else v_LBKSH[layer].astype(q_BTKGH.dtype)
+        out = attend(q_BTKGH, k_BKSH, v_BKSH, mask, scale, near, head_axes, "cache_length")[..., :width]
+    return rules.shard(out, *axes)
+
+
 def _flash(q_BTKGH, k_BKSH, v_BKSH, mask, scale, rules, head_axes, interpret=False):
     """The kernel on every device's own rows, queries and heads; a split length has its keys gathered."""
     query, keys = (
@@ -136,11 +131,7 @@ def _causal(q_BTKGH, k_BKSH, v_BKSH, mask, scale, rules, head_axes):
 def _attend(q_BTKGH, k_BKSH, v_BKSH, mask, scale, rules, head_axes, key_axis):
     # dot_general, not einsum: with heads before tokens on both sides no operand is transposed for it
     q_BKGTH = jnp.moveaxis(q_BTKGH, 1, 3)
-    _, T, _, G, _ = q_BTKGH.shape
-    one_device, cached = jax.sharding.get_abstract_mesh().size == 1, key_axis is not None
-    if platform() == "cpu" and T == 1 and G <= FEW and one_device and cached:  # it has no gradient
-        scores_BKGTS = product_of_few(q_BKGTH[..., 0, :], k_BKSH)[..., None, :]
-    elif platform() == "cpu" and T == 1:  # with keys first, XLA:CPU does not transpose them
+    if platform() == "cpu" and q_BTKGH.shape[1] == 1:  # with keys first, XLA:CPU does not transpose them
         scores_BKSGT = jax.lax.dot_general(
             k_BKSH,
             q_BKGTH,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxseek.ops.scaled import Scaled
+from jaxseek.ops.scaled import Scaled, scales_of, value_of
 
 Matrices = jax.Array | Scaled
 _COLUMNS = 128  # of an expert at a time
@@ -53,8 +53,8 @@ def chosen_experts_mlp(
     experts_E, count, first = listed
 
     # every matrix as [F, D]: F is split over chips, and few of it would be padded to 128 as the last axis
-    values = [_value(w).swapaxes(-1, -2) for w in (gate_LEDF, up_LEDF)] + [_value(down_LEFD)]
-    scales = [w.scale for w in (gate_LEDF, up_LEDF, down_LEFD) if isinstance(w, Scaled)]
+    values = [value_of(w).swapaxes(-1, -2) for w in (gate_LEDF, up_LEDF)] + [value_of(down_LEFD)]
+    scales = scales_of(gate_LEDF, up_LEDF, down_LEFD)
     itemsize = values[0].dtype.itemsize
     tile = next(t for t in (F, 1024, 512, 256, 128, 64, 32) if F % t == 0 and 6 * t * D * itemsize <= _TILES)
 
@@ -80,8 +80,8 @@ def chosen_experts_mlp(
         specs += [pl.BlockSpec((None, None, 1, D), by_output)]
     always: list[jax.Array] = []
     if shared is not None:
-        always = [_value(w).swapaxes(-1, -2) for w in shared[:2]] + [_value(shared[2])]
-        always += [w.scale for w in shared if isinstance(w, Scaled)]
+        always = [value_of(w).swapaxes(-1, -2) for w in shared[:2]] + [value_of(shared[2])]
+        always += scales_of(*shared)
         once = pl.Buffered(1)  # as it stays all along
         specs += [pl.BlockSpec((None, *a.shape[1:]), of_layer, pipeline_mode=once) for a in always]
     # The compiler's bundles for an expert (v5e, D = 7168): 1.2 k for 32 columns and 2.7 k for 128 with few
@@ -118,10 +118,6 @@ def touched_share(experts: int, slots: int, chosen: int, rows: float) -> float:
     p = chosen / experts
     none, one = (1 - p) ** rows, rows * p * (1 - p) ** (rows - 1)
     return (experts * (1 - none) + (slots - experts) * (1 - none - one)) / slots
-
-
-def _value(w: Matrices) -> jax.Array:
-    return w.value if isinstance(w, Scaled) else w
 
 
 def _listed(chosen_E: jax.Array) -> tuple[jax.Array, jax.Array]:

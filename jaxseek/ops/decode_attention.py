@@ -14,20 +14,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
-from jaxseek.ops.attention import Mask
-from jaxseek.ops.platform import platform
+from jaxseek.ops.mask import Mask
 from jaxseek.sharding.rules import Rules
 
 _SLOTS = 1024  # of a block at the most
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
-def serves(q_BTKGH: jax.Array, mask: Mask) -> bool:
-    """Whether the kernel is to be used: on TPU, with a query token per row that sees all keys up to it."""
-    return platform() == "tpu" and q_BTKGH.shape[1] == 1 and mask.chosen_BTS is None
-
-
-def attend_cached(
+def attend_in_cache(
     q_BTKGH: jax.Array,
     k_LBKSH: jax.Array,
     v_LBKSH: jax.Array | None,

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxseek.ops.few_rows import FEW, ByOutput, product_by_output, product_of_few
+from jaxseek.ops.few_rows import FEW
 from jaxseek.ops.fp8 import round_gradient, round_tiles
 from jaxseek.ops.platform import platform
-from jaxseek.ops.scaled import Scaled, dequantize, few_times_scaled
+from jaxseek.ops.scaled import Scaled, few_times_scaled, numbers, value_and_scale
 
-Experts = jax.Array | Scaled | ByOutput  # a stack of matrices; those quantised or by output only forward
+Matrices = jax.Array | Scaled  # one per expert, [E, ...]; quantised ones have no gradient
 
 SHARE = 1.25  # of an even share of the rows is computed for all experts at once, on CPU
 LEAST = 64  # rows in an even share for that: with fewer, it is not worth the second form to compile
@@ -26,9 +26,9 @@ LEAST = 64  # rows in an even share for that: with fewer, it is not worth the se
 
 def grouped_mlp(
     x_MD: jax.Array,
-    gate_EDF: Experts,
-    up_EDF: Experts,
-    down_EFD: Experts,
+    gate_EDF: Matrices,
+    up_EDF: Matrices,
+    down_EFD: Matrices,
     sizes_E: jax.Array,
     fp8: bool = False,
     clear: bool = True,
@@ -46,46 +46,6 @@ def grouped_mlp(
     return _tiled_mlp(x_MD, gate_EDF, up_EDF, down_EFD, sizes_E, fp8)
 
 
-def every_expert_mlp(
-    x_ND: jax.Array,
-    gates_NE: jax.Array,
-    gate_EDF: jax.Array | Scaled,
-    up_EDF: jax.Array | Scaled,
-    down_EFD: jax.Array | Scaled,
-) -> jax.Array:
-    """Sum of gate times expert output over all experts, [N, D], zero gates included: for few rows on TPU.
-
-    A step that reads every expert anyway gains nothing by sorting rows, and batched products read the experts
-    where they are, quantised ones as they are: a Pallas call would have each layer's slice copied, and made
-    bfloat16, first. For one device or inside shard_map.
-    """
-
-    def product(equation: str, a: jax.Array, w: jax.Array | Scaled) -> jax.Array:
-        scale = 1.0
-        if isinstance(w, Scaled):
-            by_output = w.scale.shape[1] == 1
-            w, scale = (w.value.astype(a.dtype), w.scale) if by_output else (dequantize(w, a.dtype), 1.0)
-        return jnp.einsum(equation, a, w, preferred_element_type=jnp.float32) * scale
-
-    gate_ENF, up_ENF = (product("ND,EDF->ENF", x_ND, w) for w in (gate_EDF, up_EDF))
-    hidden_ENF = (jax.nn.silu(gate_ENF) * up_ENF).astype(x_ND.dtype)
-    y_END = product("ENF,EFD->END", hidden_ENF, down_EFD)
-    return jnp.einsum("END,NE->ND", y_END, gates_NE).astype(x_ND.dtype)
-
-
-def every_expert_mlp_by_output(
-    x_ND: jax.Array, gates_NE: jax.Array, gate_EDF: ByOutput, up_EDF: ByOutput, down_EFD: ByOutput
-) -> jax.Array:
-    """`every_expert_mlp` for few rows on one CPU device: all experts as one wide SwiGLU."""
-    E, D, F = gate_EDF.shape
-    gate_NFE, up_NFE = (
-        product_of_few(x_ND, w.w_OEI.reshape(F * E, D)).reshape(-1, F, E) for w in (gate_EDF, up_EDF)
-    )
-    hidden_NFE = jax.nn.silu(gate_NFE) * up_NFE * gates_NE[:, None]
-    hidden_NX = hidden_NFE.swapaxes(1, 2).reshape(-1, E * F)
-    return product_of_few(hidden_NX, down_EFD.w_OEI.reshape(D, E * F)).astype(x_ND.dtype)
-
-
 # -------------------------------------------------------------------- TPU
 
 
@@ -101,7 +61,7 @@ def _gmm_mlp(x_MD, gate_EDF, up_EDF, down_EFD, sizes_E, fp8=False, clear=True, i
     x_MD = jnp.pad(live(x_MD), ((0, -M % 128), (0, 0)))
 
     def matmul(a_MK, w_EKN) -> Any:
-        w_EKN = dequantize(w_EKN, a_MK.dtype) if isinstance(w_EKN, Scaled) else w_EKN
+        w_EKN = numbers(w_EKN, a_MK.dtype)
         a_MK = round_tiles(a_MK) if fp8 else a_MK
         y_MN = gmm(a_MK, w_EKN, sizes_E, a_MK.dtype, _tile_sizes, None, None, False, interpret)
         return round_gradient(y_MN) if fp8 else y_MN
@@ -150,14 +110,13 @@ def _swiglu_mlp(matmul: Any, x: jax.Array, gate: Any, up: Any, down: Any) -> jax
     return matmul(jax.nn.silu(matmul(x, gate)) * matmul(x, up), down)
 
 
-def _times_expert(matmul: Any, e: jax.Array, a_TK: jax.Array, w_EKN: Experts) -> jax.Array:
-    if isinstance(w_EKN, ByOutput):
-        return product_by_output(a_TK, w_EKN.matrix(e)).astype(a_TK.dtype)
-    if not isinstance(w_EKN, Scaled):
-        return matmul(a_TK, w_EKN[e])
+def _times_expert(matmul: Any, e: jax.Array, a_TK: jax.Array, w_EKN: Matrices) -> jax.Array:
+    value_EKN, scale_EKN = value_and_scale(w_EKN)
+    if scale_EKN is None:
+        return matmul(a_TK, value_EKN[e])
     if a_TK.shape[0] <= FEW and a_TK.dtype == jnp.float32:
-        return few_times_scaled(a_TK, w_EKN, e)
-    return matmul(a_TK, dequantize(Scaled(*(a[e] for a in w_EKN)), a_TK.dtype))
+        return few_times_scaled(a_TK, Scaled(value_EKN, scale_EKN), e)
+    return matmul(a_TK, numbers(Scaled(value_EKN[e], scale_EKN[e]), a_TK.dtype))
 
 
 class _Tiles(NamedTuple):
@@ -213,7 +172,7 @@ def _tiled_mlp(x_MD, gate_EDF, up_EDF, down_EFD, sizes_E, fp8=False):
 
 def _tiled_fwd(x_MD, gate_EDF, up_EDF, down_EFD, sizes_E, fp8):
     matmul, weights = _rounded_matmul if fp8 else _matmul, (gate_EDF, up_EDF, down_EFD)
-    plain = all(isinstance(w, jax.Array) for w in weights)
+    plain = all(value_and_scale(w)[1] is None for w in weights)
     row_EC, tiles = _split(len(x_MD), sizes_E, plain)
     y_MD, pull = jnp.zeros_like(x_MD), None
     if row_EC.size:

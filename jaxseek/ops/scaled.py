@@ -1,7 +1,7 @@
-"""Quantised matrices, value times scale: their numbers, and their product with few rows on CPU.
+"""Quantised matrices, value * scale: dequantising them, and their product with few rows on CPU.
 
-On TPU a product reads few bits and makes the numbers on the way. XLA:CPU writes them all out first, which
-takes longer than the product where there are few rows.
+On TPU a product reads the few bits and dequantises on the way. XLA:CPU writes all numbers out first, which
+takes longer than a product of few rows.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ _BLOCK = 75_000  # numbers of a matrix at a time: they stay in a core's cache
 
 
 class Scaled(NamedTuple):
-    """A matrix as value times scale: each entry of the scale serves n / k neighbours along an axis, of which
-    the value has n entries and the scale k. Both are laid out alike, so that a shard of them is one too."""
+    """A matrix as value * scale: along an axis with n values and k scales, each scale serves n / k of them.
+
+    Both are laid out alike, so a shard of each makes a shard of the matrix.
+    """
 
     value: jax.Array
     scale: jax.Array
@@ -28,9 +30,29 @@ class Scaled(NamedTuple):
         return self.value.shape
 
 
+def value_and_scale(w: jax.Array | Scaled) -> tuple[jax.Array, jax.Array | None]:
+    """The stored values of a matrix, and its scale if it is quantised."""
+    return (w.value, w.scale) if isinstance(w, Scaled) else (w, None)
+
+
+def value_of(w: jax.Array | Scaled) -> jax.Array:
+    """The stored values of a matrix."""
+    return value_and_scale(w)[0]
+
+
+def scales_of(*weights: jax.Array | Scaled) -> list[jax.Array]:
+    """The scales of those matrices that are quantised."""
+    return [scale for w in weights if (scale := value_and_scale(w)[1]) is not None]
+
+
+def numbers(w: jax.Array | Scaled, dtype: Any) -> jax.Array:
+    """The matrix itself, dequantised as `dtype` if it is quantised."""
+    return dequantize(w, dtype) if isinstance(w, Scaled) else w
+
+
 def dequantize(w: Scaled, dtype: Any) -> jax.Array:
-    """value * scale in float32, as `dtype`; on each shard by itself."""
-    local = functools.partial(_numbers, dtype=dtype)
+    """value * scale in float32, as `dtype`; each shard by itself."""
+    local = functools.partial(_local, dtype=dtype)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual:
         return local(*w)
@@ -38,7 +60,7 @@ def dequantize(w: Scaled, dtype: Any) -> jax.Array:
     return jax.shard_map(local, in_specs=tuple(specs), out_specs=specs[0])(*w)
 
 
-def _numbers(value: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
+def _local(value: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
     # the value as [..., k, n / k, ...], the scale as [..., k, 1, ...]
     split = [(k, n // k) for n, k in zip(value.shape, scale.shape)]
     assert value.shape == tuple(map(math.prod, split)), (value.shape, scale.shape)

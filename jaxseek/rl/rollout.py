@@ -17,7 +17,7 @@ from jaxseek.engine.groups import GroupTiming, Sampled, sample_groups
 from jaxseek.engine.sampling import Sampling
 from jaxseek.engine.text import encode
 from jaxseek.model.deepseek import DeepSeek
-from jaxseek.model.weight import quantization
+from jaxseek.model.weight import is_adapted, quantization
 from jaxseek.rl.problem import Answer, Problem
 from jaxseek.sharding.parameters import jit_sharing, parameters
 from jaxseek.tokenizer import chat
@@ -152,7 +152,7 @@ def seed_of(*parts: int) -> int:
 
 def in_decode(model: DeepSeek, dtype: str) -> DeepSeek:
     """The model without adapters, cast, and laid out as decoding uses it, so that no step moves weights."""
-    model = cast(lora.merged(model) if lora.is_adapted(model) else model, dtype)
+    model = cast(lora.merged(model) if is_adapted(model) else model, dtype)
     rules, values = model.strategy.decode, []
     for param in parameters(model).values():
         value, axes = param.get_value(), param.get_metadata("axes")

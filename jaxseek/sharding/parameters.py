@@ -26,8 +26,8 @@ class Init:
     random, converted or restored.
     """
 
-    def __init__(self, strategy: Strategy, dtype: Any):
-        self.rules, self.dtype = strategy.weights, dtype
+    def __init__(self, strategy: Strategy, dtype: Any, kind: type[nnx.Variable] = nnx.Param):
+        self.rules, self.dtype, self.kind = strategy.weights, dtype, kind
 
     def __call__(
         self,
@@ -35,13 +35,13 @@ class Init:
         axes: tuple[str | None, ...],
         fill: float | None = None,
         dtype: Any = None,
-        kind: type[nnx.Variable] = nnx.Param,
-    ) -> nnx.Variable:
+        kind: type[nnx.Variable] | None = None,
+    ) -> Any:
         """A parameter that starts as the constant `fill`, or else normal with `initializer_range`."""
         if len(shape) != len(axes):
             raise ValueError(f"shape {shape} and axes {axes} differ in length")
         value = jnp.zeros(shape, dtype or self.dtype, out_sharding=self.rules.spec(*axes))
-        return kind(value, axes=axes, fill=fill)
+        return (kind or self.kind)(value, axes=axes, fill=fill)
 
 
 def parameters(model: nnx.Module) -> dict[str, nnx.Variable]:

@@ -1,12 +1,11 @@
 """LoRA (arXiv:2106.09685): low-rank changes of the layers' matrices, trained instead of them.
 
-An adapted parameter stands where the parameter stood and reads as base + alpha / rank * left @ right, so
-the layers do not know. `merge` makes ordinary parameters of them again, for export and for sampling.
+An `Adapted` weight (model/weight.py) stands where the matrix stood. `merge` makes ordinary parameters of them
+again, for export and for sampling.
 """
 
 from __future__ import annotations
 
-import string
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -21,46 +20,9 @@ from jax.sharding import PartitionSpec as P
 from jaxseek.config.model import ConfigError
 from jaxseek.config.run import LoraConfig
 from jaxseek.model.deepseek import DeepSeek
-from jaxseek.model.mlp import MLP
-from jaxseek.model.moe import MoE
-from jaxseek.sharding.parameters import jit_sharing, parameters
-
-# By target: matrix, how many of its axes stand before the two factors' (experts), and how many are left's.
-_ATTENTION = {
-    "q_DKGH": (0, 1), "k_DKH": (0, 1), "v_DKH": (0, 1), "o_KGHD": (0, 3), "q_DNH": (0, 1), "q_a_DQ": (0, 1),
-    "q_b_QNH": (0, 1), "kv_a_DA": (0, 1), "k_b_NPC": (0, 2), "v_b_NHC": (0, 2), "o_NHD": (0, 2),
-}  # fmt: skip
-_MLP = {"gate_DF": (0, 1), "up_DF": (0, 1), "down_FD": (0, 1)}
-_EXPERTS = {"gate_EDF": (1, 1), "up_EDF": (1, 1), "down_EFD": (1, 1)}
-
-
-class LoraParam(nnx.Variable):
-    """A factor of an adapter: trained while its base is not."""
-
-
-class Adapted(nnx.Module):
-    """A parameter with its adapter; reads like the parameter."""
-
-    def __init__(self, base: nnx.Variable, left: LoraParam, right: LoraParam, lead: int, scale: float):
-        self.base, self.left, self.right = base, left, right
-        self.lead, self.scale = lead, scale  # lead: axes before the factors', the layer axis not counted
-
-    def __getitem__(self, index: Any) -> jax.Array:
-        base, left, right = (v[...] for v in (self.base, self.left, self.right))
-        stacked = base.ndim - len(self.base.get_metadata("axes"))
-        lead = string.ascii_lowercase[: self.lead + stacked]
-        rows = string.ascii_uppercase[: left.ndim - len(lead) - 1]
-        columns = string.ascii_uppercase[len(rows) : base.ndim - len(lead)]
-        change = jnp.einsum(
-            f"{lead}{rows}z,{lead}z{columns}->{lead}{rows}{columns}",
-            left,
-            right,
-            out_sharding=jax.typeof(base).sharding.spec,
-        )
-        return (base.astype(change.dtype) + self.scale * change)[index]
-
-    def get_metadata(self, name: str) -> Any:
-        return self.base.get_metadata(name)
+from jaxseek.model.moe import EXPERTS, MoE
+from jaxseek.model.weight import MATRICES, Adapted, LoraParam, adapted, is_adapted
+from jaxseek.sharding.parameters import jit_sharing
 
 
 def adapt(model: DeepSeek, cfg: LoraConfig, seed: int) -> DeepSeek:
@@ -69,31 +31,44 @@ def adapt(model: DeepSeek, cfg: LoraConfig, seed: int) -> DeepSeek:
     Left factors are normal with variance one over their inputs, right factors zero. Raises ConfigError for
     a model that has none of the targets.
     """
-    adapted = nnx.clone(model, variables=False)
-    for i, layer in enumerate([*adapted.stacks, *(m.stack for m in adapted.mtp)]):
-        parts = [("attention", layer.attn, _ATTENTION)]
-        mlp = layer.mlp
-        parts += [("experts", mlp, _EXPERTS)] if isinstance(mlp, MoE) else []
-        dense = mlp.shared if isinstance(mlp, MoE) else mlp
-        parts += [("mlp", dense, _MLP)] if isinstance(dense, MLP) else []
-        for target, module, names in parts:
-            for name, (lead, left) in names.items() if target in cfg.targets else ():
-                if (base := getattr(module, name, None)) is not None:
-                    draw = np.random.default_rng([seed % 2**32, i, zlib.crc32(f"{target}.{name}".encode())])
-                    setattr(module, name, _adapter(base, lead, left, cfg, draw))
-    if not is_adapted(adapted):
+    twin = nnx.clone(model, variables=False)
+    for i, layer in enumerate([*twin.stacks, *(m.stack for m in twin.mtp)]):
+        mlp: Any = layer.mlp
+        sparse = isinstance(mlp, MoE)
+        modules = {
+            "attention": (layer.attn, [n for n in MATRICES if n not in EXPERTS]),
+            "experts": (mlp if sparse else None, EXPERTS),
+            "mlp": (mlp.shared if sparse else mlp, [n for n in MATRICES if n not in EXPERTS]),
+        }
+        for target, (module, names) in modules.items():
+            for name in names if target in cfg.targets else ():
+                if (base := getattr(module, name, None)) is None:
+                    continue
+                draw = np.random.default_rng([seed % 2**32, i, zlib.crc32(f"{target}.{name}".encode())])
+                setattr(module, name, _adapter(name, base, cfg, draw))
+    if not is_adapted(twin):
         raise ConfigError(
             f"lora.targets is {cfg.targets}, of which a {model.cfg.model_type} model has none; expected some "
             "of attention, mlp, experts"
         )
-    return adapted
+    return twin
 
 
-def _adapter(base: nnx.Variable, lead: int, left: int, cfg: LoraConfig, rng: np.random.Generator) -> Adapted:
-    axes, value = base.get_metadata("axes"), base.get_value()
-    mesh: Any = value.sharding.mesh  # pyright: ignore[reportAttributeAccessIssue]
-    stacked = value.ndim - len(axes)
-    cut = stacked + lead
+def _cut(name: str) -> tuple[int, int]:
+    """Axes of a matrix before its factors' own (experts), and the number of axes of the left factor.
+
+    The left factor has the inputs, or, where the outputs stand first, these.
+    """
+    letters, inputs = name.rsplit("_", 1)[1], MATRICES[name]
+    lead = int(letters.startswith("E"))
+    own = letters[lead:]
+    return lead, len(inputs) if own.startswith(inputs) else own.index(inputs[0])
+
+
+def _adapter(name: str, base: Any, cfg: LoraConfig, rng: np.random.Generator) -> Adapted:
+    (lead, left), axes, value = _cut(name), base.get_metadata("axes"), base.get_value()
+    mesh: Any = value.sharding.mesh
+    cut = value.ndim - len(axes) + lead
     shape, spec = value.shape, (*value.sharding.spec, *(None,) * (value.ndim - len(value.sharding.spec)))
 
     def factor(shape: tuple[int, ...], spec: tuple[Any, ...], axes: tuple[Any, ...], std: float) -> LoraParam:
@@ -121,11 +96,6 @@ def _adapter(base: nnx.Variable, lead: int, left: int, cfg: LoraConfig, rng: np.
     )
 
 
-def is_adapted(model: DeepSeek) -> bool:
-    """Whether the model has adapters."""
-    return any(isinstance(v, LoraParam) for v in parameters(model).values())
-
-
 def merge(model: DeepSeek) -> DeepSeek:
     """An ordinary model that computes the same: base and adapter summed, in the base's dtype."""
     if not is_adapted(model):
@@ -136,7 +106,7 @@ def merge(model: DeepSeek) -> DeepSeek:
 
 def merged(model: DeepSeek) -> DeepSeek:
     """`merge`, within a compiled function."""
-    return _without_adapters(model, lambda adapted: adapted[...].astype(adapted.base[...].dtype))
+    return _without_adapters(model, lambda weight: weight[...].astype(weight.base[...].dtype))
 
 
 _merge = jit_sharing(merged)
@@ -144,16 +114,12 @@ _merge = jit_sharing(merged)
 
 def base(model: DeepSeek) -> DeepSeek:
     """The model without its adapters; its arrays are the same ones."""
-    return _without_adapters(model, lambda adapted: adapted.base.get_value())
+    return _without_adapters(model, lambda weight: weight.base.get_value())
 
 
 def _without_adapters(model: DeepSeek, value: Callable[[Adapted], jax.Array]) -> DeepSeek:
     plain = nnx.clone(model, variables=False)
-    for layer in [*plain.stacks, *(m.stack for m in plain.mtp)]:
-        dense = layer.mlp.shared if isinstance(layer.mlp, MoE) else None
-        for module in filter(None, (layer.attn, layer.mlp, dense)):
-            for name in (*_ATTENTION, *_MLP, *_EXPERTS):
-                if isinstance(adapted := getattr(module, name, None), Adapted):
-                    axes = adapted.get_metadata("axes")
-                    setattr(module, name, nnx.Param(value(adapted), axes=axes, fill=None))
+    for module, name, weight in list(adapted(plain)):
+        made = type(weight.base)(value(weight), axes=weight.get_metadata("axes"), fill=None)
+        setattr(module, name, made)
     return plain

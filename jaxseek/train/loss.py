@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxseek.config.model import ModelConfig
+from jaxseek.model.context import Context
 from jaxseek.model.deepseek import DeepSeek
-from jaxseek.model.layer import Context
 from jaxseek.model.moe import Routing
 from jaxseek.ops.platform import platform
 from jaxseek.sharding.rules import Rules

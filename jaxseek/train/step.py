@@ -19,9 +19,9 @@ from flax import nnx
 
 from jaxseek.model.deepseek import DeepSeek
 from jaxseek.model.moe import MoE, RouterBias
+from jaxseek.model.weight import LoraParam, is_adapted
 from jaxseek.sharding.parameters import parameters
 from jaxseek.train.batch import Batch
-from jaxseek.train.lora import LoraParam, is_adapted
 from jaxseek.train.objectives import Metrics, Objective, Whole
 from jaxseek.train.schedule import learning_rate
 
