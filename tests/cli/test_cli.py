@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from oracles import quick_compilation  # noqa: F401
 
 import jaxseek
 from jaxseek.cli.main import main
@@ -16,6 +15,8 @@ from jaxseek.engine.text import TextStream, generate
 from jaxseek.model.deepseek import DeepSeek
 from jaxseek.tokenizer.tokenizer import train_sentencepiece
 from jaxseek_convert import save_hf
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TEXT = "the quick brown fox jumps over the lazy dog while seven wizards boil green tea for the king. " * 20
 

@@ -5,11 +5,18 @@ import re
 import shutil
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
-import safetensors
-from safetensors.numpy import save_file
+from hf_checkpoints import (
+    BF16,
+    MODELS,
+    random_tensors,
+    read_with_safetensors,
+    same_model,
+    to_fp8,
+    values,
+    write_hf,
+)
 
 from jaxseek.api import load
 from jaxseek.checkpoint import models
@@ -23,84 +30,7 @@ from jaxseek_convert.from_hf import HFCheckpoint
 from jaxseek_convert.layout import Layout
 from jaxseek_convert.safetensors_io import read_safetensors, write_safetensors
 
-BF16 = np.dtype(ml_dtypes.bfloat16)
-F8 = np.dtype(ml_dtypes.float8_e4m3fn)
-
-BASE = {
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 64,
-}
-MOE = {
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 8,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
-}
-MLA = {"q_lora_rank": 12, "kv_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8}
-V2 = {"model_type": "deepseek_v2", **BASE, **MOE, **MLA}
-V3 = {"model_type": "deepseek_v3", **BASE, **MOE, **MLA, "n_group": 2, "topk_group": 1}
-MODELS = {
-    "llama": {"model_type": "llama", **BASE, "num_key_value_heads": 2},
-    "llama, all biases": {"model_type": "llama", **BASE, "attention_bias": True, "mlp_bias": True},
-    "llama, tied": {"model_type": "llama", **BASE, "tie_word_embeddings": True},
-    "qwen2": {"model_type": "qwen2", **BASE, "num_key_value_heads": 2},
-    "deepseek": {"model_type": "deepseek", **BASE, **MOE},
-    "deepseek_v2": V2 | {"mlp_bias": True},
-    "deepseek_v2, no q_lora": V2 | {"q_lora_rank": None},
-    "deepseek_v2, every second layer sparse": V2 | {"moe_layer_freq": 2, "num_hidden_layers": 5},
-    "deepseek_v3": V3 | {"num_nextn_predict_layers": 1},
-    "deepseek_v3, two depths, tied": V3 | {"num_nextn_predict_layers": 2, "tie_word_embeddings": True},
-    "deepseek_v3, attention biases": V3 | {"attention_bias": True, "num_nextn_predict_layers": 0},
-    "deepseek_v32": V3
-    | {"model_type": "deepseek_v32", "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4}
-    | {"num_nextn_predict_layers": 1},
-}
 every_model = pytest.mark.parametrize("raw", MODELS.values(), ids=MODELS.keys())
-
-
-def random_tensors(raw, dtype=BF16, seed=0):
-    """A checkpoint's tensors; router biases float32 and copies equal, as in releases."""
-    rng = np.random.default_rng(seed)
-    out = {}
-    for name, shape in hf_tensors(ModelConfig.from_hf(raw)).items():
-        fixed = np.float32 if name.endswith("e_score_correction_bias") else dtype
-        out[name] = rng.standard_normal(shape, np.float32).astype(fixed)
-    for name in out:
-        if re.search(r"layers\.\d+\.embed_tokens|shared_head\.head", name):
-            tied = raw.get("tie_word_embeddings") or "embed_tokens" in name
-            out[name] = out["model.embed_tokens.weight" if tied else "lm_head.weight"]
-    return out
-
-
-def write_hf(path, raw, tensors):
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps(raw))
-    save_file(tensors, path / "model.safetensors")
-    return path
-
-
-def read_with_safetensors(path):
-    """All tensors of a directory as the safetensors package decodes them: name to (dtype, shape, bytes)."""
-    out = {}
-    for file in path.glob("*.safetensors"):
-        for name, entry in safetensors.deserialize(file.read_bytes()):
-            out[name] = (entry["dtype"], list(entry["shape"]), bytes(entry["data"]))
-    return out
-
-
-def values(model):
-    return {path: np.asarray(v.get_value()) for path, v in parameters(model).items()}
-
-
-def same_model(a, b):
-    a, b = values(a), values(b)
-    return a.keys() == b.keys() and all(models.same_bits(a[p], b[p]) for p in a)
 
 
 @pytest.fixture
@@ -322,19 +252,6 @@ def test_rotary_buffers_of_old_checkpoints_are_ignored(hf):
 
 
 # ---------------------------------------------------------------- FP8
-
-
-def to_fp8(tensors, block=(5, 3)):
-    """Replace linear weights by FP8 with scales; gives the numbers that these stand for."""
-    exact = {}
-    for name, w in list(tensors.items()):
-        if re.search(r"_proj(_with_mqa)?\.weight$", name) and "eh_proj" not in name:
-            shape = [-(-n // b) for n, b in zip(w.shape, block)]
-            scale = np.random.default_rng(1).uniform(0.5, 2, shape).astype(np.float32)
-            tensors[name], tensors[f"{name}_scale_inv"] = w.astype(F8), scale
-            grid = np.kron(scale, np.ones(block, np.float32))[: w.shape[0], : w.shape[1]]
-            exact[name] = tensors[name].astype(np.float32) * grid
-    return exact
 
 
 @pytest.fixture

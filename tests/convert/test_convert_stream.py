@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -15,14 +14,23 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tensorstore
+from disk import Interrupted, stop_after, tree
+from hf_checkpoints import (
+    MODELS,
+    ODD,
+    fp8_tensors,
+    is_linear,
+    random_tensors,
+    read_with_safetensors,
+    same_model,
+    values,
+    write_hf,
+    write_shards,
+)
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from oracles import (
-    quick_compilation,  # noqa: F401
-    slow,
-)
+from oracles import slow
 from safetensors.numpy import save_file
-from test_convert import MODELS, random_tensors, read_with_safetensors, same_model, values, write_hf
 
 from jaxseek.checkpoint import models
 from jaxseek.checkpoint.models import CheckpointError
@@ -35,45 +43,13 @@ from jaxseek_convert.files import Writer
 from jaxseek_convert.safetensors_io import read_safetensors, write_safetensors
 from jaxseek_convert.tensors import StoreCheckpoint, boxes
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 BF16 = np.dtype(ml_dtypes.bfloat16)
 F8 = np.dtype(ml_dtypes.float8_e4m3fn)
 E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
 
-# Sizes that are no multiples of a block of 128, and heads that straddle blocks.
-ODD = MODELS["deepseek_v3"] | {
-    "hidden_size": 160,
-    "intermediate_size": 200,
-    "moe_intermediate_size": 136,
-    "num_attention_heads": 5,
-    "num_key_value_heads": 5,
-    "q_lora_rank": 144,
-    "kv_lora_rank": 130,
-    "qk_nope_head_dim": 24,
-    "qk_rope_head_dim": 6,
-    "v_head_dim": 20,
-    "num_hidden_layers": 2,
-    "n_routed_experts": 2,
-    "n_group": 1,
-}
 SMALL = MODELS["deepseek_v3"]
-
-
-def is_linear(name):
-    return bool(re.search(r"_proj(_with_mqa)?\.weight$", name)) and "eh_proj" not in name
-
-
-def fp8_tensors(raw, block=(128, 128), powers=False, scale_dtype=np.float32):
-    """A checkpoint's tensors with FP8 in place of linear weights, as releases have it."""
-    rng = np.random.default_rng(7)
-    out = random_tensors(raw)
-    for name in [n for n in out if is_linear(n)]:
-        shape = out[name].shape
-        codes = rng.integers(0, 256, shape, np.uint8)
-        codes[codes & 0x7F == 0x7F] = 1  # no NaN
-        grid = [-(-n // b) for n, b in zip(shape, block)]
-        scale = 2.0 ** rng.integers(-9, 2, grid) if powers else rng.uniform(1e-4, 1e-2, grid)
-        out[name], out[f"{name}_scale_inv"] = codes.view(F8), scale.astype(scale_dtype)
-    return out
 
 
 def dequantized(tensors, name, block=(128, 128)):
@@ -82,27 +58,8 @@ def dequantized(tensors, name, block=(128, 128)):
     return w * s[i // block[0], j // block[1]]
 
 
-def write(path, raw, tensors, shards=1, **quantization):
-    """A Hugging Face directory; tensors go round the shards, so scales are in others than their weights."""
-    path.mkdir()
-    how = {"quantization_config": {"quant_method": "fp8", **quantization}} if quantization else {}
-    (path / "config.json").write_text(json.dumps(raw | how))
-    names = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
-    where = {name: names[i % shards] for i, name in enumerate(tensors)}
-    for file in names:
-        part = {n: t for n, t in tensors.items() if where[n] == file}
-        write_safetensors(path, {n: (t.shape, t.dtype) for n, t in part.items()}, part.items())
-        (path / "model.safetensors").rename(path / file)
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    return path
-
-
 def run(src, dst, **options):
     return convert(src, dst, progress=False, **options)
-
-
-def tree(path):
-    return {str(f.relative_to(path)): f.read_bytes() for f in sorted(path.rglob("*")) if f.is_file()}
 
 
 def left(path):
@@ -124,7 +81,7 @@ def hf(tmp_path):
 @pytest.fixture
 def fp8(tmp_path):
     tensors = fp8_tensors(ODD)
-    return write(tmp_path / "fp8", ODD, tensors, 3, weight_block_size=[128, 128]), tensors
+    return write_shards(tmp_path / "fp8", ODD, tensors, 3, weight_block_size=[128, 128]), tensors
 
 
 # ---------------------------------------------------------------- bit for bit
@@ -153,7 +110,7 @@ def test_bfloat16_comes_back_bit_for_bit_by_many_pieces(name, pieces, tmp_path):
 def test_fp8_and_its_scales_come_back_bit_for_bit(block, powers, scale_dtype, pieces, tmp_path):
     tensors = fp8_tensors(ODD, block, powers, scale_dtype)
     how = {"weight_block_size": list(block)} | ({"scale_fmt": "ue8m0"} if powers else {})
-    src = write(tmp_path / "hf", ODD, tensors, 3, **how)
+    src = write_shards(tmp_path / "hf", ODD, tensors, 3, **how)
     run(src, tmp_path / "ours", dtype="fp8", verify=True)
     run(tmp_path / "ours", tmp_path / "back", to="hf", verify=True)
     run(src, tmp_path / "same", to="hf", verify=True)
@@ -205,8 +162,8 @@ def test_fused_experts_of_fp8_come_back_as_each_ones(tmp_path):
                 np.stack(both),
                 np.stack(of["down"]),
             )
-    src = write(tmp_path / "fused", raw, fused, 2, **block)
-    plain = write(tmp_path / "plain", raw, tensors, 1, **block)
+    src = write_shards(tmp_path / "fused", raw, fused, 2, **block)
+    plain = write_shards(tmp_path / "plain", raw, tensors, 1, **block)
     run(src, tmp_path / "ours", verify=True)
     run(tmp_path / "ours", tmp_path / "back", to="hf")
     assert read_with_safetensors(tmp_path / "back") == read_with_safetensors(plain)
@@ -219,7 +176,7 @@ def test_matrices_that_were_left_in_bfloat16_become_fp8_of_the_same_blocks(tmp_p
             del tensors[name]
         else:
             tensors[name] = tensors[name].astype(np.float32).astype(BF16)
-    src = write(tmp_path / "hf", SMALL, tensors, weight_block_size=[5, 3])
+    src = write_shards(tmp_path / "hf", SMALL, tensors, weight_block_size=[5, 3])
     run(src, tmp_path / "ours", dtype="fp8")
     run(tmp_path / "ours", tmp_path / "back", to="hf", verify=True)
     back = read_safetensors(tmp_path / "back")
@@ -236,7 +193,7 @@ def test_fp8_that_is_no_matrix_of_a_linear_layer_is_held_as_bfloat16(tmp_path):
     tensors["lm_head.weight"] = tensors["lm_head.weight"].astype(F8)
     tensors["lm_head.weight_scale_inv"] = np.full((7, 6), 0.5, np.float32)
     del tensors["model.layers.3.shared_head.head.weight"]
-    src = write(tmp_path / "hf", SMALL, tensors, weight_block_size=[5, 3])
+    src = write_shards(tmp_path / "hf", SMALL, tensors, weight_block_size=[5, 3])
     run(src, tmp_path / "same", to="hf")
     assert read_with_safetensors(tmp_path / "same") == read_with_safetensors(src)
     for dtype in (None, "int8", "fp8"):
@@ -339,22 +296,6 @@ def test_a_range_of_an_array_is_the_boxes_that_hold_it(shape):
 # ---------------------------------------------------------------- killed, and going on
 
 
-class Interrupted(Exception):
-    pass
-
-
-def stop_after(monkeypatch, writes, error=Interrupted):
-    """A disk that fails after so many writes."""
-    genuine, count = Writer.write, iter(range(10**9))
-
-    def write(self, *args):
-        if next(count) >= writes:
-            raise error
-        genuine(self, *args)
-
-    monkeypatch.setattr(Writer, "write", write)
-
-
 @pytest.mark.parametrize("options", [{}, {"to": "hf"}, {"dtype": "int4"}], ids=["", "to hf", "int4"])
 def test_what_was_interrupted_again_and_again_is_the_same_in_the_end(options, hf, tmp_path, monkeypatch):
     run(hf, tmp_path / "whole", **options)
@@ -378,7 +319,7 @@ def test_what_was_interrupted_again_and_again_is_the_same_in_the_end(options, hf
 def test_what_another_conversion_left_is_not_mixed_in(change, tmp_path, monkeypatch):
     tensors = fp8_tensors(SMALL, (5, 3))
     scales = {n: tensors.pop(n) for n in list(tensors) if n.endswith("scale_inv")}
-    src = write(tmp_path / "hf", SMALL, tensors, weight_block_size=[5, 3])
+    src = write_shards(tmp_path / "hf", SMALL, tensors, weight_block_size=[5, 3])
     (src / "model.safetensors.index.json").unlink()
     save_file(scales, src / "scales.safetensors")
     with monkeypatch.context() as m:
@@ -526,7 +467,7 @@ for src, name, options in jobs:
 
 
 def killed(jobs, kills, seed=0):
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     env = os.environ | {"PYTHONPATH": f"{root}:{root / 'convert'}", "PYTHONWARNINGS": "ignore"}
     jobs = [(str(src), str(dst), options) for src, dst, options in jobs]
     command = [sys.executable, "-c", KILLER, json.dumps([jobs, kills, seed])]
@@ -699,7 +640,9 @@ O = "model.layers.0.self_attn.o_proj.weight"
     ],
 )  # fmt: skip
 def test_fp8_that_does_not_fit_is_named(change, block, message, tmp_path):
-    src = write(tmp_path / "hf", ODD, spoiled(fp8_tensors(ODD), **change), weight_block_size=[block, block])
+    src = write_shards(
+        tmp_path / "hf", ODD, spoiled(fp8_tensors(ODD), **change), weight_block_size=[block, block]
+    )
     with pytest.raises(CheckpointError, match=message):
         run(src, tmp_path / "new")
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
@@ -716,7 +659,7 @@ def test_an_account_of_quantization_that_makes_no_sense_is_an_error(how, tmp_pat
 
 
 def test_files_of_a_download_that_went_wrong_are_named(hf, tmp_path):
-    src = write(tmp_path / "shards", SMALL, dict(read_safetensors(hf)), 3)
+    src = write_shards(tmp_path / "shards", SMALL, dict(read_safetensors(hf)), 3)
     index, shards = src / "model.safetensors.index.json", sorted(src.glob("*.safetensors"))
     sound, raw = index.read_text(), shards[1].read_bytes()
 

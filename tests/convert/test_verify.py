@@ -7,13 +7,9 @@ import fsspec
 import ml_dtypes
 import numpy as np
 import pytest
-from oracles import (
-    quick_compilation,  # noqa: F401
-    slow,
-)
+from hf_checkpoints import MODELS, random_tensors, read_with_safetensors, to_fp8, write_hf
+from oracles import slow
 from safetensors.numpy import load_file, save_file
-from test_convert import MODELS, random_tensors, read_with_safetensors, to_fp8, write_hf
-from test_tokenizer import train_sentencepiece
 
 from jaxseek.api import load
 from jaxseek.checkpoint import models
@@ -21,11 +17,14 @@ from jaxseek.cli.main import main
 from jaxseek.config.model import ModelConfig
 from jaxseek.model.weight import MATRICES
 from jaxseek.sharding.parameters import parameters
+from jaxseek.tokenizer.tokenizer import train_sentencepiece
 from jaxseek_convert import convert
 from jaxseek_convert.conversion import DIGESTS, bars
 from jaxseek_convert.dry_run import rehearse, summary
 from jaxseek_convert.table import Table
 from jaxseek_convert.verify import verify
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 V3 = MODELS["deepseek_v3"]
 BF16 = ml_dtypes.bfloat16

@@ -17,7 +17,7 @@ from jaxseek.data.samples import python_manual
 from jaxseek.tokenizer import chat
 from jaxseek.tokenizer.tokenizer import Tokenizer, train_sentencepiece
 
-SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 B, E, U, A = map(str, (chat.BOS, chat.EOS, chat.USER, chat.ASSISTANT))
 DOCUMENTS = [f"Document {i}: " + "the cat sat on the mat, " * (i % 5) + f"{i * i}." for i in range(23)]
 QUESTIONS = [{"prompt": f"What is {i}+1?", "response": f"It is {i + 1}" + "!" * (i % 7)} for i in range(23)]
@@ -366,7 +366,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_resuming_anywhere_equals_never_having_stopped(write, tokenizer, case, monkeypatch):
-    monkeypatch.setattr("jaxseek.data.dataset.rows.WINDOW", 3)
+    monkeypatch.setattr("jaxseek.data.rows.WINDOW", 3)
     objective, records, data = CASES[case]
     config = run(objective, write(records), **data)
     rows = open_rows(config, tokenizer)
@@ -547,7 +547,7 @@ def test_hub_names_become_files_of_the_hubs_cache(monkeypatch, write, tokenizer)
 def test_the_python_manual_is_at_hand(tokenizer):
     documents = python_manual()
     assert sum(len(d["text"]) for d in documents) > 300_000
-    rows = open_rows(run("pretrain", "python:jaxseek.data.dataset.samples:python_manual"), tokenizer)
+    rows = open_rows(run("pretrain", "python:jaxseek.data.samples:python_manual"), tokenizer)
     assert (next(rows)["segments"] > 0).all()
 
 
@@ -646,7 +646,7 @@ def test_files_that_are_not_what_their_ending_says_are_refused(write, tokenizer,
 
 
 def test_a_fault_behind_the_checked_records_names_its_place_when_it_is_read(monkeypatch, write, tokenizer):
-    monkeypatch.setattr("jaxseek.data.dataset.split.CHECKED", 2)
+    monkeypatch.setattr("jaxseek.data.split.CHECKED", 2)
     rows = open_rows(run("sft", write([*QUESTIONS[:3], {"prompt": "a"}]), shuffle=False), tokenizer)
     with pytest.raises(ConfigError, match="line 4 has no column 'response'"):
         next(rows)

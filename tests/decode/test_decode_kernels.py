@@ -7,10 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from oracles import (
-    quick_compilation,  # noqa: F401
-    slow,
-)
+from oracles import slow
 
 from jaxseek.config.model import ModelConfig, configs_dir
 from jaxseek.decode import fused as step
@@ -26,6 +23,8 @@ from jaxseek.ops.chosen_experts import chosen_experts_mlp
 from jaxseek.ops.decode_attention import combined, decode_attention
 from jaxseek.ops.scaled import Scaled
 from jaxseek.sharding.strategy import Strategy
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 LAYER = 1  # of stacks of two
 

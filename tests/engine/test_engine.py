@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import (
     forward,
-    quick_compilation,  # noqa: F401
     random_model,
     random_tokens,
     slow,
@@ -24,6 +23,8 @@ from oracles import (
 from jaxseek.engine.engine import Engine
 from jaxseek.engine.sampling import Sampling, SamplingArrays, batch_mode, sample
 from jaxseek.model.deepseek import DeepSeek
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 PROMPTS = [random_tokens(n, seed=n).tolist() for n in (3, 11, 1, 16)]
 GREEDY = Sampling(max_new_tokens=10, temperature=0)

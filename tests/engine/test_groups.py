@@ -6,21 +6,15 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import (
-    assert_close,
-    log_softmax,
-    quick_compilation,  # noqa: F401
-    random_model,
-    random_tokens,
-    slow,
-    tiny_config,
-)
+from oracles import assert_close, log_softmax, random_model, random_tokens, slow, tiny_config
 
 from jaxseek.engine.engine import Engine
 from jaxseek.engine.groups import sample_groups
 from jaxseek.engine.sampling import Sampling
 from jaxseek.rl.rollout import as_engine, seed_of
 from jaxseek.sharding.parameters import parameters
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 CONTEXT = 40
 CFG = {

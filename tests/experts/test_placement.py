@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import forward, quick_compilation, random_model, tiny_config, weights  # noqa: F401
+from oracles import forward, random_model, tiny_config, weights
 
 from jaxseek.cli import main as cli
 from jaxseek.config.model import ConfigError
@@ -14,6 +14,8 @@ from jaxseek.engine.engine import Engine
 from jaxseek.engine.sampling import Sampling
 from jaxseek.experts.balance import contiguous, device_load, imbalance, pack, place, replicate, serve
 from jaxseek.lab import replay
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def test_packing_puts_the_heaviest_into_the_lightest_pack_with_room():

@@ -1,6 +1,6 @@
 """Object stores on this machine, for tests: an S3 (moto) and a GCS (gcp-storage-emulator), each a process.
 
-python tests/buckets.py s3 5555        serves until it is ended
+python tests/helpers/buckets.py s3 5555        serves until it is ended
 """
 
 import contextlib

@@ -280,22 +280,6 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """For modules whose time is compilation: what they compare does not depend on optimised programs."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()  # a program takes hundreds of memory maps, of which a process has 65,530
-
-
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch):
-    """For modules of many runs: those of their tests draw no picture at the end; those of fixtures do."""
-    monkeypatch.setattr("jaxseek.train.trainer.plot_loss", lambda out: None)
-    monkeypatch.setattr("jaxseek.rl.recipe.plot_rewards", lambda out: None)
-
-
 YARN = RopeConfig("yarn", 10000.0, 4.0, 16, 32.0, 1.0, 1.0, 1.0)
 _DENSE = {
     "model_type": "llama",

@@ -4,14 +4,12 @@ import functools
 import json
 from pathlib import Path
 
-import numpy as np
 from oracles import random_model, tiny_config
 
 from jaxseek.checkpoint import models
 from jaxseek.config.run import RunConfig
 from jaxseek.rl.arithmetic import character_tokenizer
 from jaxseek.rl.recipe import train_grpo
-from jaxseek.sharding.parameters import parameters
 from jaxseek.train.metrics import read_metrics
 
 # A sixth of the tokens ends an answer: lengths differ, and so do rewards of kind length.
@@ -83,17 +81,6 @@ SAME = (
     "reward", "reward_std", "loss", "grad_norm", "gap_max", "kl", "entropy", "tokens", "flat_groups",
     "learning_rate", "sampling_rounds", "rerouted", "prompts_too_long", "reward_failures", "ratio_max",
 )  # fmt: skip
-
-
-def exported(out):
-    return {p: np.asarray(v[...]) for p, v in parameters(models.restore(Path(out) / "model")).items()}
-
-
-def assert_same_bits(a, b):
-    a, b = exported(a), exported(b)
-    assert a.keys() == b.keys()
-    for path in a:
-        assert models.same_bits(a[path], b[path]), path
 
 
 def answers_in(out, step):

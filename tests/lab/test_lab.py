@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 
 import pytest
-from oracles import quick_compilation, random_model, random_tokens, slow, tiny_config  # noqa: F401
+from oracles import random_model, random_tokens, slow, tiny_config
 
 from jaxseek.cli import main as cli
 from jaxseek.config.model import ConfigError, ModelConfig, configs_dir
@@ -20,6 +20,8 @@ from jaxseek.lab import analytic, collectives, compile, hlo, memory, plan, plann
 from jaxseek.lab.job import Job, room, train_run
 from jaxseek.rl.packing import Shapes
 from jaxseek.sharding.strategy import Strategy
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TINY = ModelConfig.from_preset("tiny-v3")
 NO_LIBTPU = importlib.util.find_spec("libtpu") is None

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import quick_compilation, slow, tiny_config  # noqa: F401
+from oracles import slow, tiny_config
 
 from jaxseek.cli import main as cli
 from jaxseek.config.model import ConfigError
@@ -22,6 +22,8 @@ from jaxseek.rl.rollout import as_engine
 from jaxseek.sharding.parameters import device_bytes, parameters
 from jaxseek.sharding.strategy import Strategy
 from jaxseek.train import lora
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SMALL = tiny_config("v3", num_hidden_layers=2, first_k_dense_replace=1, num_nextn_predict_layers=0)
 

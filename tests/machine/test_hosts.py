@@ -5,18 +5,16 @@ import json
 import os
 import pickle
 import socket
-import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
-import jax
 import pytest
+from disk import tree
 from jax._src import distributed, xla_bridge
 from jax._src.clusters import cloud_tpu_cluster, cluster, k8s_cluster
 from oracles import tiny_config
-from test_convert_stream import tree
+from processes import free_port, start
 
 from jaxseek.checkpoint import models
 from jaxseek.cli.main import main
@@ -26,36 +24,6 @@ from jaxseek.machine import hosts
 from jaxseek.machine.hosts import Cluster
 from jaxseek.model.deepseek import DeepSeek
 from jaxseek_convert import convert
-
-ROOT = Path(__file__).parent.parent
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
-
-
-def start(arguments, count, index, port, **env):
-    """A process as one of the hosts: a command's, or with -c one of Python's own."""
-    shared = {
-        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-        "JAX_NUM_PROCESSES": str(count),
-        "JAX_PROCESS_ID": str(index),
-        "JAX_NUM_CPU_DEVICES": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
-    return subprocess.Popen(
-        [sys.executable, *(() if arguments[0] == "-c" else ("-m", "jaxseek.cli")), *map(str, arguments)],
-        cwd=env.pop("cwd", ROOT),
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'convert'}"} | shared | env,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
 
 # ---- Environments. JAX's own detection runs; what it would ask, and what would connect, is not there.
 

@@ -1,24 +1,19 @@
 """Expert dispatch by name on many meshes: the same sums, gradients and loads as a dense loop over experts."""
 
 import functools
-import json
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import (
-    assert_close,
-    expert,
-    quick_compilation,  # noqa: F401
-    slow,
-)
+from dense_experts import B, E, K, T, dense_loop, inputs, strategy_of
+from oracles import assert_close, slow
 
 from jaxseek.model.dispatch import dispatch
-from jaxseek.sharding.strategy import Strategy
 
-B, T, D, F, E, K = 8, 4, 8, 8, 8, 3
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ALL_TO_ALL = [
     "expert=2",
     "expert=8",
@@ -34,16 +29,6 @@ CASES = (
     + [("prefill", m) for m in ALL_LOCAL]
 )
 QUICK = ["", "expert=4", "data=2,fsdp=2,expert=2", "expert=2,context=2,tensor=2", "expert=2,tensor=2,data=2"]
-
-
-def strategy_of(mesh, folder=None, **train):
-    """The default strategy with these sizes; entries of its train table may be replaced, by way of a file."""
-    sizes = {a: int(n) for a, n in (kv.split("=") for kv in mesh.split(",") if kv)}
-    if not train:
-        return Strategy.default(**sizes)
-    file = folder / "strategy.toml"
-    file.write_text("\n".join(["[train]", *(f"{k} = {json.dumps(v)}" for k, v in train.items())]))
-    return Strategy.from_toml(file, **sizes)
 
 
 @functools.cache
@@ -70,23 +55,6 @@ def program(strategy, phase):
     return strategy.make_mesh(), jax.jit(run)
 
 
-@functools.cache
-def inputs(routing):
-    """x, gates, experts, ids, valid, dy of one routing."""
-    rng = np.random.default_rng(7)
-    x, dy = rng.standard_normal((2, B, T, D)).astype(np.float32)
-    gates = rng.random((B, T, K)).astype(np.float32) + 0.1
-    ids = np.argsort(rng.random((B, T, E)), axis=-1)[..., :K].astype(np.int32)
-    valid = np.ones((B, T), bool)
-    if routing == "skewed":
-        ids[:] = [6, 7, 1]
-    if routing == "padded":
-        valid = rng.random((B, T)) < 0.6
-        valid[3] = False
-    experts = tuple(rng.standard_normal(s).astype(np.float32) / 3 for s in ((E, D, F), (E, D, F), (E, F, D)))
-    return x, gates, experts, ids, valid, dy
-
-
 def kept_by_capacity(ids, gates, valid, capacity_factor, shards):
     """Shard by shard and expert by expert: which assignments are among the largest gates that fit."""
     kept = np.repeat(valid[..., None], K, -1)
@@ -100,15 +68,6 @@ def kept_by_capacity(ids, gates, valid, capacity_factor, shards):
             for at in asking[capacity:]:
                 kept[at] = False
     return kept
-
-
-def dense_loop(x, gates, experts, ids, kept):
-    y = np.zeros((B, T, D))
-    gate, up, down = (np.asarray(w, np.float64) for w in experts)
-    for b, t, k in zip(*np.nonzero(kept)):
-        e = ids[b, t, k]
-        y[b, t] += gates[b, t, k] * expert(gate[e], up[e], down[e], x[b, t].astype(np.float64))
-    return y
 
 
 @jax.jit

@@ -6,18 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import (
-    assert_close,
-    forward,
-    quick_compilation,  # noqa: F401
-    random_tokens,
-    tiny_model,
-    tiny_weights,
-)
+from oracles import assert_close, forward, random_tokens, tiny_model, tiny_weights
 
 from jaxseek.config.model import ModelConfig
 from jaxseek.model.cache import KVCache, LatentCache, init_cache, split_layers, write_slots
 from jaxseek.sharding.strategy import Strategy
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 B, T, CAPACITY = 2, 12, 16
 TOKENS_BT = random_tokens(B, T)

@@ -12,7 +12,6 @@ from oracles import (
     assert_close,
     forward,
     predict_ahead,
-    quick_compilation,  # noqa: F401
     random_model,
     random_tokens,
     tiny_config,
@@ -24,6 +23,8 @@ from oracles import (
 from jaxseek.config.model import ConfigError, ModelConfig, RopeConfig, presets
 from jaxseek.model.deepseek import DeepSeek, layer_runs, positions_in_segments
 from jaxseek.sharding.parameters import parameters
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 B, T = 2, 12
 TOKENS_BT = random_tokens(B, T)

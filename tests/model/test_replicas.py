@@ -8,15 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import (
-    assert_close,
-    quick_compilation,  # noqa: F401
-    random_model,
-    random_tokens,
-    tiny_config,
-)
-from test_dispatch import E, K, dense_loop, inputs, strategy_of
-from test_quant import quantized_model
+from dense_experts import E, K, dense_loop, inputs, strategy_of
+from oracles import assert_close, random_model, random_tokens, tiny_config
+from quantiser import quantized_model
 
 from jaxseek import api
 from jaxseek.checkpoint import models
@@ -36,6 +30,8 @@ from jaxseek.model.replicas import slots_of, table
 from jaxseek.model.weight import KINDS
 from jaxseek.sharding.parameters import parameters
 from jaxseek.sharding.strategy import Strategy
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SLOTS = [3, 0, 1, 2, 6, 4, 5, 7, 6, 6, 1, 2, 0, 3, 4, 6]  # of 8 experts; 5 and 7 have one, 6 four
 

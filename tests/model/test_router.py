@@ -6,14 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import (
-    quick_compilation,  # noqa: F401
-    route,
-    tiny_config,
-)
+from oracles import route, tiny_config
 
 from jaxseek.model.deepseek import DeepSeek
 from jaxseek.model.moe import choose_experts
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 LOGITS = np.array([0.5, -1, 2, 0.1, 1.5, -0.3, 0, 0.9])
 BIAS = np.array([0, 0.3, -0.2, 0, 0.1, 0, -0.5, 0.05])

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import assert_close, quick_compilation, softmax  # noqa: F401
+from oracles import assert_close, softmax
 
 from jaxseek.ops import attention, causal_attention
 from jaxseek.ops.attention import Mask, attend
 from jaxseek.sharding.strategy import Strategy
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 B, T, S, K, G, H, V = 2, 16, 16, 2, 2, 8, 6
 HEADS = ("kv_heads", "q_groups")

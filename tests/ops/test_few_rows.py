@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import assert_close, quick_compilation  # noqa: F401
+from oracles import assert_close
 
 from jaxseek.ops.few_rows import FEW, OPTIONS, ByOutput, product_by_output, product_of_few
 from jaxseek.ops.grouped_mlp import every_expert_mlp_by_output, grouped_mlp
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 compiled = jax.jit(product_of_few, compiler_options=OPTIONS)
 

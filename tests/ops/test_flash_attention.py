@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import assert_close, quick_compilation, slow  # noqa: F401
+from oracles import assert_close, slow
 
 from jaxseek.ops import attention, flash_attention
 from jaxseek.ops.attention import Mask
 from jaxseek.sharding.strategy import Strategy
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 HEADS = ("kv_heads", "q_groups")
 SCALE = 0.3

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import assert_close, expert, quick_compilation  # noqa: F401
+from oracles import assert_close, expert
 
 from jaxseek.ops import grouped_mlp as module
 from jaxseek.ops.grouped_mlp import _gmm_mlp, _tiled_mlp, every_expert_mlp, grouped_mlp
 from jaxseek.ops.scaled import Scaled
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -3,9 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from oracles import assert_close, quick_compilation  # noqa: F401
+import pytest
+from oracles import assert_close
 
 from jaxseek.ops.sorted_rows import combine, rows_of, sorted_by_expert
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 N, K, E, D = 20, 3, 5, 4
 

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-from oracles import quick_compilation, undrawn  # noqa: F401
 from policies import make_home, values_of
 
 from jaxseek.checkpoint import models
@@ -27,7 +26,9 @@ from jaxseek.train import start
 from jaxseek.train.metrics import read_metrics
 from jaxseek.train.trainer import Result
 
-ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("quick_compilation", "undrawn")
+
+ROOT = Path(__file__).parents[2]
 DATA = "python:jaxseek.rl.arithmetic:demonstrations?terms=2&count="
 STAGES = ("learn", "reason", "choose", "again")
 
@@ -405,7 +406,7 @@ def written(raw, directory):
 KILLED = """
 import os, signal, sys
 from jaxseek.cli.main import main
-from jaxseek.rl import pipeline
+from jaxseek.recipes import pipeline
 from jaxseek.train import metrics
 stage, place, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
 current = []

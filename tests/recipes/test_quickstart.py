@@ -7,7 +7,6 @@ import dataclasses
 import json
 
 import pytest
-from oracles import quick_compilation  # noqa: F401
 
 import jaxseek
 from jaxseek.checkpoint import models
@@ -17,6 +16,8 @@ from jaxseek.recipes import quickstart as quick
 from jaxseek.recipes.quickstart import Quickstart, quickstart
 from jaxseek.train.metrics import read_metrics
 from jaxseek_convert import convert
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 MINUTES = 0.001  # a step of each stage
 PROBLEMS = 64

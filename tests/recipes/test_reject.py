@@ -7,7 +7,6 @@ import signal
 
 import numpy as np
 import pytest
-from oracles import quick_compilation  # noqa: F401
 from policies import config, make_home
 
 from jaxseek.config.model import ConfigError
@@ -22,6 +21,8 @@ from jaxseek.rl.rollout import Episode
 from jaxseek.tokenizer.tokenizer import Tokenizer
 from jaxseek.train import start
 from jaxseek.train.metrics import Progress
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 OTHERS = "python:jaxseek.rl.arithmetic:demonstrations?terms=3&shown=0&count=5"
 

@@ -12,15 +12,14 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from oracles import (
-    quick_compilation,  # noqa: F401
-    slow,
-)
+from oracles import slow
 
 from jaxseek.config.model import ConfigError
 from jaxseek.config.rl import PRESETS, GrpoConfig
 from jaxseek.config.run import RunConfig
 from jaxseek.rl import grpo
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 MAX_NEW, PROBLEMS, GROUP = 8, 3, 4
 SEEDS = range(3)

@@ -14,19 +14,18 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from oracles import quick_compilation, slow, undrawn  # noqa: F401
+from oracles import slow
 from policies import (
     ENDS,
     SAME,
     answers_in,
-    assert_same_bits,
     config,
-    exported,
     make_home,
     steps_of,
     trained,
     values_of,
 )
+from training_runs import assert_same_bits, exported
 
 from jaxseek.checkpoint import models
 from jaxseek.config.model import ConfigError
@@ -40,7 +39,9 @@ from jaxseek.train.metrics import read_metrics
 from jaxseek.train.start import finished
 from jaxseek.train.trainer import TrainingError
 
-ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("quick_compilation", "undrawn")
+
+ROOT = Path(__file__).parents[2]
 STEPS = 6
 # All that a run has to remember: its schedule, place in the task, reference, and updates within a step.
 MUCH = {
@@ -162,7 +163,7 @@ def test_a_finished_run_does_nothing_and_still_knows_its_accuracy(home, whole):
 
 SCRIPT = """
 import sys
-from jaxseek.rl.loop import train_grpo
+from jaxseek.rl.recipe import train_grpo
 from jaxseek.config.run import RunConfig
 import json
 train_grpo(RunConfig.from_dict(json.loads(sys.argv[1])))

@@ -9,12 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import (
-    assert_close,
-    log_softmax,
-    quick_compilation,  # noqa: F401
-    random_tokens,
-)
+from oracles import assert_close, log_softmax, random_tokens
 from policies import policy
 
 from jaxseek.config.run import RunConfig
@@ -25,6 +20,8 @@ from jaxseek.rl.packing import Shapes, answers_of, make_policy_batch, pack
 from jaxseek.rl.problem import Answer, Problem
 from jaxseek.rl.rollout import Episode
 from jaxseek.train.step import accumulate, trained, with_values
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # Of prompts and answers; prompts of one length are the same prompt.
 LENGTHS = [(3, 5), (3, 1), (6, 8), (6, 2), (1, 7), (1, 1), (6, 4), (4, 8)]

@@ -3,12 +3,13 @@
 import jax
 import numpy as np
 import pytest
-from oracles import quick_compilation  # noqa: F401
 from policies import config, make_home, policy, trained, values_of
 
 from jaxseek.config.run import ReferenceConfig
 from jaxseek.rl.reference import ReferencePolicy
 from jaxseek.sharding.parameters import parameters
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from jaxseek.rl.problem import Answer, Problem
 from jaxseek.rl.rewards.code import code, extract
 from jaxseek.rl.sandbox import jail, programs, seccomp
 
-DATA = Path(__file__).parent.parent.parent / "shared" / "data"
+DATA = Path(__file__).parents[3] / "shared" / "data"
 SUPPORTED = sys.platform == "linux" and platform.machine() in seccomp.MACHINES
 inside = pytest.mark.skipif(not SUPPORTED, reason="the sandbox needs Linux on x86_64 or aarch64")
 SECONDS = 20.0  # far more than is needed, for tests of other things than time

@@ -5,10 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import tokenizers
-from oracles import (
-    quick_compilation,  # noqa: F401
-    random_model,
-)
+from oracles import random_model
 from policies import POLICIES, make_home, trained
 
 from jaxseek.checkpoint import models
@@ -18,6 +15,8 @@ from jaxseek.rl.arithmetic import character_tokenizer
 from jaxseek.rl.problem import Answer, Problem
 from jaxseek.sharding.strategy import Strategy
 from jaxseek.tokenizer.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 JUDGE = POLICIES["dense"].replace(max_position_embeddings=256)
 

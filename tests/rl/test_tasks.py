@@ -18,7 +18,7 @@ from jaxseek.rl.tasks import last_boxed, open_task
 from jaxseek.tokenizer import chat
 from jaxseek.tokenizer.tokenizer import Tokenizer
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 # R1 paper, table 1.
 TABLE_1 = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The "

@@ -75,7 +75,7 @@ def test_a_file_replaces_single_entries_of_the_tables(tmp_path):
 TABLES = sorted(p.stem for p in (configs_dir() / "meshes").glob("*.toml") if "." not in p.stem)
 
 
-@pytest.mark.parametrize("name", TABLES)  # those for a model and a slice: tests/test_lab.py
+@pytest.mark.parametrize("name", TABLES)  # those for a model and a slice: tests/lab/test_lab.py
 def test_shipped_strategies_fit_one_device_and_the_largest_model(name):
     assert Strategy.parse(name).num_devices == 1
     file = configs_dir() / "meshes" / f"{name}.toml"

@@ -1,4 +1,3 @@
-# ruff: noqa: F811 - fixtures of other files
 """Places: an object store serves as a disk does, whole or not at all, and what cannot be written says so."""
 
 import json
@@ -12,9 +11,9 @@ from pathlib import Path
 import buckets
 import numpy as np
 import pytest
-from oracles import quick_compilation  # noqa: F401
-from test_convert_stream import Interrupted, fp8, hf, stop_after, tree  # noqa: F401
-from test_train_loop import ROOT, home, losses, run, toml  # noqa: F401
+from disk import Interrupted, stop_after, tree
+from hf_checkpoints import MODELS, ODD, fp8_tensors, random_tensors, write_hf, write_shards
+from training_runs import losses, make_home, run, toml
 
 import jaxseek
 from jaxseek.checkpoint import directory, models
@@ -29,7 +28,27 @@ from jaxseek.train.checkpoints import Checkpoints
 from jaxseek.train.trainer import train
 from jaxseek_convert import convert, stream
 
-pytestmark = pytest.mark.filterwarnings("ignore:Sending a large body directly")  # gcsfs by aiohttp
+ROOT = Path(__file__).parents[2]
+pytestmark = [
+    pytest.mark.usefixtures("quick_compilation"),
+    pytest.mark.filterwarnings("ignore:Sending a large body directly"),  # gcsfs by aiohttp
+]
+
+
+@pytest.fixture
+def hf(tmp_path):
+    return write_hf(tmp_path / "hf", MODELS["deepseek_v3"], random_tensors(MODELS["deepseek_v3"]))
+
+
+@pytest.fixture
+def fp8(tmp_path):
+    tensors = fp8_tensors(ODD)
+    return write_shards(tmp_path / "fp8", ODD, tensors, 3, weight_block_size=[128, 128]), tensors
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return make_home(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture
@@ -455,7 +474,7 @@ def test_a_url_that_cannot_be_written_is_refused_before_any_work(
     file = toml(run(home, tmp_path / "out"), tmp_path / "run.toml")
     before = sorted(p.name for p in tmp_path.iterdir())
     with monkeypatch.context() as m:
-        works = ("lab.plan.make_job", "lab.sweep.Topology", "loading.DeepSeek", "train.start.first_state")
+        works = ("lab.plan.make_job", "lab.sweep.Topology", "api.DeepSeek", "train.start.first_state")
         for work in works:
             m.setattr(f"jaxseek.{work}", None)
         assert main([part.format(hf=hf, run=file) for part in command]) == 1

@@ -4,14 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import (
-    assert_close,
-    quick_compilation,  # noqa: F401
-    random_model,
-    random_tokens,
-    slow,
-    tiny_config,
-)
+from oracles import assert_close, random_model, random_tokens, slow, tiny_config
 
 from jaxseek.checkpoint import models
 from jaxseek.config.model import ConfigError
@@ -22,6 +15,8 @@ from jaxseek.train.batch import make_batch, to_devices
 from jaxseek.train.objectives import Objective
 from jaxseek.train.optimizer import decays, make_optimizer
 from jaxseek.train.step import changed, init_state, make_step, trained, with_values
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 LORA = LoraConfig(rank=3, alpha=6.0)
 TOKENS_BT = random_tokens(4, 8)

@@ -12,7 +12,6 @@ from oracles import (
     forward,
     log_softmax,
     predict_ahead,
-    quick_compilation,  # noqa: F401
     random_model,
     random_tokens,
     tiny_config,
@@ -26,6 +25,8 @@ from jaxseek.sharding.strategy import Strategy
 from jaxseek.train import loss
 from jaxseek.train.batch import make_batch, to_devices
 from jaxseek.train.objectives import Objective, Whole
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 B, T, D, V = 4, 8, 32, 64
 DENSE = tiny_config("llama", num_hidden_layers=1)

@@ -5,16 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from oracles import (
-    quick_compilation,  # noqa: F401
-    random_model,
-    tiny_config,
-)
+from oracles import random_model, tiny_config
 
 from jaxseek.config.run import RunConfig
 from jaxseek.sharding.parameters import parameters
 from jaxseek.train.optimizer import decays, make_optimizer
 from jaxseek.train.schedule import learning_rate
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 STEPS = 20
 DECAY = frozenset(["matrix"])

@@ -18,116 +18,39 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from oracles import (
-    assert_close,
-    quick_compilation,  # noqa: F401
-    tiny_config,
-    undrawn,  # noqa: F401
+from oracles import assert_close
+from training_runs import (
+    STEPS,
+    TEXT,
+    assert_same_bits,
+    exported,
+    losses,
+    make_home,
+    run,
+    toml,
+    write_jsonl,
 )
 
 from jaxseek.checkpoint import models
 from jaxseek.checkpoint.models import CheckpointError
 from jaxseek.cli.main import main
 from jaxseek.config.model import ConfigError
-from jaxseek.config.run import RunConfig
-from jaxseek.model.deepseek import DeepSeek
 from jaxseek.sharding.parameters import parameters
 from jaxseek.tokenizer.tokenizer import Tokenizer, TokenizerError, train_sentencepiece
 from jaxseek.train import distill, reference, start, trainer
 from jaxseek.train.checkpoints import Checkpoints
-from jaxseek.train.metrics import read_metrics
 from jaxseek.train.optimizer import decays, make_optimizer
 from jaxseek.train.step import init_state, with_values
 from jaxseek.train.trainer import TrainingError, train
 
-ROOT = Path(__file__).parent.parent
-STEPS = 8
-TEXT = "the quick brown fox jumps over the lazy dog while seven wizards boil green tea for the king. "
-DENSE = tiny_config("llama", num_hidden_layers=2, vocab_size=320, initializer_range=0.1)
-SPARSE = tiny_config(
-    "v3",
-    vocab_size=320,
-    initializer_range=0.1,
-    num_hidden_layers=1,
-    first_k_dense_replace=0,
-    num_nextn_predict_layers=0,
-)
+pytestmark = pytest.mark.usefixtures("quick_compilation", "undrawn")
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A directory with models (dense, sparse, a teacher) that have a tokenizer, and data of every kind."""
-    home = tmp_path_factory.mktemp("home")
-    tokenizer = train_sentencepiece([TEXT * 20], 310, home / "tokenizer")
-    for name, cfg, seed in (("dense", DENSE, 0), ("sparse", SPARSE, 0), ("teacher", DENSE, 1)):
-        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_ids[0]}
-        model = DeepSeek.init(cfg.replace(**ids), seed=seed)
-        if name == "teacher":  # it ends what it says, often soon
-            head_DV = parameters(model)["head_DV"][...]
-            model = with_values(model, {"head_DV": head_DV.at[:, tokenizer.eos_ids[0]].multiply(-5)})
-        models.save(model, home / name, tokenizer)
-    words = TEXT.split()
-    phrases = [" ".join(words[i % 9 : i % 9 + 3 + i % 5]) for i in range(24)]
-    write(home / "text.jsonl", [{"text": p} for p in phrases])
-    write(home / "talk.jsonl", [{"prompt": p, "response": p[::-1][:8]} for p in phrases])
-    pairs = [{"prompt": p, "chosen": "the king", "rejected": "dog"} for p in phrases[:8]]
-    write(home / "pairs.jsonl", pairs)
-    return home
-
-
-def write(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-
-
-def run(home, out, objective="pretrain", **sections):
-    data = {"pretrain": "text", "distill": "text"}.get(
-        objective, {"sft": "talk", "dpo": "pairs"}.get(objective)
-    )
-    raw = {
-        "objective": objective,
-        "model": str(home / "dense"),
-        "out": str(out),
-        "steps": STEPS,
-        "data": {"train": str(home / f"{data}.jsonl"), "length": 32},
-        "batch": {"size": 4},
-        "optimizer": {"learning_rate": 3e-3},
-        "schedule": {"kind": "constant"},
-        "log": {"tensorboard": False},
-    }
-    for key, value in sections.items():
-        raw[key] = raw.get(key, {}) | value if isinstance(value, dict) else value
-    return RunConfig.from_dict(raw)
-
-
-def toml(config, path):
-    """The run as a file of dotted keys."""
-
-    def shown(value):
-        if isinstance(value, dict):
-            return "{" + ", ".join(f"{key} = {shown(v)}" for key, v in value.items()) + "}"
-        return f"[{', '.join(map(shown, value))}]" if isinstance(value, list) else json.dumps(value)
-
-    flat = start._flat(config.to_dict())
-    path.write_text("".join(f"{key} = {shown(value)}\n" for key, value in flat.items()), "utf-8")
-    return str(path)
-
-
-def exported(out):
-    return {p: np.asarray(v[...]) for p, v in parameters(models.restore(Path(out) / "model")).items()}
-
-
-def losses(out, name="loss"):
-    """By step; no step twice."""
-    found = [(r["step"], r[name]) for r in read_metrics(out) if name in r]
-    assert len(dict(found)) == len(found)
-    return dict(found)
-
-
-def assert_same_bits(a, b):
-    a, b = exported(a), exported(b)
-    assert a.keys() == b.keys()
-    for path in a:
-        assert models.same_bits(a[path], b[path]), path
+    return make_home(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(scope="module")
@@ -496,7 +419,7 @@ def test_distillation_by_samples_trains_on_finished_answers_and_goes_on_sampling
     given = {"teacher": str(home / "teacher"), "by": "samples", "max_new_tokens": 12, "per_prompt": 2}
 
     def config(out):
-        write(home / "prompts.jsonl", [{"prompt": f"the {w}"} for w in TEXT.split()[:6]])
+        write_jsonl(home / "prompts.jsonl", [{"prompt": f"the {w}"} for w in TEXT.split()[:6]])
         return run(home, out, "distill", distill=given, data={"train": str(home / "prompts.jsonl")}, steps=2)
 
     train(config(tmp_path / "run"))

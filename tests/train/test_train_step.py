@@ -7,14 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from oracles import (
-    assert_close,
-    quick_compilation,  # noqa: F401
-    random_model,
-    random_tokens,
-    slow,
-    tiny_config,
-)
+from oracles import assert_close, random_model, random_tokens, slow, tiny_config
 
 from jaxseek.config.model import ModelConfig
 from jaxseek.config.run import RunConfig
@@ -24,6 +17,8 @@ from jaxseek.train.batch import make_batch, to_devices
 from jaxseek.train.objectives import Objective
 from jaxseek.train.optimizer import decays, make_optimizer
 from jaxseek.train.step import init_state, make_evaluation, make_step
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 B, T = 8, 16
 DENSE = tiny_config("llama")  # two layers, scanned
