@@ -21,6 +21,7 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -34,13 +35,29 @@ jax.config.update("jax_traceback_in_locations_limit", 0)  # of every operation, 
 # end while the others have nothing to do.
 LONGEST_FIRST = (
     *("grpo_loop", "train_loop", "meshes", "quant", "train_step", "lab", "convert_stream", "verify"),
-    *("quickstart", "slots", "pipeline", "groups", "engine", "decode_kernels", "rewards", "convert"),
+    *("quickstart", "replicas", "pipeline", "groups", "engine", "decode_kernels", "rewards", "convert"),
 )
 
 
 def pytest_collection_modifyitems(items: list) -> None:
     order = {f"test_{name}": i for i, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Compile without most optimisations, which cost more time than these modules' tests take to run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()  # a program takes hundreds of memory maps, of which a process has 65,530
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Draw no pictures at the end of a test's runs; runs made by module fixtures still draw theirs."""
+    monkeypatch.setattr("jaxseek.train.trainer.plot_loss", lambda out: None)
+    monkeypatch.setattr("jaxseek.rl.recipe.plot_rewards", lambda out: None)
 
 
 def pytest_collection_finish() -> None:

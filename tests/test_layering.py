@@ -1,6 +1,8 @@
-"""The house keeps its order: imports go downward only, no torch, and the model fits a screen."""
+"""The house keeps its order: imports go downward, no torch, names are told apart, the model fits a screen."""
 
 import ast
+import re
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,10 @@ LEVEL = {name: level for level, names in enumerate(TIERS) for name in names}
 SOURCES = [*sorted((ROOT / "jaxseek").rglob("*.py")), *sorted((ROOT / "convert").rglob("*.py"))]
 MODULES = [p for p in SOURCES if p != ROOT / "jaxseek" / "__init__.py"]  # which names what users import
 REFERENCES = {"torch", "transformers", "tensorflow"}
+TOP_LEVEL = {"__init__.py", "api.py", "hardware.py"}
+NAMED_BY_VERB = {"cli", "bench"}  # their files bear the names of verbs and of what is timed
+SHARED_STEMS = {"reference"}  # names that modules of two rooms still have: the list may only shrink
+OPENING = re.compile(r"(Of|What|Whether|Where|As|That|For)\b")  # STYLE: a docstring opens with none of these
 
 
 def label(path):
@@ -39,7 +45,7 @@ def label(path):
 
 
 def place(dotted):
-    """`jaxseek.model.moe` is in `layers`, `jaxseek_convert.table` in `jaxseek_convert`; others have none."""
+    """`jaxseek.model.moe` is in `model`, `jaxseek_convert.table` in `jaxseek_convert`; others have none."""
     first, *rest = dotted.split(".")
     return first if first == "jaxseek_convert" else rest[0] if first == "jaxseek" and rest else None
 
@@ -81,6 +87,45 @@ def test_no_other_framework_is_imported(path):
         assert not {n for n, _, inside in imports(path) if n.split(".")[0] in REFERENCES and not inside}
     else:
         assert not found
+
+
+def test_the_package_has_rooms_and_a_few_files_at_its_door():
+    assert {p.name for p in (ROOT / "jaxseek").glob("*.py")} <= TOP_LEVEL
+
+
+def test_modules_of_different_rooms_have_different_names():
+    rooms = defaultdict(set)
+    for path in MODULES:
+        room = place(".".join(path.relative_to(ROOT).with_suffix("").parts).removeprefix("convert."))
+        if room not in NAMED_BY_VERB and not path.stem.startswith("__"):
+            rooms[path.stem].add(room)
+    shared = {stem: sorted(found) for stem, found in rooms.items() if len(found) > 1}
+    assert shared.keys() <= SHARED_STEMS, shared
+
+
+def test_tests_lie_in_rooms_and_have_names_of_their_own():
+    files = [p for p in (ROOT / "tests").rglob("test_*.py") if p.parent != ROOT / "tests"]
+    rooms = {p.name for p in (ROOT / "jaxseek").iterdir() if (p / "__init__.py").exists()}
+    folders = {p.relative_to(ROOT / "tests").parts[0] for p in files}
+    assert folders <= rooms | {"convert", "parity"}
+    names = [p.name for p in files]
+    assert len(names) == len(set(names)), sorted({n for n in names if names.count(n) > 1})
+
+
+def docstrings(path):
+    """(line, docstring) of a file's module, classes and functions."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            text = ast.get_docstring(node)
+            if text is not None:
+                yield getattr(node, "lineno", 1), text
+
+
+@pytest.mark.xfail(strict=False, reason="docstrings are being rewritten, room by room")
+def test_docstrings_open_with_a_subject_or_a_verb():
+    every = [(path, *found) for path in SOURCES for found in docstrings(path)]
+    astray = [f"{label(p)}:{line}: {text.splitlines()[0]}" for p, line, text in every if OPENING.match(text)]
+    assert len(astray) <= 0.02 * len(every), "\n".join(astray)
 
 
 def test_the_config_needs_the_standard_library_alone():

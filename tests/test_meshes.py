@@ -13,16 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from oracles import (
-    assert_close,
-    forward,
-    predict_ahead,
-    quick_compilation,  # noqa: F401
-    random_model,
-    random_tokens,
-    tiny_config,
-    weights,
-)
+from oracles import assert_close, forward, predict_ahead, random_model, random_tokens, tiny_config, weights
 
 from jaxseek.config.model import ConfigError, configs_dir
 from jaxseek.engine.engine import Engine
@@ -30,6 +21,8 @@ from jaxseek.engine.sampling import Sampling
 from jaxseek.sharding.parameters import parameters
 from jaxseek.sharding.rules import MESH_AXES, PHASES
 from jaxseek.sharding.strategy import Strategy
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 CONFIGS = {
     "llama": tiny_config("llama", num_attention_heads=8),  # two layers: a scanned stack

@@ -9,10 +9,10 @@ import buckets
 import numpy as np
 import policies
 import pytest
-from test_convert_stream import ODD, fp8_tensors, tree
-from test_convert_stream import write as write_fp8
-from test_hosts import ROOT, free_port, start
-from test_train_loop import TEXT, home, losses, run, toml, write  # noqa: F401
+from disk import tree
+from hf_checkpoints import ODD, fp8_tensors, write_shards
+from processes import ROOT, free_port, start
+from training_runs import TEXT, losses, make_home, run, toml, write_jsonl
 
 from jaxseek.api import load
 from jaxseek.bench.convert import synthetic
@@ -24,6 +24,11 @@ from jaxseek.train.trainer import train
 from jaxseek_convert import convert, save_hf
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return make_home(tmp_path_factory.mktemp("home"))
 
 
 def on_hosts(command, count, devices=1, **env):
@@ -57,14 +62,14 @@ def assert_losses_equal(one, other, names=("loss", "eval_loss")):
         np.testing.assert_allclose(list(b.values()), list(a.values()), rtol=2e-5, atol=1e-6)
 
 
-def with_evaluation(home, out, mesh, steps, objective="sft", **sections):  # noqa: F811
+def with_evaluation(home, out, mesh, steps, objective="sft", **sections):
     data = {"length": 64, "holdout": 0.2} | sections.pop("data", {})
     return run(
         home, out, objective, steps=steps, mesh=mesh, data=data, eval={"every": 2, "rows": 6}, **sections
     )
 
 
-def test_a_run_goes_on_with_any_number_of_hosts(home, tmp_path):  # noqa: F811
+def test_a_run_goes_on_with_any_number_of_hosts(home, tmp_path):
     for i, count in enumerate((1, 2, 4, 2, 1), 1):
         config = with_evaluation(home, tmp_path / "many", f"fsdp={count}", 2 * i)
         trained(config, tmp_path / "many.toml", count)
@@ -78,7 +83,7 @@ def test_a_run_goes_on_with_any_number_of_hosts(home, tmp_path):  # noqa: F811
 @pytest.mark.parametrize(
     ("count", "devices", "mesh"), [(2, 2, "expert=2,fsdp=2"), (4, 1, "tensor=2,fsdp=2"), (2, 1, "tensor=2")]
 )
-def test_pretraining_equals_that_of_one_process(home, tmp_path, count, devices, mesh):  # noqa: F811
+def test_pretraining_equals_that_of_one_process(home, tmp_path, count, devices, mesh):
     sparse = {"objective": "pretrain", "model": str(home / "sparse")}
     one = with_evaluation(home, tmp_path / "one", "fsdp=1", 4, **sparse)
     trained(one, tmp_path / "one.toml", 1)
@@ -87,7 +92,7 @@ def test_pretraining_equals_that_of_one_process(home, tmp_path, count, devices, 
     assert_losses_equal(tmp_path / "one", tmp_path / "many")
 
 
-def test_preferences_and_their_reference_equal_those_of_one_process(home, tmp_path):  # noqa: F811
+def test_preferences_and_their_reference_equal_those_of_one_process(home, tmp_path):
     for name, count in (("one", 1), ("many", 2)):
         config = run(home, tmp_path / name, "dpo", steps=4, mesh=f"fsdp={count}", data={"length": 64})
         trained(config, tmp_path / f"{name}.toml", count)
@@ -97,9 +102,9 @@ def test_preferences_and_their_reference_equal_those_of_one_process(home, tmp_pa
         np.testing.assert_allclose(many["train_pair"], one["train_pair"], rtol=1e-5)
 
 
-def test_a_teachers_samples_are_those_of_one_process(home, tmp_path, monkeypatch):  # noqa: F811
+def test_a_teachers_samples_are_those_of_one_process(home, tmp_path, monkeypatch):
     monkeypatch.setattr(distill, "BATCH", 16)
-    write(tmp_path / "prompts.jsonl", [{"prompt": f"the {w}"} for w in TEXT.split()[:6]])
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"the {w}"} for w in TEXT.split()[:6]])
     given = {"teacher": str(home / "teacher"), "by": "samples", "max_new_tokens": 12, "per_prompt": 2}
     data = {"train": str(tmp_path / "prompts.jsonl")}
     for name, count in (("one", 1), ("many", 2)):
@@ -143,7 +148,7 @@ def test_rejection_sampling_keeps_what_one_process_does(policy, tmp_path):
 @pytest.mark.parametrize(
     ("source", "mesh"), [("sparse", None), ("sparse", "fsdp=4"), ("hf", "data=2,tensor=2")]
 )
-def test_four_hosts_generate_what_one_does(home, tmp_path, source, mesh):  # noqa: F811
+def test_four_hosts_generate_what_one_does(home, tmp_path, source, mesh):
     if source == "hf":
         whole, tokenizer = load(home / "sparse")
         save_hf(whole, tmp_path / "hf", tokenizer=tokenizer)
@@ -156,7 +161,7 @@ def test_four_hosts_generate_what_one_does(home, tmp_path, source, mesh):  # noq
     assert rows == [alone.splitlines(), [], [], []]
 
 
-def test_a_mesh_that_leaves_a_host_without_a_device_is_refused_on_all(home, tmp_path):  # noqa: F811
+def test_a_mesh_that_leaves_a_host_without_a_device_is_refused_on_all(home, tmp_path):
     ends = on_hosts(["train", toml(run(home, tmp_path / "run", mesh="fsdp=1"), tmp_path / "run.toml")], 2)
     assert [code for code, *_ in ends] == [1, 1]
     for index, (_, _, error) in enumerate(ends):
@@ -170,9 +175,9 @@ join()
 from oracles import tiny_config
 from jaxseek.engine.engine import Engine
 from jaxseek.engine.sampling import Sampling
-from jaxseek.lab.chips import Topology
+from jaxseek.hardware import Topology
 from jaxseek.lab.job import Job
-from jaxseek.lab.run import measure
+from jaxseek.lab.measure import measure
 from jaxseek.model.deepseek import DeepSeek
 from jaxseek.sharding.strategy import Strategy
 cfg = tiny_config("v3", num_hidden_layers=2, first_k_dense_replace=1, num_nextn_predict_layers=0)
@@ -189,11 +194,13 @@ for owns in (False, True):
 
 
 def test_hosts_run_what_the_lab_measures_and_decode_in_layouts_of_the_compilers_choice():
-    ends = on_hosts(["-c", ENGINES], 2, devices=4, PYTHONPATH=f"{ROOT}:{ROOT / 'convert'}:{ROOT / 'tests'}")
+    ends = on_hosts(
+        ["-c", ENGINES], 2, devices=4, PYTHONPATH=f"{ROOT}:{ROOT / 'convert'}:{ROOT / 'tests/helpers'}"
+    )
     assert [code for code, *_ in ends] == [0, 0], ends
 
 
-def test_a_place_that_the_hosts_do_not_share_is_an_error_on_all(home, tmp_path):  # noqa: F811
+def test_a_place_that_the_hosts_do_not_share_is_an_error_on_all(home, tmp_path):
     path = toml(run(home, "mine", mesh="fsdp=2"), tmp_path / "run.toml")
     port = free_port()
     with contextlib.ExitStack() as closing:
@@ -210,7 +217,7 @@ def test_a_place_that_the_hosts_do_not_share_is_an_error_on_all(home, tmp_path):
 
 
 @pytest.mark.parametrize(("failing", "seconds"), [(0, 60), (1, 200)])
-def test_when_a_host_fails_the_others_end_too(home, tmp_path, failing, seconds):  # noqa: F811
+def test_when_a_host_fails_the_others_end_too(home, tmp_path, failing, seconds):
     for index in range(2):
         (tmp_path / str(index)).mkdir()
         if index != failing:
@@ -241,7 +248,7 @@ def converted(src, dst, count, *options, **env):
 
 @pytest.fixture
 def shards(tmp_path):
-    return write_fp8(tmp_path / "fp8", ODD, fp8_tensors(ODD), 3, weight_block_size=[128, 128])
+    return write_shards(tmp_path / "fp8", ODD, fp8_tensors(ODD), 3, weight_block_size=[128, 128])
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -274,7 +281,7 @@ def test_a_conversion_that_was_killed_goes_on_with_another_number_of_hosts(tmp_p
     assert tree(tmp_path / "many") == tree(tmp_path / "one")
 
 
-def test_several_hosts_convert_into_a_bucket_and_train_there(shards, home, tmp_path):  # noqa: F811
+def test_several_hosts_convert_into_a_bucket_and_train_there(shards, home, tmp_path):
     convert(shards, tmp_path / "one", progress=False)
     with buckets.running("gcs") as (url, env):
         converted(shards, f"{url}/ours", 2, "--verify", **env)

@@ -1,4 +1,4 @@
-"""Text to try things with, where there is no network: `python:jaxseek.data.dataset.samples:python_manual`."""
+"""Text to try things with, where there is no network: `python:jaxseek.data.samples:python_manual`."""
 
 from __future__ import annotations
 
