@@ -36,7 +36,7 @@ def _everywhere(x_BTD: jax.Array, ctx: Context) -> bool:
 
 
 def serves_attention(stack: Any, x_BTD: jax.Array, ctx: Context) -> bool:
-    """True if `attention` can be this step: latent attention, a query latent, no biases, no sparse selection."""
+    """True if `attention` can be this step: latent attention, a query latent, no biases, no sparsity."""
     if not isinstance(stack, MLA) or not _everywhere(x_BTD, ctx):
         return False
     rules, cfg = ctx.rules, stack.cfg
@@ -46,7 +46,7 @@ def serves_attention(stack: Any, x_BTD: jax.Array, ctx: Context) -> bool:
 
 
 def serves_experts(stack: Any, x_BTD: jax.Array, ctx: Context) -> bool:
-    """True if `experts` can be this step: no exchange, no capacity, shared experts in the routed ones' layout."""
+    """True if `experts` can be this step: no exchange or capacity, shared experts laid out as the routed."""
     if not isinstance(stack, MoE) or not _everywhere(x_BTD, ctx):
         return False
     rules, routed, shared = ctx.rules, stored(stack, EXPERTS, ctx.rules), stack.shared

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -161,7 +162,7 @@ class Engine:
         args, static = (done_B, params, stops_BK, np.int32(steps), np.int32(enough)), (width, mode, record)
         with self.decoder.on_mesh():
             if not self.lay_out:
-                return decode_steps(self.platform)(self.decoder, state, *args, *static)
+                return decode_steps(self.form.__name__)(self.decoder, state, *args, *static)
             program = self._program(state, args, static)
             _, cached, *_ = program.input_formats[0]
             return program(self.decoder, in_formats(state, cached), *args)
@@ -186,7 +187,7 @@ class Engine:
         if key() not in _PROGRAMS:
             width, mode, record = static
             weights, cached, _ = abstract()
-            step = laid_out_steps(weights, cached, width=width, mode=mode, record=record)
+            step = laid_out_steps(weights, cached, form=self.form, width=width, mode=mode, record=record)
             _PROGRAMS[key()] = step.lower(weights, cached, *args).compile()
         program = _PROGRAMS[key()]
         if not self.laid_out:
@@ -231,7 +232,7 @@ class Engine:
                 batch_mode(requests),
             )
             if self.decoder is not model:
-                state = State(split(state.caches), state.token_B, state.position_B, state.done_B)
+                state = State(self.form.split(state.caches), state.token_B, state.position_B, state.done_B)
         first_B, logprob_B = fetch(state.token_B), fetch(logprob_B)
         for i, completion in enumerate(completions):
             self._take(completion, first_B[i : i + 1], logprob_B[i : i + 1], stops_BK[i], budgets[i])
@@ -332,7 +333,7 @@ class Trace:
 
 def _decode_steps(
     model: DeepSeek, state: State, done_B, params, stops_BK, steps, enough, width: int, mode: Mode,
-    record: tuple[str, ...] = (),
+    record: tuple[str, ...] = (), form: Any = None,
 ):  # fmt: skip
     """Up to `steps` (at most `width`) further tokens, fewer when `enough` rows have ended.
 
@@ -384,13 +385,13 @@ def _decode_steps(
 
 
 @functools.cache
-def decode_steps(platform: str) -> Any:
-    """`_decode_steps` compiled for a platform."""
+def decode_steps(form: str) -> Any:
+    """`_decode_steps` compiled with a form."""
     return jax.jit(
-        _decode_steps,
+        functools.partial(_decode_steps, form=importlib.import_module(form)),
         static_argnames=("width", "mode", "record"),
         donate_argnames="state",
-        compiler_options=few_rows.OPTIONS if platform == "cpu" else None,
+        compiler_options=few_rows.OPTIONS if form.endswith(".cpu") else None,
     )
 
 
@@ -402,7 +403,7 @@ def _abstract(a: Any, laid_out: bool) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
 
 
-def laid_out_steps(model: DeepSeek, state: State, **static: Any) -> Any:
+def laid_out_steps(model: DeepSeek, state: State, form: Any, **static: Any) -> Any:
     """`_decode_steps` jitted for abstract weights and a state, in layouts that the compiler chooses.
 
     In the default layout of their shapes it would copy caches, and now and then weights, at every dispatch.
@@ -412,7 +413,7 @@ def laid_out_steps(model: DeepSeek, state: State, **static: Any) -> Any:
         return Format(Layout.AUTO, a.sharding) if a.format.layout is None else a.format
 
     return jax.jit(
-        functools.partial(_decode_steps, **static),
+        functools.partial(_decode_steps, form=form, **static),
         donate_argnums=1,
         in_shardings=(*jax.tree.map(chosen, (model, state)), *(None,) * 5),
         out_shardings=Format(Layout.AUTO),

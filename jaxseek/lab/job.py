@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxseek.config.model import ConfigError, ModelConfig
 from jaxseek.config.run import RunConfig
+from jaxseek.decode import tpu
 from jaxseek.engine import engine, groups
 from jaxseek.engine.sampling import Sampling, SamplingArrays
 from jaxseek.experts.replicate import place_experts, refuse_slots
@@ -221,7 +222,7 @@ def _decode(job: Job, model: DeepSeek, array: Any, placed: Any) -> tuple[Any, tu
         record += ("experts",) if _records_experts(job.run) else ()
     state = _state(job, model, dtype, array, placed)
     params, done_B, stops_BK = SamplingArrays.of([sampling] * B), np.zeros(B, bool), np.full((B, 1), -1)
-    step = engine.laid_out_steps(model, state, width=width, mode=sampling.mode, record=record)
+    step = engine.laid_out_steps(model, state, form=tpu, width=width, mode=sampling.mode, record=record)
     return step, (model, state, done_B, params, stops_BK.astype(np.int32), np.int32(width), np.int32(B))
 
 
