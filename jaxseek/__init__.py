@@ -26,7 +26,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Names that need JAX are imported when they are asked for: reading a config stays instant."""
+    """Import names that need JAX on first use, so that reading a config stays fast."""
     if name not in _HOMES:
         raise AttributeError(f"module 'jaxseek' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,4 +1,4 @@
-"""`load`: a model and its tokenizer from a checkpoint or a Hugging Face directory, wherever, or a preset."""
+"""`load`: a model and its tokenizer from a checkpoint, a Hugging Face directory or hub name, or a preset."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 def load(
     path_or_preset: str | Place, mesh: Any = None, dtype: Any = None
 ) -> tuple[DeepSeek, Tokenizer | None]:
-    """A model ready to run, and its tokenizer or None where there is none.
+    """Load a model, ready to run, and its tokenizer (None if it has none).
 
-    A directory, of a disk or an object store (gs://, s3://), or a hub name (hf://OWNER/NAME) is a converted
-    checkpoint or a Hugging Face one; `tiny-*` presets get random weights. `mesh` defaults to one device on
-    CPU and else to as many on the tensor axis as divide the model, with the others, on several hosts, on the
-    data axis; `dtype` to float32 on CPU and else bfloat16. Each host reads only the shards of its devices.
-    Redundant experts of the mesh's strategy are in place. Raises CheckpointError, ConfigError, TokenizerError
-    or PlaceError.
+    `path_or_preset` is a jaxseek or Hugging Face directory, on a disk or in an object store (gs://, s3://), a
+    hub name (hf://OWNER/NAME), or a `tiny-*` preset, which gets random weights. By default, `mesh` is one
+    device on CPU, and otherwise the longest tensor axis that divides the model, with the remaining devices of
+    several hosts on the data axis; `dtype` is float32 on CPU and otherwise bfloat16. Each host reads only the
+    shards of its devices. Redundant experts of the mesh's strategy are placed in their slots. Raises
+    CheckpointError, ConfigError, TokenizerError or PlaceError.
     """
     path = model_place(path_or_preset)
     on_cpu = jax.default_backend() == "cpu"
@@ -61,9 +61,9 @@ def load(
 
 
 def widest(cfg: ModelConfig, devices: int, whole: bool = False) -> Strategy:
-    """The default strategy with the longest tensor axis, up to `devices`, that divides the model.
+    """Return the default strategy with the longest tensor axis, up to `devices`, that divides the model.
 
-    With `whole` it also divides `devices`, and the data axis takes those that are left.
+    With `whole`, the axis also divides `devices`, and the remaining devices form the data axis.
     """
     for n in range(devices, 1, -1):
         strategy = Strategy.default(tensor=n, data=devices // n if whole else 1)

@@ -1,4 +1,4 @@
-"""Hugging Face safetensors to jaxseek checkpoints and back, by one weight table."""
+"""Convert Hugging Face safetensors to jaxseek checkpoints and back, through one weight table."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ _HOMES = {"convert": "conversion", "hf_tensors": "table", "load_hf": "from_hf", 
 
 
 def __getattr__(name: str) -> Any:
-    """Imported when asked for: reading a GGUF file needs no JAX."""
+    """Import a name on first use, so that reading a GGUF file does not import JAX."""
     if name not in _HOMES:
         raise AttributeError(f"module 'jaxseek_convert' has no attribute {name!r}")
     return getattr(importlib.import_module(f"jaxseek_convert.{_HOMES[name]}"), name)

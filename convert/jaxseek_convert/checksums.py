@@ -1,4 +1,4 @@
-"""Checksums of downloaded files, where the hub's tools left them: in its cache, or beside a download."""
+"""SHA-256 checksums that the hub's tools record in their cache or beside a download."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ _PIECE = 8 << 20
 
 
 def known_sums(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each weight file, where the hub told it.
+    """Return the recorded SHA-256 of each weight file that has one, by file name.
 
-    It is the name of the blob that a file of the cache links to, and in what `hf download --local-dir` notes.
+    A file in the hub's cache is a symlink to a blob named by its SHA-256; `hf download --local-dir` writes
+    the hash into a metadata file.
     """
     sums = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -32,19 +33,19 @@ def known_sums(folder: Path) -> dict[str, str]:
 
 
 def check_sums(folder: Path, stage: Callable[[str, int], Callable[[int], Any]]) -> None:
-    """Raise CheckpointError unless every file whose checksum is known has it."""
+    """Raise CheckpointError if a file does not match its recorded checksum."""
     sums = known_sums(folder)
     if not sums:
         return
     done = stage("checksum", sum((folder / name).stat().st_size for name in sums))
 
     def wrong(name: str) -> bool:
-        made = hashlib.sha256()
+        sha256 = hashlib.sha256()
         with (folder / name).open("rb") as file:
             while piece := file.read(_PIECE):
-                made.update(piece)
+                sha256.update(piece)
                 done(len(piece))
-        return made.hexdigest() != sums[name]
+        return sha256.hexdigest() != sums[name]
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         bad = [name for name, is_wrong in zip(sums, pool.map(wrong, sums)) if is_wrong]

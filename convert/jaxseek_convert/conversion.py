@@ -1,4 +1,4 @@
-"""`jaxseek convert`: a checkpoint of any kind to one of either, tensor by tensor, and resumable."""
+"""`jaxseek convert`: write any checkpoint as jaxseek or Hugging Face, tensor by tensor, resumable."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from jaxseek_convert.tensors import StoreCheckpoint, StoreSink, described
 from jaxseek_convert.to_hf import HFSink
 
 Source = HFCheckpoint | StoreCheckpoint
-Stage = Callable[[str, int], Callable[[int], None]]  # a stage's name and bytes -> to be told of bytes done
+Stage = Callable[[str, int], Callable[[int], None]]  # (stage name, total bytes) -> report(bytes done)
 DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "fp8": "float8"}  # short names
 DIGESTS = "digests.json"
 
@@ -60,21 +60,21 @@ def convert(
     verify: bool = False,
     checksums: bool = True,
 ) -> dict[str, Any]:
-    """Write the checkpoint `src` as a checkpoint `dst`; returns what was done, ready for JSON.
+    """Convert the checkpoint `src` to `dst` and return a JSON-serialisable report.
 
-    `src` is a Hugging Face directory, a URL or `hf://` name of one, a jaxseek checkpoint, or what gguf.py
-    reads. Without `dtype` every tensor keeps its own, FP8 with its scales too, and HF to jaxseek to HF
-    gives the same tensors bit for bit. `dtype` may be a float's name, or `float8`, `int8` or `int4` for the
-    linear and expert matrices. The process takes `memory` bytes at most (by default 1.5 GiB beside what it
-    has when this is called). With `verify` what was written is read back and compared with the digests of
-    what was meant before `dst` gets its name. Killed or failed, the same call goes on. On several hosts all
-    call it, and each writes its part. Raises CheckpointError, ConfigError, TokenizerError or PlaceError; then
-    `dst` is what it was.
+    `src` is a Hugging Face directory, a URL or `hf://` name of one, a jaxseek checkpoint, or anything that
+    gguf.py reads. Without `dtype` every tensor keeps its dtype, FP8 with its scales, and HF to jaxseek to HF
+    reproduces the tensors bit for bit. `dtype` is the name of a float dtype, or `float8`, `int8` or `int4`
+    for the linear and expert matrices. The process uses at most `memory` bytes (default: 1.5 GiB on top of
+    what it holds at the call). With `verify` the output is read back and compared with the digests of the
+    data that was sent to it, before `dst` gets its name. After a kill or an error, the same call resumes. On
+    several hosts, every host makes the call and writes its share. Raises CheckpointError, ConfigError,
+    TokenizerError or PlaceError, and then leaves `dst` unchanged.
     """
     start, to_place = time.monotonic(), writable(dst)
     if to not in ("jaxseek", "hf"):
         raise CheckpointError(f"to is {to!r}, expected 'jaxseek' or 'hf'")
-    if _holds(to_place, src):
+    if _contains(to_place, src):
         raise CheckpointError(
             f"{dst}: is or holds the checkpoint to be converted; choose another destination"
         )
@@ -85,7 +85,7 @@ def convert(
         source_place(src, to_place) as at,
         bars(progress, console) as stage,
     ):
-        with _together(src):
+        with _all_or_none(src):
             source = opened(at, mtp)
             if isinstance(source, HFCheckpoint):
                 source.check_copies()
@@ -107,35 +107,35 @@ def convert(
                 ],
             }
         groups = stream.groups(sink)
-        own = stream.share(groups, host, hosts)
+        host_groups = stream.share(groups, host, hosts)
         writer: Writer = Writer(draft.files, sink.files)
         if isinstance(draft.weights, Remote):
             writer = Uploader(draft.files / "sending", sink.files, draft.weights, draft.check)
         draft.begin()
         with contextlib.closing(stream.Journal(draft.weights, identity)) as journal:
-            with _together(src):
+            with _all_or_none(src):
                 if host == 0:
                     _check_room(draft, sink, groups, threads)
                     _resume(draft.weights, sink, journal, threads, stage)
             journal.done = gather(journal.done)[0]
             resumed = len(journal.done)
-            with _together(src):
+            with _all_or_none(src):
                 if checksums and host == 0 and isinstance(at, Path) and not resumed:
                     check_sums(at, stage)
-                names = [name for group in own for name in group.names]
+                names = [name for group in host_groups for name in group.names]
                 done = stage("convert", sum(map(source.nbytes, names)))
                 done(sum(source.nbytes(name) for name in names if name in journal.done))
-                stream.pump(source, sink, layouts, journal, own, writer, threads, done)
+                stream.pump(source, sink, layouts, journal, host_groups, writer, threads, done)
                 if source.identity() != identity["source"]:
                     raise CheckpointError(
                         f"{src}: was changed while it was read, expected the same files from start to end; "
                         "the same command starts anew"
                     )
             journal.share()
-            with _together(src):
+            with _all_or_none(src):
                 if verify:
-                    mine = {name: journal.done[name] for name in names}
-                    if bad := differing(draft.weights, sink.spans, mine, threads, stage):
+                    host_digests = {name: journal.done[name] for name in names}
+                    if bad := differing(draft.weights, sink.spans, host_digests, threads, stage):
                         journal.forget(bad)
                         raise CheckpointError(
                             f"{dst}: {len(bad)} tensors were read back with other values, as {bad[0]}; is "
@@ -173,8 +173,8 @@ def convert(
     }
 
 
-def _holds(dst: Place, src: str | Place) -> bool:
-    """Tell whether `dst` is `src` or a folder that it lies in."""
+def _contains(dst: Place, src: str | Place) -> bool:
+    """Return whether `dst` is `src` or one of its parent folders."""
     if str(src).startswith((HUB, PACKAGE)):
         return False
     source, to = place(src), place(dst)
@@ -184,8 +184,8 @@ def _holds(dst: Place, src: str | Place) -> bool:
 
 
 @contextlib.contextmanager
-def _together(src: str | Place) -> Iterator[None]:
-    """Let an error on any host end the conversion on all. Raises CheckpointError on those without one."""
+def _all_or_none(src: str | Place) -> Iterator[None]:
+    """Stop the conversion on all hosts when one fails; the others raise CheckpointError."""
     error: Exception | None = None
     try:
         yield
@@ -199,17 +199,20 @@ def _together(src: str | Place) -> Iterator[None]:
 
 
 def _check_room(draft: directory.Draft, sink: stream.Sink, groups: list[stream.Group], threads: int) -> None:
-    """Raise CheckpointError unless there is room for what is still to be written, or to be sent at a time."""
+    """Raise CheckpointError unless the disk has room for the remaining files.
+
+    For an object store, the local disk must hold the files that are staged for upload at the same time.
+    """
     if isinstance(draft.weights, Remote):
         largest = sorted((group.nbytes for group in groups), reverse=True)
         directory.check_room(draft.files, sum(largest[: threads + 1]))
         return
-    held = sum(f.stat().st_blocks * 512 for f in draft.files.rglob("*") if f.is_file())
-    directory.check_room(draft.weights, sum(sink.files.values()) - held)
+    allocated = sum(f.stat().st_blocks * 512 for f in draft.files.rglob("*") if f.is_file())
+    directory.check_room(draft.weights, sum(sink.files.values()) - allocated)
 
 
 def _resume(weights: Place, sink: stream.Sink, journal: stream.Journal, threads: int, stage: Stage) -> None:
-    """Have those tensors written again that are no more what they were."""
+    """Take tensors out of the journal whose files are missing, resized or, after a reboot, damaged."""
     if journal.done:
         found = file_sizes(weights)
         lost = {file for file, size in sink.files.items() if found.get(file) != size}
@@ -220,7 +223,7 @@ def _resume(weights: Place, sink: stream.Sink, journal: stream.Journal, threads:
 
 
 def opened(at: Place, mtp: bool = True) -> Source:
-    """A checkpoint of either kind."""
+    """Open a jaxseek or Hugging Face checkpoint for reading."""
     kind = models.kind_of(at)
     if kind is None:
         raise models.not_a_checkpoint(at)
@@ -228,7 +231,7 @@ def opened(at: Place, mtp: bool = True) -> Source:
 
 
 def parse_dtype(dtype: Any) -> str | None:
-    """The name of what matrices are to be stored as. Raises CheckpointError for any other."""
+    """Return the full name of the dtype to store matrices in. Raises CheckpointError for an unknown one."""
     name = DTYPES.get(str(dtype), dtype)
     if name is None or name in QUANTIZED:
         return name
@@ -238,28 +241,31 @@ def parse_dtype(dtype: Any) -> str | None:
 
 
 def target_forms(source: stream.Described, to: str, dtype: Any) -> dict[str, Form]:
-    """The form in which each parameter is to be written."""
+    """Return the form to write each parameter in, by path.
+
+    Raises CheckpointError where the model or the destination does not allow `dtype`.
+    """
     name = parse_dtype(dtype)
     eight = float8(source.quantization)
 
     def form(path: str) -> Form:
-        abstract, own = source.table.params[path], source.forms[path]
-        if abstract.dtype == F32:  # by design
+        abstract, current = source.table.params[path], source.forms[path]
+        if abstract.dtype == F32:  # float32 by design, such as router biases
             return Form(F32.name)
         is_matrix = path.rpartition(".")[2] in MATRICES
-        if own.quantized and not is_matrix and (to == "jaxseek" or name is not None):
-            own = Form(BF16.name)
+        if current.quantized and not is_matrix and (to == "jaxseek" or name is not None):
+            current = Form(BF16.name)
         if name is None:
-            return own
+            return current
         if name not in QUANTIZED:
             return Form(name)
         wanted = eight if name == "float8" else QUANTIZED[name]
-        return own if own.kind == wanted.kind or not is_matrix else wanted
+        return current if current.kind == wanted.kind or not is_matrix else wanted
 
     forms = {path: form(path) for path in source.table.params}
     for section in source.table.sections:
         for row in section:
-            inputs = row.shapes[0][row.layout.order(0)[-1]]  # of a head, where there are heads
+            inputs = row.shapes[0][row.layout.order(0)[-1]]  # per head, where there are heads
             if forms[row.paths[0]].kind == "int4" and inputs % 2:
                 raise CheckpointError(
                     f"int4 is stored in pairs of inputs, of which {row.name} has {inputs}"
@@ -275,7 +281,7 @@ def target_forms(source: stream.Described, to: str, dtype: Any) -> dict[str, For
 
 
 def main_kind(source: stream.Described, forms: Mapping[str, Form]) -> str:
-    """What most numbers are stored as."""
+    """Return the storage kind that holds the most parameters."""
     count: Counter[str] = Counter()
     for path, form in forms.items():
         count[form.kind] += math.prod(source.table.params[path].shape)
@@ -283,13 +289,13 @@ def main_kind(source: stream.Described, forms: Mapping[str, Form]) -> str:
 
 
 def _plain_dtype(source: stream.Described, forms: Mapping[str, Form]) -> str:
-    """What config.json names: of what is quantised, that of the rest."""
+    """Return the dtype for config.json: the most common one among parameters that are not quantised."""
     plain = {path: form for path, form in forms.items() if not form.quantized}
     return main_kind(source, plain)
 
 
 def sink_for(source: stream.Described, forms: Mapping[str, Form], origin: Mapping[str, Any], to: str) -> Any:
-    """What is written, and how what lies beside the weights is."""
+    """Return the sink for the weights, and a function that writes all other files into a folder."""
     cfg = source.cfg.replace(dtype=_plain_dtype(source, forms)).to_hf()
     if to == "jaxseek":
         sink = StoreSink(source.table, forms)
@@ -305,13 +311,13 @@ def sink_for(source: stream.Described, forms: Mapping[str, Form], origin: Mappin
     tensors = {n: Form(kept[n]) if n in kept else forms[rows[n].paths[0]] for n in source.tensors}
     sink = HFSink(source.table, tensors, kept)
     if any(form.quantized for form in forms.values()):
-        own = {
+        default = {
             "quant_method": "fp8",
             "fmt": "e4m3",
             "activation_scheme": "dynamic",
             "weight_block_size": [BLOCK, BLOCK],
         }
-        cfg["quantization_config"] = origin["quantization"] or own
+        cfg["quantization_config"] = origin["quantization"] or default
 
     def finish(folder: Path, beside: Beside) -> None:
         sink.shards.write_index(folder)
@@ -338,15 +344,15 @@ def _write_manifest(
 def differing(
     folder: Place, spans: Any, digests: Mapping[str, Mapping[str, str]], threads: int, stage: Stage
 ) -> list[str]:
-    """Tensors whose bytes on disk do not have these digests."""
+    """Return the names of tensors whose bytes on disk do not match `digests`."""
     done = stage("verify", sum(n for name in digests for *_, n in spans(name)))
-    made = dict(stream.digest(folder, spans, digests, threads, done))
-    return [name for name in digests if made[name] != digests[name]]
+    found = dict(stream.digest(folder, spans, digests, threads, done))
+    return [name for name in digests if found[name] != digests[name]]
 
 
 @dataclass
 class Beside:
-    """What lies beside the weights and is copied byte for byte: tokenizer files, generation_config.json."""
+    """Files beside the weights, copied byte for byte: tokenizer files and generation_config.json."""
 
     folder: Place
     tokenizer: Tokenizer | None
@@ -361,7 +367,7 @@ class Beside:
 
 @contextlib.contextmanager
 def bars(show: bool, console: Console) -> Iterator[Stage]:
-    """Progress on stderr: a bar for each stage, in bytes."""
+    """Show progress on the console: one bar per stage, in bytes."""
     columns = (TextColumn("{task.description:9}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not show) as shown:
 
@@ -373,10 +379,10 @@ def bars(show: bool, console: Console) -> Iterator[Stage]:
 
 @contextlib.contextmanager
 def source_place(src: str | Place, dst: Place, weights: bool = True) -> Iterator[Place]:
-    """Give the place of the checkpoint to be read; without `weights` a hub's are not fetched.
+    """Yield the place of the source checkpoint; without `weights`, hub weights are not downloaded.
 
-    A GGUF file becomes a Hugging Face directory for as long as it is needed: beside `dst`, or in the
-    temporary folder where that is in an object store.
+    A GGUF file is first written as a temporary Hugging Face directory: beside `dst`, or in the system's
+    temporary folder when `dst` is in an object store.
     """
     if not is_gguf(src):
         yield model_place(src, weights)

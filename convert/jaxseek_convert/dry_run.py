@@ -1,4 +1,4 @@
-"""`jaxseek convert --dry-run`: where every tensor would go, from config.json and the index alone."""
+"""`jaxseek convert --dry-run`: plan where every tensor goes, from config.json and the index alone."""
 
 from __future__ import annotations
 
@@ -36,15 +36,16 @@ from jaxseek_convert.table import Table
 from jaxseek_convert.tensors import StoreCheckpoint, planes
 from jaxseek_convert.to_hf import HFSink
 
-_PROBE = 128 << 20  # bytes written to learn how fast the destination is
-_MULTIPLIED = "multiplied into its numbers"  # scales of what is written as floats
+_PROBE = 128 << 20  # bytes written to measure the destination's speed
+_MULTIPLIED = "multiplied into its numbers"  # scales of FP8 tensors that are written as floats
 
 
 class Announced:
-    """A Hugging Face checkpoint as its config.json and index announce it; no weight file is opened.
+    """A Hugging Face checkpoint described by its config.json and index; no weight file is opened.
 
-    Where there is no index, the tensors are those that the config implies. FP8 ones are those with scales,
-    and without an index the linear and expert matrices of a config that says so.
+    Without an index, the tensors are those that the config implies. A tensor is FP8 if the index lists
+    scales for it; without an index, the linear and expert matrices are FP8 if the config has a
+    `quantization_config`.
     """
 
     def __init__(self, path: Path, mtp: bool = True):
@@ -73,8 +74,8 @@ class Announced:
             "Do config.json and the index belong together?",
         )
         self.tensors = {n: row for n, row in self._rows.items() if n in tensors}
-        own = [(n, row) for n, row in self.tensors.items() if row.kind == "own"]
-        self.forms = {path: self.form(n) for n, row in own for path in row.paths}
+        owned = [(n, row) for n, row in self.tensors.items() if row.kind == "own"]
+        self.forms = {path: self.form(n) for n, row in owned for path in row.paths}
 
     def _implied(self) -> set[str]:
         names = self.table.names()
@@ -85,28 +86,28 @@ class Announced:
         return all(p.rpartition(".")[2] in MATRICES for p in self._rows[name].paths)
 
     def form(self, name: str) -> Form:
-        """As of HFCheckpoint."""
+        """Return how a tensor is stored, as HFCheckpoint.form does."""
         if name in self._eight:
             return Form(FP8.name, self._block[1], self._block[0])
         abstract = self.table.params[self._rows[name].paths[0]]
         return Form(F32.name if abstract.dtype == jnp.float32 else self._dtype)
 
     def nbytes(self, name: str) -> int:
-        """As of HFCheckpoint."""
+        """Return the bytes of a tensor and its scales."""
         shape, form = self.tensors[name].layout.shape, self.form(name)
         blocks = [-(-n // b) for n, b in zip(shape, self._block)] if form.quantized else [0]
         return math.prod(shape) * form.dtype.itemsize + 4 * math.prod(blocks)
 
-    def origin(self, held: Mapping[str, Form]) -> dict[str, Any]:
-        """As of HFCheckpoint."""
-        del held
+    def origin(self, forms: Mapping[str, Form]) -> dict[str, Any]:
+        """Return the copies and quantisation for `sink_for`, as HFCheckpoint.origin does."""
+        del forms
         copies = [n for n, row in self.tensors.items() if row.kind != "own"]
         return {"copies": copies, "dtypes": {}, "quantization": self.quantization}
 
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a tensor goes: an array with the indices of its leading axes, or a file; and the bytes there."""
+    """Target of one tensor: an array and its leading indices, or a file; and the bytes it takes there."""
 
     source: str
     target: str
@@ -122,12 +123,12 @@ def rehearse(
     mtp: bool = True,
     mesh: Any = None,
 ) -> dict[str, Any]:
-    """What `convert` with these arguments would do, ready for JSON; only a short-lived probe is written.
+    """Report what `convert` would do with these arguments, ready for JSON; writes only a temporary probe.
 
-    `destinations` has every tensor of the source, scales too. `bytes_per_chip` are the weights' on a mesh.
-    The time is estimated from the speed of this machine: `seconds` if reading and writing overlap whole,
-    and if not at all; None where `dst` cannot be written. Raises CheckpointError or ConfigError where
-    config.json and index do not fit each other.
+    `destinations` lists every source tensor, scales included. `bytes_per_chip` is the size of the weights on
+    the fullest chip of `mesh`. `seconds` is an estimate from this machine's measured speed: [with reading
+    and writing fully overlapped, without overlap], or None if `dst` cannot be written. Raises
+    CheckpointError or ConfigError if config.json and the index do not match.
     """
     to_place = writable(dst)
     with source_place(src, to_place, weights=False) as at:
@@ -167,12 +168,12 @@ def rehearse(
 
 
 def _free(at: Place) -> int | None:
-    """Bytes free on a disk; None for an object store, which has no end."""
+    """Return the free bytes of a disk, or None for an object store, which has no limit."""
     return None if isinstance(at, Remote) else shutil.disk_usage(existing_parent(at.absolute())).free
 
 
 def _destinations(source: Announced | StoreCheckpoint, sink: Any) -> Iterator[Destination]:
-    """Of every tensor, in the table's order."""
+    """Yield the destination of every source tensor and scale, in table order."""
     for name, row, at in source.table:
         if name not in source.tensors:
             continue
@@ -196,7 +197,7 @@ def _destinations(source: Announced | StoreCheckpoint, sink: Any) -> Iterator[De
 
 
 def _rates(folder: Path, dst: Path) -> dict[str, float]:
-    """Bytes a second that this machine writes beside `dst`, and reads of the source (if it is here)."""
+    """Measure bytes per second written beside `dst`, and read from the source (or from the probe)."""
     parent = existing_parent(dst.absolute())
     data = np.random.default_rng(0).integers(0, 256, 8 << 20, np.uint8)
     with tempfile.TemporaryDirectory(prefix=".jaxseek-probe-", dir=parent) as scratch:
@@ -216,7 +217,7 @@ def _rates(folder: Path, dst: Path) -> dict[str, float]:
 
 
 def _bytes_per_chip(model: DeepSeek, forms: Mapping[str, Form]) -> int:
-    """Of the weights on the fullest chip; those that are not split are on every one."""
+    """Return the bytes of weights on the fullest chip; replicated weights count on every chip."""
     values = {path: param.get_value() for path, param in parameters(model).items()}
     kinds = {path: forms[path].dtype if path in forms else v.dtype for path, v in values.items()}
     return device_bytes(
@@ -225,7 +226,7 @@ def _bytes_per_chip(model: DeepSeek, forms: Mapping[str, Form]) -> int:
 
 
 def summary(plan: Mapping[str, Any]) -> list[tuple[str, str, int, int]]:
-    """Of a rehearsal, a line for each kind of tensor: (names, destination, how many, bytes)."""
+    """Summarise a rehearsal, one line per kind of tensor: (name pattern, destination, count, bytes)."""
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for d in plan["destinations"]:
         kind = re.sub(

@@ -1,4 +1,4 @@
-"""Files of a checkpoint, on a disk or in an object store: read in parts, written in parts or sent whole."""
+"""Checkpoint files on disk or in an object store: ranged reads, positioned writes, whole-file uploads."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ import numpy as np
 from jaxseek.checkpoint.directory import CheckpointError
 from jaxseek.storage.place import Place, Remote, file_state
 
-_libc = ctypes.CDLL(None, use_errno=True)  # what it lacks, outside Linux, is left out
+_libc = ctypes.CDLL(None, use_errno=True)  # calls that it lacks, outside Linux, are skipped
 _local = threading.local()
 _PAGE = 4096
 
 
 class File:
-    """A file on a disk. Parts of it are read into memory of their own, or seen through a map."""
+    """A local file: byte ranges are copied into a buffer (`read`) or memory-mapped (`view`)."""
 
     def __init__(self, path: Path):
         self.path, self.name = path, path.name
         self.size = path.stat().st_size
 
     def state(self) -> list[Any]:
-        """What tells the file from itself before it was changed."""
+        """Return name, size and modification time, to detect a change."""
         return file_state(self.path)
 
     def __str__(self) -> str:
         return str(self.path)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Bytes, valid until this thread reads the next (of this or another file)."""
-        low = start // _PAGE * _PAGE  # past the system's cache a disk is read by whole pages
+        """Return bytes [start, stop) in a buffer that this thread's next read, of any file, overwrites."""
+        low = start // _PAGE * _PAGE  # O_DIRECT reads whole pages
         out = _buffer(-(-stop // _PAGE) * _PAGE - low)
         part = out[start - low : stop - low]
         if self._cached(part, start) == len(part):
@@ -59,25 +59,25 @@ class File:
         return part
 
     def _cached(self, out: np.ndarray, start: int) -> int:
-        """Bytes that were in the system's cache, where that can be asked for."""
+        """Read into `out` what is in the page cache and return the bytes read; 0 without RWF_NOWAIT."""
         try:
             return os.preadv(self._fd, [out.data], start, os.RWF_NOWAIT)
         except (OSError, AttributeError):
             return 0
 
     def view(self, start: int, stop: int) -> np.ndarray:
-        """Bytes, read by the system when they are looked at."""
+        """Return bytes [start, stop) as a memory-mapped view."""
         return self._map[start:stop]
 
     @functools.cached_property
     def _fd(self) -> int:
         fd = os.open(self.path, os.O_RDONLY)
-        _advise(fd, 0, 0, "RANDOM")  # what is read ahead would look as if it had been in the cache
+        _advise(fd, 0, 0, "RANDOM")  # read-ahead would make pages look cached
         return fd
 
     @functools.cached_property
     def _direct(self) -> int | None:
-        """To read past the system's cache, where that can be done: it costs a tenth of the work."""
+        """Descriptor that bypasses the page cache (O_DIRECT) where supported: a tenth of the CPU work."""
         try:
             return os.open(self.path, os.O_RDONLY | os.O_DIRECT)
         except (OSError, AttributeError):
@@ -104,19 +104,19 @@ class RemoteFile:
         self.size: int = size
 
     def state(self) -> list[Any]:
-        """Tell the file from itself before it was changed, by what the store notes."""
+        """Return name, size and the store's version stamp, to detect a change."""
         return self.at.state()
 
     def __str__(self) -> str:
         return str(self.at)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Bytes, by one request of a range."""
+        """Return bytes [start, stop), fetched with one range request. Raises CheckpointError."""
         if start >= stop:
             return np.empty(0, np.uint8)
         try:
             raw = self.at.fs.cat_file(self.at.path, start=start, end=stop)
-        except Exception as e:  # its errors have many bases
+        except Exception as e:  # drivers raise errors of many classes
             raise CheckpointError(
                 f"{self}: cannot be read ({type(e).__name__}: {str(e)[:300]}); the same command goes on"
             ) from e
@@ -131,29 +131,29 @@ class RemoteFile:
 
 
 def open_file(at: Place) -> File | RemoteFile:
-    """A file to read parts of."""
+    """Open a file for ranged reads."""
     return File(at) if isinstance(at, Path) else RemoteFile(at)
 
 
 def _buffer(n: int) -> np.ndarray:
-    """Memory of this thread that is used again: fresh pages cost more than reading."""
-    held = getattr(_local, "buffer", None)
-    if held is None or len(held) < n:
-        _local.buffer = held = np.frombuffer(mmap.mmap(-1, n), np.uint8)  # begins with a page
-    return held[:n]
+    """Return n bytes of this thread's reused buffer: faulting in fresh pages costs more than the read."""
+    buffer = getattr(_local, "buffer", None)
+    if buffer is None or len(buffer) < n:
+        _local.buffer = buffer = np.frombuffer(mmap.mmap(-1, n), np.uint8)  # page-aligned
+    return buffer[:n]
 
 
 # -------------------------------------------------------------------- writing
 
 
 def allocate(path: Path, size: int) -> None:
-    """Make a file of this size, with its space, so that writing into it cannot fail for want of it."""
+    """Create a file of `size` bytes and reserve its disk space, so that later writes do not run out."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         if size and _fallocate(fd, 0, 0, size) and ctypes.get_errno() == errno.ENOSPC:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        os.ftruncate(fd, size)  # also where the file system cannot reserve
+        os.ftruncate(fd, size)  # file systems without fallocate still get the size
     finally:
         os.close(fd)
 
@@ -164,32 +164,32 @@ def _fallocate(fd: int, mode: int, start: int, size: int) -> int:
 
 
 class Writer:
-    """Writes into files of a folder. What is written goes to disk at once and then leaves the system's cache.
+    """Writes into the files of a folder; written pages are flushed at once and dropped from the page cache.
 
-    Otherwise the cache grows to the size of the checkpoint, which costs more than the writing (3 GB on a
-    virtual machine: 0.27 GB/s, and 1.5 GB/s like this), and what was to be kept in it is lost.
+    Otherwise the cache grows to the size of the checkpoint, which is slower (3 GB on a virtual machine:
+    0.27 GB/s against 1.5 GB/s) and evicts everything else.
     """
 
-    sends = False  # whether a file is where it belongs only when it is whole
+    sends = False  # whether files reach their destination only once they are complete
 
     def __init__(self, folder: Path, files: Mapping[str, int]):
         self.folder, self.files = folder, files
-        self._made: set[str] = set()
-        self._behind: deque[tuple[int, int, int]] = deque()
-        self._bytes = 0
+        self._allocated: set[str] = set()
+        self._in_flight: deque[tuple[int, int, int]] = deque()
+        self._bytes_in_flight = 0
         self._lock = threading.Lock()
 
     def finish(self, names: Iterable[str]) -> None:
-        """Take note that files are whole."""
+        """Handle files that are completely written; nothing to do on a disk."""
 
     def write(self, name: str, start: int, data: np.ndarray) -> None:
-        """Write bytes into a file, which is made with its full size where it is not there yet."""
+        """Write `data` at byte `start` of a file, allocating the file at its full size first."""
         path = self.folder / name
         with self._lock:
-            if name not in self._made:
+            if name not in self._allocated:
                 if not path.exists() or path.stat().st_size != self.files[name]:
                     allocate(path, self.files[name])
-                self._made.add(name)
+                self._allocated.add(name)
         raw, at = data.reshape(-1).view(np.uint8).data, start
         fd = os.open(path, os.O_WRONLY)
         try:
@@ -199,46 +199,48 @@ class Writer:
             _sync(fd, start, at - start, _START)
         finally:
             with self._lock:
-                self._behind.append((fd, start, at - start))
-                self._bytes += at - start
-        self._settle(_BEHIND)
+                self._in_flight.append((fd, start, at - start))
+                self._bytes_in_flight += at - start
+        self._settle(_MAX_IN_FLIGHT)
 
     def _settle(self, most: int) -> None:
-        """Wait until at most so many bytes, or files, are on their way to the disk."""
+        """Wait until at most `most` bytes, and `most` >> 20 writes, are still on their way to disk."""
         while True:
             with self._lock:
-                if not self._behind or (self._bytes <= most and len(self._behind) <= most >> 20):
+                if not self._in_flight or (
+                    self._bytes_in_flight <= most and len(self._in_flight) <= most >> 20
+                ):
                     return
-                fd, start, n = self._behind.popleft()
-                self._bytes -= n
+                fd, start, n = self._in_flight.popleft()
+                self._bytes_in_flight -= n
             _sync(fd, start, n, _WAIT)
             _advise(fd, start, n, "DONTNEED")
             os.close(fd)
 
     def close(self) -> None:
-        """Wait for the disk."""
+        """Wait until all writes are on disk."""
         self._settle(0)
 
 
 class Uploader(Writer):
-    """Writes into files of a folder on this machine; each is sent to an object store when it is whole."""
+    """Writes files in a local folder and uploads each to an object store once it is complete."""
 
     sends = True
 
     def __init__(self, folder: Path, files: Mapping[str, int], to: Remote, check: Callable[[], None]):
-        """`check` is called before each file is sent, and raises where it must not be."""
+        """`check` runs before each upload and raises if it must not happen."""
         super().__init__(folder, files)
         self.to, self.check = to, check
 
     def finish(self, names: Iterable[str]) -> None:
-        """Send these files, and remove them here."""
+        """Upload these files and delete the local copies."""
         for name in names:
             self.check()
             (self.to / name).upload(self.folder / name)
             (self.folder / name).unlink()
 
 
-_BEHIND = 256 << 20
+_MAX_IN_FLIGHT = 256 << 20
 _START, _WAIT = 2, 7  # SYNC_FILE_RANGE_WRITE; and WAIT_BEFORE, WAIT_AFTER
 
 

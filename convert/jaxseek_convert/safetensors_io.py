@@ -1,8 +1,8 @@
-"""Safetensors files: where the tensors of one file or of an index are, and a writer in shards.
+"""Safetensors files: locate tensors in a file or an indexed directory, and write sharded files.
 
-The reader is our own because safetensors cannot give FP8 or parts of bfloat16 to NumPy; the writer because it
-streams, so that a checkpoint never has to be in memory whole. A file is a header length (8 bytes, little
-endian), the header (JSON: name to dtype, shape and offsets), and the bytes of the tensors in order, no gaps.
+The reader is our own because safetensors cannot return FP8 or slices of bfloat16 to NumPy; the writer because
+it streams and never holds a whole checkpoint in memory. A file is the header length (8 bytes, little endian),
+the header (JSON: name to dtype, shape and offsets), and the tensors' bytes, without gaps.
 """
 
 from __future__ import annotations
@@ -46,35 +46,35 @@ DTYPES: dict[str, np.dtype] = {
     }.items()
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-Spec = tuple[tuple[int, ...], np.dtype]  # of a tensor to be written
+Spec = tuple[tuple[int, ...], np.dtype]  # shape and dtype
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor in a file; nothing of it is in memory."""
+    """Location of a tensor in a file; none of its data is in memory."""
 
     file: File | RemoteFile
     dtype: np.dtype
     shape: tuple[int, ...]
-    start: int  # in the file, bytes
+    start: int  # byte offset in the file
 
     @property
     def nbytes(self) -> int:
         return _nbytes((self.shape, self.dtype))
 
     def rows(self, first: int, last: int) -> np.ndarray:
-        """Rows of its first axis, in memory that this thread's next read uses again."""
+        """Return rows [first, last), in a buffer that this thread's next read overwrites."""
         size = _nbytes((self.shape[1:], self.dtype))
         raw = self.file.read(self.start + first * size, self.start + last * size)
         return raw.view(self.dtype).reshape(last - first, *self.shape[1:])
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """A part; of a local file a view."""
+        """Return a slice: a view for a local file, a copy for a remote one."""
         raw = self.file.view(self.start, self.start + self.nbytes)
         return raw.view(self.dtype).reshape(self.shape)[index]
 
     def part(self, *at: int | slice) -> Tensor:
-        """What the leading indices leave, the last of them a slice: as a tensor of its own."""
+        """Return the sub-tensor at leading indices, of which the last is a slice."""
         shape, start = list(self.shape), self.start
         for i in at:
             size = _nbytes((tuple(shape[1:]), self.dtype))
@@ -85,27 +85,27 @@ class Tensor:
 
 
 def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
-    """Every tensor of a file or directory as a read-only memory-mapped array; errors as of `find_tensors`."""
+    """Return every tensor of a file or directory as a read-only mapped array; raises as `find_tensors`."""
     return {name: tensor[...] for name, tensor in find_tensors(Path(path)).items()}
 
 
 def find_tensors(path: Place) -> dict[str, Tensor]:
-    """Every tensor of a file, or of a directory with an index or with files.
+    """Locate every tensor of a file, or of a directory, with or without an index.
 
     Raises CheckpointError for a directory without safetensors, a truncated or damaged file, an index that
-    names files or tensors which are not there, and a tensor that two files hold.
+    names missing files or tensors, and a tensor that is in two files.
     """
     if isinstance(path, Path) and path.is_file():
         return _read_file(File(path))
     there = {found.name: found for found in path.glob("*")}
     index = read_index(path) if INDEX in there else None
-    held = {name for name in there if name.endswith(".safetensors")}
-    files = sorted(held if index is None else set(index.values()))
+    weights = {name for name in there if name.endswith(".safetensors")}
+    files = sorted(weights if index is None else set(index.values()))
     if not files:
         torch = sorted(name for name in there if name.endswith(".bin"))
         hint = f"; it holds {torch[0]}: save it as safetensors with transformers first" if torch else ""
         raise CheckpointError(f"{path}: no {INDEX} and no .safetensors file{hint}")
-    if absent := [f for f in files if f not in held]:
+    if absent := [f for f in files if f not in weights]:
         raise CheckpointError(
             f"{path / INDEX}: names {len(files)} files, of which {len(absent)} are absent ({_some(absent)}); "
             "fetch them"
@@ -191,7 +191,7 @@ def _whole(n: Any) -> int:
 
 
 class Shards:
-    """Which file every tensor will be in, and where: `model.safetensors`, or shards with an index."""
+    """Plan of the files to write: each tensor's file and offset, in `model.safetensors` or indexed shards."""
 
     def __init__(self, specs: Mapping[str, Spec], max_shard_bytes: int = MAX_SHARD_BYTES):
         shards = _plan(specs, max_shard_bytes)
@@ -209,7 +209,7 @@ class Shards:
             self.files[file] = end
 
     def write_index(self, folder: Path) -> None:
-        """The index, where there are several files."""
+        """Write the index if there are several files."""
         if len(self.files) > 1:
             where = {name: file for name, (file, _) in self.place.items()}
             index: dict[str, Any] = {"metadata": {"total_size": bytes_of(self.specs)}, "weight_map": where}
@@ -222,10 +222,10 @@ def write_safetensors(
     arrays: Iterable[tuple[str, np.ndarray]],
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write tensors in the order of `specs`, into `model.safetensors` or into shards with an index.
+    """Write tensors into `model.safetensors`, or into shards with an index.
 
-    `arrays` gives the same names in the same order. Each file gets its name when it is whole; the index is
-    last.
+    `arrays` yields the names of `specs` in the same order. Each file is renamed into place once complete; the
+    index comes last.
     """
     shards = Shards(specs, max_shard_bytes)
     stream = iter(arrays)
@@ -242,7 +242,7 @@ def write_safetensors(
 
 
 def bytes_of(specs: Mapping[str, Spec]) -> int:
-    """Bytes of all these tensors."""
+    """Return the total bytes of tensors with these specs."""
     return sum(map(_nbytes, specs.values()))
 
 
@@ -270,5 +270,5 @@ def _header(specs: Mapping[str, Spec]) -> bytes:
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, stop]}
         start = stop
     raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)  # the tensors start aligned
+    raw += b" " * (-len(raw) % 8)  # align the tensors to 8 bytes
     return len(raw).to_bytes(8, "little") + raw

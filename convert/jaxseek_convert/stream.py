@@ -1,10 +1,10 @@
-"""The pump of a conversion: rows of tensors go from a source to files, by threads, within a budget of memory.
+"""Stream a conversion: threads move rows of tensors from a source to files within a memory budget.
 
-Tensors that share files are a group; groups are divided among the hosts. What is done stands in a journal
-beside the files, a line for each tensor with the digest of every part that was written. Killed at any moment,
-the next run reads the journal and goes on. On a disk the files have their full size from the start, so a
-tensor that was written in part is simply written again; to an object store a group's files go when they are
-whole, and its tensors are noted then.
+Tensors that share files form a group; groups are divided among the hosts. A journal beside the files has one
+line per finished tensor, with the digest of every part written. After a kill at any moment, the next run
+reads the journal and resumes. On a disk, files have their full size from the start and a partly written
+tensor is written again; for an object store, a group's files are uploaded once complete, and only then are
+its tensors journalled.
 """
 
 from __future__ import annotations
@@ -37,14 +37,15 @@ from jaxseek_convert.table import Table
 
 JOURNAL = "journal.jsonl"
 MEMORY = 3 << 29  # bytes, by default: 1.5 GiB
-_PIECE = 8 << 20  # bytes of rows at a time
-_COPIES, _CHANGED = 3, 8  # of them in memory: as read, put in order, written; and float32 several times
+_PIECE = 8 << 20  # bytes of rows processed at a time
+# Copies of a piece in a thread's memory: as read, reordered and written; with float32 copies to re-encode.
+_COPIES, _CHANGED = 3, 8
 _OURS = re.compile(r"journal(\.\d+)?\.jsonl")
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Source(Protocol):
-    """A checkpoint as tensors of the Hugging Face format, of which rows are read."""
+    """A checkpoint readable as rows of Hugging Face tensors."""
 
     @property
     def memory(self) -> Memory: ...
@@ -56,7 +57,7 @@ class Source(Protocol):
 
 
 class Described(Protocol):
-    """What is known of a checkpoint before it is read."""
+    """Metadata of a checkpoint, known before any weight is read."""
 
     @property
     def cfg(self) -> ModelConfig: ...
@@ -71,7 +72,7 @@ class Described(Protocol):
 
 
 class Sink(Protocol):
-    """Files to be written: their sizes, the form that a tensor has there, and where its rows go."""
+    """Files to write: their sizes, the form of each tensor, and where its rows go."""
 
     @property
     def files(self) -> Mapping[str, int]: ...
@@ -86,10 +87,10 @@ class Sink(Protocol):
 
 
 def threads_for(memory: int | None, piece: int = 2 * _PIECE, shared: int = 0) -> int:
-    """How many threads fit into `memory` bytes of the process, beside what it has and what they share.
+    """Return how many threads fit into `memory` bytes, each with `piece` bytes, beside `shared` bytes.
 
-    Without `memory` they may take MEMORY beside what it has, be that the caller's model. `piece` bytes are
-    what a thread holds at a time. Raises CheckpointError where not even one fits.
+    `memory` limits the whole process; by default it is MEMORY on top of what the process holds already, such
+    as the caller's model. Raises CheckpointError if not even one thread fits.
     """
     base, each = resident() + shared, piece
     memory = MEMORY + resident() if memory is None else memory
@@ -103,7 +104,7 @@ def threads_for(memory: int | None, piece: int = 2 * _PIECE, shared: int = 0) ->
 
 
 def _rows(layout: Any, old: Form, new: Form) -> tuple[int, int]:
-    """How many rows of a tensor are handled together, and the bytes of one."""
+    """Return (rows of a tensor processed together, bytes per row)."""
     R, *columns = layout.shape
     align = math.lcm(layout.unit, new.block)
     width = math.prod(columns) * (old.dtype.itemsize if old == new else 4)
@@ -111,14 +112,14 @@ def _rows(layout: Any, old: Form, new: Form) -> tuple[int, int]:
 
 
 def pieces(layout: Any, old: Form, new: Form) -> Iterator[tuple[int, int]]:
-    """Ranges of a tensor's rows that are handled together."""
+    """Yield the ranges (first, last) of rows that are processed together."""
     R, (step, _) = layout.shape[0], _rows(layout, old, new)
     for first in range(0, R, step):
         yield first, min(first + step, R)
 
 
 def working_memory(layouts: Mapping[str, Any], old: Callable[[str], Form], new: Callable[[str], Form]) -> int:
-    """The most bytes that a thread needs at a time for one of these tensors."""
+    """Return the most bytes that a thread needs for any of these tensors."""
     most = _PIECE
     for name, layout in layouts.items():
         before, after = old(name), new(name)
@@ -129,7 +130,7 @@ def working_memory(layouts: Mapping[str, Any], old: Callable[[str], Form], new: 
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors that share files, and these files: what one host writes, and sends to an object store whole."""
+    """Tensors that share files, and those files: the unit of work of a host and of an upload."""
 
     names: tuple[str, ...]
     files: tuple[str, ...]
@@ -137,9 +138,9 @@ class Group:
 
 
 def groups(sink: Sink) -> list[Group]:
-    """The tensors of a sink in groups that have no file in common."""
+    """Partition the tensors of a sink into groups that share no file."""
     spans = {name: list(sink.spans(name)) for name in sink.tensors}
-    joined: dict[str, str] = {}  # a file to another of its group, the first of a group to itself
+    joined: dict[str, str] = {}  # union-find over files: a root maps to itself
 
     def first(file: str) -> str:
         while joined.setdefault(file, file) != file:
@@ -156,45 +157,45 @@ def groups(sink: Sink) -> list[Group]:
         names.setdefault(root, []).append(name)
         files.setdefault(root, set()).update(file for _, file, *_ in parts)
     return [
-        Group(tuple(own), tuple(sorted(files[root])), sum(sink.files[file] for file in files[root]))
-        for root, own in names.items()
+        Group(tuple(members), tuple(sorted(files[root])), sum(sink.files[file] for file in files[root]))
+        for root, members in names.items()
     ]
 
 
 def share(all_groups: Iterable[Group], host: int, hosts: int) -> list[Group]:
-    """One host's part of the groups; all have about as many bytes."""
-    loads, own = [0] * hosts, []
+    """Return one host's groups, balanced by bytes across hosts."""
+    loads, groups_of_host = [0] * hosts, []
     for group in sorted(all_groups, key=lambda g: (-g.nbytes, g.names[0])):
         least = loads.index(min(loads))
         loads[least] += group.nbytes
         if least == host:
-            own.append(group)
-    return own
+            groups_of_host.append(group)
+    return groups_of_host
 
 
 class Journal:
-    """Tensors that a conversion has written. Lines are only ever added, so a kill can just cut the last off.
+    """Append-only record of the tensors that a conversion has written; a kill only truncates its last line.
 
-    The first line tells the conversion from others. Then there is one for each tensor that is written, with
-    its digests, or with none where it turned out that it has to be written again. On several hosts each adds
-    to a file of its own; the first host reads them all at the start, for all.
+    The first line identifies the conversion. Each later line is a written tensor with its digests, or with
+    null if it must be written again. Each host appends to its own file; host 0 reads and merges all of them
+    at the start.
     """
 
     def __init__(self, folder: Place, identity: Mapping[str, Any]):
-        """Where the folder holds another conversion, what that has left there is removed."""
+        """Read the journal in `folder`; remove the files of a conversion with another identity."""
         self.folder = folder
         host, identity = jax.process_index(), json.loads(json.dumps(identity))
-        self.restarted = False  # whether a machine went down since, and with it what was not on disk
+        self.restarted = False  # a host rebooted since, so unflushed writes may be lost
         self.done: dict[str, dict[str, str]] = gather(self._read(identity) if host == 0 else None)[0]
         self._log = Log(folder / (f"journal.{host}.jsonl" if host else JOURNAL))
         if host:
             self._log.add(json.dumps({"identity": identity, "boot": _boot()}))
 
     def _read(self, identity: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-        """Read what all hosts have done, into one file. What is of another conversion is removed."""
+        """Merge the journals of all hosts into host 0's; remove the files of another conversion."""
         first = self.folder / JOURNAL
         lines = _entries(first, identity)
-        if not lines:  # and so nothing is taken for done that is removed now
+        if not lines:  # nothing journalled refers to what is removed here
             _clear(self.folder)
             with Log(first) as log:
                 log.add(json.dumps({"identity": identity, "boot": _boot()}))
@@ -212,22 +213,22 @@ class Journal:
         return {name: digests for name, digests in done.items() if digests}
 
     def add(self, name: str, digests: Mapping[str, str]) -> None:
-        """Note that a tensor is written."""
+        """Record that a tensor is written."""
         self.done[name] = dict(digests)
         self._log.add(json.dumps({"name": name, "digests": digests}))
 
     def forget(self, names: Iterable[str]) -> None:
-        """Note that tensors are to be written again."""
+        """Record that tensors must be written again."""
         for name in names:
             del self.done[name]
             self._log.add(json.dumps({"name": name, "digests": None}))
 
     def trust(self) -> None:
-        """Note that what is done was found on the disk."""
+        """Record that the journalled tensors were verified on disk since the last boot."""
         self._log.add(json.dumps({"boot": _boot()}))
 
     def share(self) -> None:
-        """Let every host know what any has done; all call it."""
+        """Merge `done` over all hosts; every host must call it."""
         for done in gather(self.done):
             self.done |= done
 
@@ -236,7 +237,7 @@ class Journal:
 
 
 def _entries(path: Place, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The lines of a journal; none where it is of another conversion."""
+    """Return the entries of a journal, or none if it belongs to another conversion."""
 
     def parse(line: bytes) -> dict[str, Any]:
         entry = json.loads(line)
@@ -249,7 +250,10 @@ def _entries(path: Place, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _clear(folder: Place) -> None:
-    """Remove all but the first host's journal, which is locked, and empty that; of a store what we write."""
+    """Remove everything in a folder but host 0's locked journal, which is emptied.
+
+    In an object store, remove only the files that a conversion writes.
+    """
     if isinstance(folder, Remote):
         for name in folder.sizes():
             if name.startswith("params/") or name.endswith(".safetensors") or _OURS.fullmatch(name):
@@ -271,7 +275,10 @@ def _boot() -> str:
 
 
 def converted(source: Source, name: str, first: int, last: int, new: Form) -> Rows:
-    """Rows of a tensor in another form."""
+    """Read rows of a tensor and convert them to another form.
+
+    Raises CheckpointError for values that are not finite if the form cannot store them.
+    """
     old = source.form(name)
     rows = change(source.rows(name, first, last), old, new)
     if rows.scale is not None and old != new and not np.isfinite(rows.scale).all():
@@ -287,17 +294,17 @@ def pump(
     sink: Sink,
     layouts: Mapping[str, Any],
     journal: Journal,
-    own: Iterable[Group],
+    host_groups: Iterable[Group],
     writer: Writer,
     threads: int,
     progress: Callable[[int], Any],
 ) -> None:
-    """Write every tensor of these groups that the journal does not have."""
+    """Write and journal every tensor of `host_groups` that the journal lacks."""
     if writer.sends:
-        own = [group for group in own if not journal.done.keys() >= set(group.names)]
-        journal.forget([n for group in own for n in group.names if n in journal.done])
-    home = {name: group for group in own for name in group.names}
-    left = {group: {n for n in group.names if n not in journal.done} for group in own}
+        host_groups = [group for group in host_groups if not journal.done.keys() >= set(group.names)]
+        journal.forget([n for group in host_groups for n in group.names if n in journal.done])
+    home = {name: group for group in host_groups for name in group.names}
+    left = {group: {n for n in group.names if n not in journal.done} for group in host_groups}
     lock = threading.Lock()
 
     def one(name: str) -> tuple[str, dict[str, str]]:
@@ -317,7 +324,7 @@ def pump(
         return name, {key: d.hexdigest() for key, d in digests.items()}
 
     def noted(written: Iterable[tuple[str, dict[str, str]]]) -> Iterator[tuple[str, dict[str, str]]]:
-        """Tensors that are where they belong: of files that are sent whole, once all of a group are."""
+        """Yield tensors once they are durable; with uploads, when their whole group is."""
         waiting: dict[Group, list[tuple[str, dict[str, str]]]] = {}
         for name, digests in written:
             group = home[name]
@@ -325,13 +332,13 @@ def pump(
             if not writer.sends or len(waiting[group]) == len(group.names):
                 yield from waiting.pop(group)
 
-    order = {group: min(map(source.position, group.names)) for group in own}
+    order = {group: min(map(source.position, group.names)) for group in host_groups}
     todo = sorted(
         (name for names in left.values() for name in names),
         key=lambda name: (order[home[name]], source.position(name)),
     )
     try:
-        for group in own:
+        for group in host_groups:
             for file in group.files:
                 if file in sink.headers:
                     writer.write(file, 0, np.frombuffer(sink.headers[file], np.uint8))
@@ -349,7 +356,7 @@ def digest_source(
     threads: int,
     progress: Callable[[int], Any],
 ) -> Iterator[tuple[str, dict[str, str]]]:
-    """The digests of what the source would be written as."""
+    """Yield (tensor, digests) of the bytes that the sink would write, without writing them."""
 
     def one(name: str) -> tuple[str, dict[str, str]]:
         old, new = source.form(name), sink.form(name)
@@ -370,16 +377,19 @@ def digest(
     threads: int,
     progress: Callable[[int], Any],
 ) -> Iterator[tuple[str, dict[str, str]]]:
-    """The digests of what is on disk; `spans` gives (name of a digest, file, position, bytes) of a tensor."""
+    """Yield (tensor, digests) of what is on disk.
+
+    `spans(tensor)` yields (digest name, file, offset, length).
+    """
 
     def one(name: str) -> tuple[str, dict[str, str]]:
         digests: dict[str, Any] = {}
         for key, file, start, n in spans(name):
-            made = digests.setdefault(key, xxhash.xxh3_128())
+            hasher = digests.setdefault(key, xxhash.xxh3_128())
             source = open_file(folder / file)
             for at in range(start, start + n, _PIECE):
                 size = min(_PIECE, start + n - at)
-                made.update(source.read(at, at + size))
+                hasher.update(source.read(at, at + size))
                 progress(size)
         return name, {key: d.hexdigest() for key, d in digests.items()}
 
@@ -387,7 +397,7 @@ def digest(
 
 
 def _in_threads(work: Callable[[str], Any], items: Iterable[str], threads: int) -> Iterator[Any]:
-    """Results as they come. After the first error those that were under way come, and then it is raised."""
+    """Yield results as they complete. After an error, yield those still running, then raise it."""
     todo, waiting, error = iter(items), set[Future[Any]](), None
     with ThreadPoolExecutor(threads) as pool:
         try:

@@ -1,8 +1,8 @@
-"""The weight table: which tensors of a Hugging Face checkpoint hold which parameters. It is read both ways.
+"""The weight table: which tensors of a Hugging Face checkpoint hold which parameters, read both ways.
 
-A row stands for a kind of tensor; a model has it where it has the parameters. `{l}` and `{e}` in a name are
-the leading axes of the parameter: the layer (counted through all stacks) and the expert. Layouts are
-explained in layout.py. Rotary rows stay as they are on disk; the layers know which pairs they form.
+A row is a kind of tensor; a model has it if it has the row's parameters. `{l}` and `{e}` in a name are the
+leading axes of the parameter: the layer (counted across stacks) and the expert. layout.py explains layouts.
+Rotary rows keep their order on disk; the layers know how they pair.
 
 Sources: transformers' modelling classes; the tensor map of DeepSeek-R1; DeepSeek-V3's README_WEIGHTS.md.
 """
@@ -24,16 +24,16 @@ from jaxseek.sharding.parameters import parameters
 from jaxseek_convert.layout import Index, Layout
 
 # own:   the tensor that a parameter is read from and written to
-# copy:  a repetition of a parameter in the multi-token module, as releases have it; may be absent
-# tied:  lm_head of a model with tied embeddings; may be there, and is not written unless it was
+# copy:  a duplicate of a parameter in the multi-token module, as in the releases; may be absent
+# tied:  lm_head of a model with tied embeddings; optional, and written only if the source had it
 Kind = Literal["own", "copy", "tied"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A kind of tensor: its name, layout and parameters, whose paths count from the module of its section.
+    """A kind of tensor: name, layout, and parameter paths relative to the module of its section.
 
-    Paths of copies count from the model.
+    Paths of copies are relative to the model.
     """
 
     name: str
@@ -112,9 +112,10 @@ MTP = (
 
 
 class Tensors:
-    """A row in one section of a model: one tensor, or one for each layer and expert.
+    """A row in one section of a model: one tensor, or one per layer and expert.
 
-    `path` are the parameters' paths. `lead` are the indices of their leading axes, as the names count them.
+    `paths` are the parameters' paths, `counts` the sizes of their leading axes, and `first` the numbers in
+    the tensor names at which these axes start.
     """
 
     def __init__(
@@ -129,13 +130,13 @@ class Tensors:
         self._letters = letters
 
     def name_at(self, at: tuple[int, ...]) -> str:
-        """The name of the tensor with these indices into the leading axes."""
+        """Return the name of the tensor at these indices of the leading axes."""
         return self.name.format(**{c: f + i for c, f, i in zip(self._letters, self.first, at)})
 
     def read(
         self, path: str, at: Index, out: np.ndarray, fetch: Callable[[str, Index], np.ndarray], *done: int
     ) -> None:
-        """Fill `out` with the part `at` of parameter `path`; `fetch(name, index)` gives parts of tensors."""
+        """Fill `out` with slice `at` of parameter `path`; `fetch(name, index)` returns part of a tensor."""
         if len(done) < len(self.counts):
             for i in range(at[0].start, at[0].stop):
                 self.read(path, at[1:], out[i - at[0].start], fetch, *done, i)
@@ -149,7 +150,9 @@ class Table:
 
     def __init__(self, cfg: ModelConfig):
         self.cfg = cfg
-        params = parameters(DeepSeek.abstract(cfg, dtype=jnp.bfloat16))  # so that float32 by design shows
+        params = parameters(
+            DeepSeek.abstract(cfg, dtype=jnp.bfloat16)
+        )  # float32 then marks parameters that always are
         self.params: dict[str, jax.ShapeDtypeStruct] = {p: v.get_value() for p, v in params.items()}
         self.sections = [self._section(MODEL, "", "")]
         first, prefix = 0, "model.layers.{l}."
@@ -172,7 +175,7 @@ class Table:
         return list(out.values())
 
     def __iter__(self) -> Iterator[tuple[str, Tensors, tuple[int, ...]]]:
-        """Every tensor in file order, layer by layer: name, row, and indices into the leading axes."""
+        """Yield every tensor in file order, layer by layer: (name, row, indices of the leading axes)."""
         for section in self.sections:
             for layer in np.ndindex(section[0].counts[:1]):
                 for tensors in section:
@@ -180,16 +183,16 @@ class Table:
                         yield tensors.name_at(layer + rest), tensors, layer + rest
 
     def names(self) -> set[str]:
-        """What a checkpoint holds unless its source held more or less: own tensors and copies."""
+        """Return the names that a checkpoint has by default: own tensors and copies, without tied ones."""
         return {name for name, tensors, _ in self if tensors.kind in ("own", "copy")}
 
     def row_of(self, path: str) -> Tensors:
-        """The row that a parameter is read from."""
+        """Return the row that a parameter is read from."""
         return next(t for s in self.sections for t in s if path in t.paths and t.kind == "own")
 
 
 def hf_tensors(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors of a Hugging Face checkpoint of this model."""
+    """Return names and shapes of all tensors of a Hugging Face checkpoint of this model."""
     table = Table(cfg)
     names = table.names()
     return {name: tensors.layout.shape for name, tensors, _ in table if name in names}

@@ -1,4 +1,4 @@
-"""The store of a checkpoint as the tensors of a Hugging Face one, to read from and to write into."""
+"""Read and write the store of a jaxseek checkpoint as if it were Hugging Face tensors."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from jaxseek_convert.files import File, RemoteFile, open_file
 from jaxseek_convert.numbers import BLOCK, FLOAT8, Form, Memory, Rows
 from jaxseek_convert.table import Table, Tensors
 
-_CACHE_BYTES = 128 << 20  # of chunks that Orbax wrote
-_CHUNK_BYTES = 64 << 20  # the most that one has
+_CACHE_BYTES = 128 << 20  # cache of decoded Orbax chunks
+_CHUNK_BYTES = 64 << 20  # largest chunk that Orbax writes
 
 
 def arrays_of(table: Table, forms: Mapping[str, Form]) -> dict[str, Array]:
-    """The arrays of all parameters, each in its form; a quantised one has two, `.value` and `.scale`."""
+    """Return the stored arrays of all parameters by path; a quantised one has `.value` and `.scale`."""
     out = {}
     for section in table.sections:
         for row in section:
@@ -45,7 +45,7 @@ def arrays_of(table: Table, forms: Mapping[str, Form]) -> dict[str, Array]:
 
 
 def described(table: Table, forms: Mapping[str, Form]) -> dict[str, Any]:
-    """What the manifest says of the parameters."""
+    """Return the manifest's entries for the parameters: shapes, dtypes and quantisation groups."""
     params = {}
     for path, array in arrays_of(table, forms).items():
         base, _, part = path.rpartition(".")
@@ -58,7 +58,7 @@ def described(table: Table, forms: Mapping[str, Form]) -> dict[str, Any]:
 
 
 class StoreCheckpoint:
-    """A jaxseek checkpoint as the tensors of a Hugging Face one, of which rows are read."""
+    """A jaxseek checkpoint readable as rows of Hugging Face tensors."""
 
     def __init__(self, path: Place, mtp: bool = True):
         self.path, self.manifest = path, models.read_manifest(path)
@@ -67,35 +67,35 @@ class StoreCheckpoint:
         if not mtp:
             self.cfg = self.cfg.replace(num_nextn_predict_layers=0)
         self.table = Table(self.cfg)
-        held = {p: h for p, h in self.manifest["params"].items() if mtp or not p.startswith("mtp.")}
-        self.forms = {path: self._form(path, held) for path in self.table.params}
+        params = {p: h for p, h in self.manifest["params"].items() if mtp or not p.startswith("mtp.")}
+        self.forms = {path: self._form(path, params) for path in self.table.params}
         expected = described(self.table, self.forms)["params"]
         models.raise_mismatch(
             f"{path / models.MANIFEST} and config.json do not fit each other",
-            {p: tuple(h["shape"]) for p, h in held.items()},
+            {p: tuple(h["shape"]) for p, h in params.items()},
             {p: tuple(h["shape"]) for p, h in expected.items()},
             "they were written together: restore the original config.json",
         )
         rows = {name: (row, at) for name, row, at in self.table}
-        own = {name for name, (row, _) in rows.items() if row.kind == "own"}
+        owned = {name for name, (row, _) in rows.items() if row.kind == "own"}
         origin = self.manifest["origin"]
-        names = own.union(origin["copies"]) if "copies" in origin else self.table.names()
+        names = owned.union(origin["copies"]) if "copies" in origin else self.table.names()
         self.tensors = {name: rows[name] for name in rows if name in names}
         self._flat = self.manifest.get("layout") == LAYOUT
         self.arrays = {p: self._as_written(a) for p, a in arrays_of(self.table, self.forms).items()}
         self.quantization = origin.get("quantization")
 
-    def _form(self, path: str, held: Mapping[str, Any]) -> Form:
+    def _form(self, path: str, params: Mapping[str, Any]) -> Form:
         groups = self.manifest.get("quantization", {})
         if path not in groups:
-            return Form(held.get(path, {"dtype": "bfloat16"})["dtype"])
+            return Form(params.get(path, {"dtype": "bfloat16"})["dtype"])
         how = self.manifest["origin"].get("quantization") or {}
-        kind = held[f"{path}.value"]["dtype"]
+        kind = params[f"{path}.value"]["dtype"]
         block = how.get("weight_block_size", [BLOCK])[0]
         return Form(kind, groups[path], block if kind == FLOAT8.kind else 1)
 
     def _as_written(self, array: Array) -> Array:
-        """With the chunks that it has on disk."""
+        """Return the array with its chunk shape on disk. Raises CheckpointError if anything else differs."""
         if not self._flat:
             return array
         try:
@@ -109,34 +109,34 @@ class StoreCheckpoint:
             )
         return found
 
-    def origin(self, held: Mapping[str, Form]) -> dict[str, Any]:
-        """As of HFCheckpoint."""
+    def origin(self, forms: Mapping[str, Form]) -> dict[str, Any]:
+        """Return what parameters stored in `forms` do not record; see HFCheckpoint.origin."""
         origin = self.manifest["origin"]
-        same = {n for n, (row, _) in self.tensors.items() if held[row.paths[0]] == self.forms[row.paths[0]]}
+        same = {n for n, (row, _) in self.tensors.items() if forms[row.paths[0]] == self.forms[row.paths[0]]}
         dtypes = {n: d for n, d in origin.get("dtypes", {}).items() if n.removesuffix("_scale_inv") in same}
         copies = {"copies": [n for n in origin["copies"] if n in self.tensors]} if "copies" in origin else {}
         return {**copies, "dtypes": dtypes, "quantization": origin.get("quantization")}
 
     def form(self, name: str) -> Form:
-        """As of HFCheckpoint."""
+        """Return how a tensor is stored."""
         return self.forms[self.tensors[name][0].paths[0]]
 
     def nbytes(self, name: str) -> int:
-        """As of HFCheckpoint."""
+        """Return the bytes of a tensor and its scales."""
         return sum(plane.nbytes for plane in self.planes(name))
 
     def position(self, name: str) -> tuple[str, int]:
-        """As of HFCheckpoint."""
+        """Return (array, offset) of a tensor, a sort key for sequential reads."""
         plane = self.planes(name)[0]
         return plane.arrays[0].path, plane.ranges(0, 0)[0][0]
 
     def planes(self, name: str) -> list[Plane]:
-        """Where a tensor's numbers are, and its scales."""
+        """Locate a tensor's values and, if quantised, its scales."""
         row, at = self.tensors[name]
         return planes(self.arrays, self.forms[row.paths[0]], row, at)
 
     def identity(self) -> list[Any]:
-        """As of HFCheckpoint."""
+        """Return a state that differs for another source, or once a file has changed."""
         if isinstance(self.path, Remote):
             return [file_state(self.path / models.MANIFEST), (self.path / "params").sizes()]
         files = [self.path / models.MANIFEST, *(self.path / "params").rglob("*")]
@@ -144,22 +144,22 @@ class StoreCheckpoint:
 
     @property
     def memory(self) -> Memory:
-        """As of HFCheckpoint."""
+        """Memory that reading takes beside the rows: none for a flat store, decoded chunks for Orbax."""
         return Memory() if self._flat else Memory(2 * _CHUNK_BYTES, _CACHE_BYTES)
 
     def spans(self, name: str) -> Iterator[tuple[str, str, int, int]]:
-        """As of HFCheckpoint; of a store that a conversion wrote."""
+        """Yield the byte ranges of a tensor as HFCheckpoint.spans does; only for a store by `convert`."""
         return spans(self.planes(name))
 
     def rows(self, name: str, first: int, last: int) -> Rows:
-        """As of HFCheckpoint."""
+        """Return stored rows [first, last) of a tensor."""
         row, _ = self.tensors[name]
         values, *scale = (self._read(plane, first, last) for plane in self.planes(name))
         values = values if len(row.layout.shape) > 1 else values.reshape(-1)
         return Rows(values, scale[0][:, :: repeats(row, self.form(name))] if scale else None)
 
     def _read(self, plane: Plane, first: int, last: int) -> np.ndarray:
-        """Rows [last - first, columns]; `first` and `last` are whole units."""
+        """Return rows [last - first, columns]; `first` and `last` are multiples of the layout's unit."""
         read = self._read_flat if self._flat else self._read_orbax
         parts = [read(plane, i, *r) for i, r in enumerate(plane.ranges(first, last))]
         return plane.row.layout.merge([p.view(plane.dtype).reshape(-1, plane.columns) for p in parts])
@@ -171,7 +171,7 @@ class StoreCheckpoint:
         return out
 
     def _read_orbax(self, plane: Plane, which: int, start: int, stop: int) -> np.ndarray:
-        """From chunks that hold the parameter as the model does."""
+        """Read bytes [start, stop) of an array in disk order from Orbax chunks, which are in model order."""
         array, lead = plane.arrays[which], len(plane.at)
         rows = [array.shape[i] for i in array.order[lead : lead + len(plane.row.layout.dims[which][0])]]
         row = array.nbytes // math.prod(array.shape[:lead]) // math.prod(rows)
@@ -186,7 +186,7 @@ class StoreCheckpoint:
 
     @functools.cached_property
     def _context(self) -> Any:
-        """The arrays share a cache; chunks are decoded one after the other, or memory would hold them all."""
+        """Context with one cache for all arrays; chunks are decoded one at a time to bound memory."""
         import tensorstore
 
         one = {"limit": 1}
@@ -198,7 +198,7 @@ class StoreCheckpoint:
             }
         )
 
-    @functools.cache  # noqa: B019 - an object lives as long as a conversion
+    @functools.cache  # noqa: B019 - the object lives as long as a conversion
     def _opened(self, path: str) -> Any:
         import tensorstore
 
@@ -213,7 +213,10 @@ class StoreCheckpoint:
 
 @dataclass(frozen=True)
 class Plane:
-    """A tensor's numbers, or their scales, in the arrays of its parameters, which share its rows evenly."""
+    """The values, or the scales, of a tensor in the arrays of its parameters.
+
+    Every unit of rows is split between the arrays in the same proportion.
+    """
 
     row: Tensors
     at: tuple[int, ...]
@@ -229,32 +232,32 @@ class Plane:
 
     @property
     def columns(self) -> int:
-        """Numbers of a row."""
+        """Elements per row."""
         return self.nbytes // self.dtype.itemsize // self.row.layout.shape[0]
 
     def start(self, which: int) -> int:
-        """Where its part of an array begins, in bytes."""
+        """Return the byte offset of the tensor in array `which`."""
         matrix = int(np.ravel_multi_index(self.at, self.row.counts)) if self.at else 0
         return matrix * (self.arrays[which].nbytes // math.prod(self.row.counts))
 
     def key(self, which: int) -> str:
-        """The name for the digest of its part of an array."""
+        """Return the digest name of the tensor's part of array `which`."""
         return self.arrays[which].path + (f"[{','.join(map(str, self.at))}]" if self.at else "")
 
     def ranges(self, first: int, last: int) -> list[tuple[int, int]]:
-        """In each array, the bytes of whole units of rows."""
+        """Return the byte range of rows [first, last), whole units, in each array."""
         R = self.row.layout.shape[0]
         sizes = [a.nbytes // math.prod(self.row.counts) for a in self.arrays]
         return [(self.start(i) + n * first // R, self.start(i) + n * last // R) for i, n in enumerate(sizes)]
 
 
 def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[slice, ...]]:
-    """Entries `start` to `stop` of an array of this shape, counted in C order, as parts of it, in order."""
+    """Yield the boxes that cover elements [start, stop) of an array, in C order."""
     inner = math.prod(shape[1:])
     while start < stop:
         i, rest = divmod(start, inner)
         n = (stop - start) // inner
-        if rest or not n:  # a part of one
+        if rest or not n:  # part of one row
             last = min(inner, rest + stop - start)
             for box in boxes(shape[1:], rest, last):
                 yield slice(i, i + 1), *box
@@ -265,13 +268,13 @@ def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[slice, 
 
 
 def planes(arrays: Mapping[str, Array], form: Form, row: Tensors, at: tuple[int, ...]) -> list[Plane]:
-    """Where a tensor's numbers are, and its scales where it is quantised."""
+    """Locate a tensor's values and, if quantised, its scales."""
     suffixes = (".value", ".scale") if form.quantized else ("",)
     return [Plane(row, at, tuple(arrays[p + suffix] for p in row.paths)) for suffix in suffixes]
 
 
 def spans(planes: list[Plane]) -> Iterator[tuple[str, str, int, int]]:
-    """All bytes of a tensor: (name for their digest, file, position, bytes), in order."""
+    """Yield the byte ranges of a tensor, in order: (digest name, file, offset, length)."""
     for plane in planes:
         for i, (start, stop) in enumerate(plane.ranges(0, plane.row.layout.shape[0])):
             for file, there, _, n in plane.arrays[i].pieces(start, stop):
@@ -279,7 +282,7 @@ def spans(planes: list[Plane]) -> Iterator[tuple[str, str, int, int]]:
 
 
 def repeats(row: Tensors, form: Form) -> int:
-    """How often the store has a scale, one after the other: more than once where a group spans heads."""
+    """Return how often the store repeats each scale: more than once if a group spans heads."""
     if form.group is None:
         return 1
     name = row.paths[0].rpartition(".")[2]
@@ -287,7 +290,7 @@ def repeats(row: Tensors, form: Form) -> int:
 
 
 class StoreSink:
-    """A store that is being written, tensor by tensor."""
+    """A store to write, tensor by tensor."""
 
     def __init__(self, table: Table, forms: Mapping[str, Form]):
         self.forms = forms
@@ -297,15 +300,15 @@ class StoreSink:
         self.files = {name: n for array in self.arrays.values() for name, n in array.files().items()}
 
     def form(self, name: str) -> Form:
-        """What the rows of a tensor have to be."""
+        """Return the form that the rows of a tensor must have."""
         return self.forms[self.tensors[name][0].paths[0]]
 
     def spans(self, name: str) -> Iterator[tuple[str, str, int, int]]:
-        """Where a tensor is: (name for the digest, file, position, bytes), in order."""
+        """Yield the byte ranges of a tensor, in order: (digest name, file, offset, length)."""
         return spans(planes(self.arrays, self.form(name), *self.tensors[name]))
 
     def put(self, name: str, first: int, rows: Rows) -> Iterator[tuple[str, str, int, np.ndarray]]:
-        """Where rows of a tensor go: (name for their digest, file, position, bytes), in order."""
+        """Yield the writes for rows of a tensor, in order: (digest name, file, offset, bytes)."""
         row, at = self.tensors[name]
         for plane, data in zip(planes(self.arrays, self.form(name), row, at), (rows.values, rows.scale)):
             assert data is not None

@@ -1,4 +1,4 @@
-"""Models to Hugging Face checkpoints, tensor by tensor: one layer of one parameter is copied at a time."""
+"""Write Hugging Face checkpoints tensor by tensor, copying one layer of one parameter at a time."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def save_hf(
 ) -> None:
     """Write a directory that transformers and others load: safetensors, config.json, tokenizer files.
 
-    Without `dtype` tensors have their parameters' dtype, or where `origin` (HFCheckpoint.origin) is given
-    that of the source. The multi-token module's copies of embedding and head are written unless the source
-    had none. With `check` every tensor is read back and compared before the directory gets its name. Raises
-    CheckpointError where the destination is taken or the disk is full.
+    Without `dtype`, tensors have the dtype of their parameters or, with `origin` (HFCheckpoint.origin), of
+    the source. The multi-token module's copies of embedding and head are written unless the source lacked
+    them. With `check`, every tensor is read back and compared before the directory gets its name. Raises
+    CheckpointError if the destination exists or the disk is full.
     """
     table, specs = Table(model.cfg), hf_specs(model, dtype, origin)
 
@@ -69,7 +69,7 @@ def save_hf(
 
 
 class HFSink:
-    """Safetensors files that are being written, tensor by tensor."""
+    """Safetensors files to write, tensor by tensor."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class HFSink:
         dtypes: Mapping[str, str] | None = None,
         max_shard_bytes: int = MAX_SHARD_BYTES,
     ):
-        """`forms` are those of the tensors to be written, `dtypes` those of scales that are not float32."""
+        """`forms` has the tensors to write, `dtypes` the dtypes of scales that are not float32."""
         self.forms = forms
         self.tensors = {name: (row, at) for name, row, at in table if name in forms}
         specs: dict[str, Spec] = {}
@@ -92,11 +92,11 @@ class HFSink:
         self.files, self.headers = self.shards.files, self.shards.headers
 
     def form(self, name: str) -> Form:
-        """What the rows of a tensor have to be."""
+        """Return the form that the rows of a tensor must have."""
         return self.forms[name]
 
     def put(self, name: str, first: int, rows: Rows) -> Iterator[tuple[str, str, int, np.ndarray]]:
-        """Where rows of a tensor go: (name for their digest, file, position, bytes), in order."""
+        """Yield the writes for rows of a tensor, in order: (digest name, file, offset, bytes)."""
         yield self._part(name, first, rows.values)
         if rows.scale is not None:
             form, key = self.forms[name], f"{name}_scale_inv"
@@ -104,7 +104,7 @@ class HFSink:
             yield self._part(key, first // form.block, scale)
 
     def spans(self, name: str) -> Iterator[tuple[str, str, int, int]]:
-        """Where a tensor is: (name for the digest, file, position, bytes), in order."""
+        """Yield the byte ranges of a tensor, in order: (digest name, file, offset, length)."""
         for key in (name, f"{name}_scale_inv") if self.forms[name].quantized else (name,):
             yield key, *self.shards.place[key], bytes_of({key: self.shards.specs[key]})
 
@@ -115,24 +115,24 @@ class HFSink:
 
 
 def hf_specs(model: DeepSeek, dtype: Any = None, origin: Mapping[str, Any] | None = None) -> dict[str, Spec]:
-    """Shapes and dtypes of the tensors that `save_hf` writes, in their order."""
+    """Return shapes and dtypes of the tensors that `save_hf` writes, in order."""
     raise_slots(model)
     origin, table = origin or {}, Table(model.cfg)
-    held = {path: param.get_value().dtype for path, param in parameters(model).items()}
-    if held.keys() != table.params.keys():
+    dtypes = {path: param.get_value().dtype for path, param in parameters(model).items()}
+    if dtypes.keys() != table.params.keys():
         raise ValueError("this model has other stacks than its config: save the one it was unrolled from")
-    own = {name for name, row, _ in table if row.kind == "own"}
-    names = own.union(origin["copies"]) if "copies" in origin else table.names()
+    owned = {name for name, row, _ in table if row.kind == "own"}
+    names = owned.union(origin["copies"]) if "copies" in origin else table.names()
     kept = origin.get("dtypes", {}) if dtype is None else {}
 
     def kind(name: str, path: str) -> np.dtype:
-        return jnp.dtype(kept.get(name, param_dtype(table.params[path], dtype, held[path])))
+        return jnp.dtype(kept.get(name, param_dtype(table.params[path], dtype, dtypes[path])))
 
     return {name: (row.layout.shape, kind(name, row.paths[0])) for name, row, _ in table if name in names}
 
 
 def hf_arrays(model: DeepSeek, table: Table, names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Those tensors of a Hugging Face checkpoint of the model that `names` holds, in the table's order."""
+    """Yield the tensors in `names` as a Hugging Face checkpoint of the model has them, in table order."""
     arrays = {path: v.get_value() for path, v in parameters(model).items()}
     for section in table.sections:
         for layer in np.ndindex(section[0].counts[:1]):
@@ -144,7 +144,10 @@ def hf_arrays(model: DeepSeek, table: Table, names: Collection[str]) -> Iterator
 
 
 def on_host(array: jax.Array, layer: tuple[int, ...]) -> np.ndarray:
-    """One layer of a parameter (all of it where `layer` is empty), put together from the devices."""
+    """Gather one layer of a parameter (all of it if `layer` is empty) from the devices to the host.
+
+    Raises CheckpointError if the array is spread over several hosts.
+    """
     if not array.is_fully_addressable:
         raise CheckpointError(
             "the model is spread over several hosts; save a checkpoint and export that on one host"
@@ -152,7 +155,7 @@ def on_host(array: jax.Array, layer: tuple[int, ...]) -> np.ndarray:
     out = np.empty(array.shape[len(layer) :], array.dtype)
     for shard in array.addressable_shards:
         if shard.replica_id == 0:
-            # layers are never split; a CPU's array is host memory, elsewhere just the layer should travel
+            # layers are never sharded; CPU arrays are in host memory, other devices transfer just the layer
             piece = shard.data
             if layer and shard.device.platform != "cpu":
                 piece = jax.lax.dynamic_index_in_dim(piece, layer[0], keepdims=False)

@@ -1,4 +1,4 @@
-"""`jaxseek verify`: whether a checkpoint is what was written, and computes what its source computes."""
+"""`jaxseek verify`: check that a checkpoint is intact and computes the same logits as its source."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from jaxseek_convert.table import Table
 from jaxseek_convert.tensors import StoreCheckpoint, StoreSink
 from jaxseek_convert.to_hf import HFSink
 
-_TOKENS = (2, 16)  # rows and length of the spot check
+_TOKENS = (2, 16)  # batch and length of the logits check
 
 
 def verify(
@@ -39,14 +39,13 @@ def verify(
     stage: Stage,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Check a checkpoint; returns what was found, ready for JSON, with `ok`.
+    """Check a checkpoint and return the findings, ready for JSON; `ok` is the verdict.
 
-    Names and shapes have to be those of its config. Every byte is read and compared with the digests that the
-    conversion left, or with the hub's checksums where a download has them. With `source`, what it was
-    converted from (all that `convert` takes), every tensor is converted again in memory and has to come out
-    the same, and both compute the logits of the same random tokens (`logits`), with as many of the first
-    layers as fit into half of the machine's free memory. Raises CheckpointError where there is nothing that
-    can be opened.
+    Names and shapes must match its config. Every byte is compared with the digests that the conversion left,
+    or with the hub's checksums if a download has them. With `source` (anything that `convert` takes), every
+    tensor of the source is converted again in memory and must be identical, and both checkpoints compute the
+    logits of the same random tokens (`logits`), with as many of the first layers as fit into half of the
+    free memory. Raises CheckpointError if a checkpoint cannot be opened.
     """
     folder = model_place(path)
     found = opened(folder)
@@ -54,7 +53,7 @@ def verify(
     result: dict[str, Any] = {"path": str(path), "tensors": len(found.tensors), "ok": True}
     digests = read_digests(folder)
     if digests is not None:
-        if names := set(digests) ^ set(_noted(found)):
+        if names := set(digests) ^ set(_digested(found)):
             raise CheckpointError(
                 f"{folder / DIGESTS}: has other tensors than the checkpoint, as {min(names)}"
             )
@@ -69,16 +68,16 @@ def verify(
     if source is not None:
         with source_place(source, folder) as at:
             origin = opened(at, bool(found.cfg.num_nextn_predict_layers))
-            result["unlike_source"] = _unlike(origin, found, threads, stage)
+            result["unlike_source"] = _differences(origin, found, threads, stage)
             result["logits"] = compare_logits(origin, found, seed)
-            exact = all(_holds(found.form(n), origin.form(n)) for n in _own(found))
+            exact = all(_represents(found.form(n), origin.form(n)) for n in _own(found))
         same = not exact or result["logits"].get("max_difference", 0) == 0
         result["ok"] = result["ok"] and not result["unlike_source"] and same
     return result
 
 
 def read_digests(folder: Place) -> dict[str, dict[str, str]] | None:
-    """What a conversion noted of every tensor that it wrote; None where none wrote the checkpoint."""
+    """Return the digests of every tensor that a conversion wrote, or None without a digest file."""
     place = folder / DIGESTS
     if not place.is_file():
         return None
@@ -88,8 +87,8 @@ def read_digests(folder: Place) -> dict[str, dict[str, str]] | None:
         raise CheckpointError(f"{place}: cannot be read ({type(e).__name__}: {e}); convert again") from None
 
 
-def _noted(source: Source) -> list[str]:
-    """Tensors of which a conversion notes digests: a store has no copies."""
+def _digested(source: Source) -> list[str]:
+    """Return the tensors that a conversion records digests for; a store has no copies."""
     return _own(source) if isinstance(source, StoreCheckpoint) else list(source.tensors)
 
 
@@ -97,13 +96,13 @@ def _own(source: Source) -> list[str]:
     return [name for name, row, _ in source.table if row.kind == "own"]
 
 
-def _holds(form: Form, other: Form) -> bool:
-    """Whether every number of another form is one of this."""
+def _represents(form: Form, other: Form) -> bool:
+    """Return whether `form` represents every value of `other` exactly."""
     return form == other or form.kind == F32.name
 
 
-def _unlike(origin: Source, found: Source, threads: int, stage: Stage) -> list[str]:
-    """Tensors that are not what the source would be converted to."""
+def _differences(origin: Source, found: Source, threads: int, stage: Stage) -> list[str]:
+    """Return the tensors that differ from a fresh conversion of the source."""
     names = _own(found)
     if missing := found.table.params.keys() - origin.table.params.keys():
         raise CheckpointError(f"{origin.path}: is no source of {found.path}, it has no {min(missing)}")
@@ -113,16 +112,16 @@ def _unlike(origin: Source, found: Source, threads: int, stage: Stage) -> list[s
         sink = HFSink(found.table, {n: found.form(n) for n in names})
     layouts = {name: row.layout for name, row, _ in found.table}
     done = stage("compare", sum(map(origin.nbytes, names)))
-    meant = dict(stream.digest_source(origin, sink, layouts, names, threads, done))
-    held = dict(stream.digest_source(found, sink, layouts, names, threads, lambda _: None))
-    return [n for n in names if meant[n] != held[n]]
+    expected = dict(stream.digest_source(origin, sink, layouts, names, threads, done))
+    actual = dict(stream.digest_source(found, sink, layouts, names, threads, lambda _: None))
+    return [n for n in names if expected[n] != actual[n]]
 
 
 # -------------------------------------------------------------------- logits
 
 
 def compare_logits(a: Source, b: Source, seed: int) -> dict[str, Any]:
-    """How the float32 logits of two checkpoints differ, of random tokens, by as many layers as fit."""
+    """Compare the float32 logits of two checkpoints for random tokens, with as many layers as fit."""
     cfg = _shortened(b.cfg)
     if cfg is None:
         return {"layers": 0, "why": "not even one layer in float32 fits into half of the free memory"}
@@ -138,7 +137,10 @@ def compare_logits(a: Source, b: Source, seed: int) -> dict[str, Any]:
 
 
 def _shortened(cfg: ModelConfig) -> ModelConfig | None:
-    """The model with as many of its first layers as float32 numbers in half of the free memory."""
+    """Shorten the model to as many first layers as fit, in float32, into half of the free memory.
+
+    Returns None if not even one fits.
+    """
     room = free_memory() // 2
     for layers in range(cfg.num_hidden_layers, 0, -1):
         short = cfg.replace(num_hidden_layers=layers, num_nextn_predict_layers=0)
@@ -148,7 +150,7 @@ def _shortened(cfg: ModelConfig) -> ModelConfig | None:
 
 
 def float32_model(source: Source, cfg: ModelConfig) -> DeepSeek:
-    """A checkpoint's numbers as a float32 model of `cfg`, its own or one of fewer layers, on one device."""
+    """Load a checkpoint as a float32 model on one device; `cfg` may have fewer layers."""
     table = Table(cfg)
 
     def fetch(name: str, index: Any) -> np.ndarray:

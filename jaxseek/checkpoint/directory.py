@@ -1,7 +1,7 @@
-"""Directories that are whole or not there: written beside their place and then named, or marked at the end.
+"""Atomic checkpoint directories: complete, or absent.
 
-On a disk a directory is written under another name and renamed when it is whole. An object store cannot
-rename: there the file that makes a directory a checkpoint (`MARKERS`) is written last, and removed first.
+On a disk, a directory is written under a temporary name and renamed once complete. An object store cannot
+rename: there, the files that make a directory a checkpoint (`MARKERS`) are written last and removed first.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from jaxseek.storage.hub import model_place
 from jaxseek.storage.place import Place, Remote, place, scratch, upload, writable
 
 MANIFEST = "jaxseek.json"
-MARKERS = ("config.json", MANIFEST)  # what makes a directory a checkpoint, in the order of writing
-PARTIAL, _OLD = ".jaxseek-partial", ".jaxseek-old"  # siblings: what is being written, what is being replaced
+MARKERS = ("config.json", MANIFEST)  # make a directory a checkpoint; in write order
+PARTIAL, _OLD = ".jaxseek-partial", ".jaxseek-old"  # suffixes of siblings: being written, being replaced
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or written; the message holds what was found and what to do."""
+    """A checkpoint cannot be read or written; the message says what was found and what to do."""
 
 
 def kind_of(path: str | Place) -> Literal["jaxseek", "hf"] | None:
-    """Tell which kind of checkpoint a directory claims to be; None where it claims nothing.
+    """Return the kind of checkpoint that a directory holds, or None.
 
-    In an object store one that a kill has left without its mark claims nothing.
+    In an object store, a directory that a kill left without its marker file is None.
     """
     path = model_place(path, weights=False)
     if (path / MANIFEST).is_file():
@@ -47,7 +47,7 @@ def kind_of(path: str | Place) -> Literal["jaxseek", "hf"] | None:
 
 
 def left(path: Place) -> str:
-    """Name what an interrupted save has left, for a message."""
+    """Describe, for an error message, what an interrupted save has left beside `path`."""
     if isinstance(path, Remote):
         return ""
     left = [p for p in (path.absolute().parent / (path.name + s) for s in (PARTIAL, _OLD)) if p.exists()]
@@ -55,7 +55,7 @@ def left(path: Place) -> str:
 
 
 def check_destination(path: Place, needed: int, overwrite: bool) -> bool:
-    """Tell whether there is something to replace. Raises CheckpointError if a save there would fail."""
+    """Return whether `path` holds a checkpoint to replace. Raises CheckpointError if a save would fail."""
     path = writable(path).absolute()
     taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     if taken and not overwrite:
@@ -68,7 +68,7 @@ def check_destination(path: Place, needed: int, overwrite: bool) -> bool:
 
 
 def check_room(path: Path, needed: int) -> None:
-    """Raise CheckpointError unless so many bytes are free."""
+    """Raise CheckpointError unless `needed` bytes are free on the disk of `path`."""
     parent = existing_parent(path.absolute())
     if (free := shutil.disk_usage(parent).free) < needed:
         raise CheckpointError(f"{path}: needs {_size(needed)}, but {parent} has {_size(free)} free")
@@ -79,15 +79,15 @@ def existing_parent(path: Path) -> Path:
 
 
 def orbax_writes(path: Place) -> bool:
-    """Tell whether Orbax itself reads and writes there, from every host: on disks and at gs://.
+    """Return whether Orbax reads and writes `path` directly, from every host: disks and gs://.
 
-    To all other stores a checkpoint goes through a disk of the one host that writes it.
+    Checkpoints in other stores go through the local disk of a single host.
     """
     return isinstance(path, Path) or path.scheme in ("gs", "gcs")
 
 
 def raise_one_host(path: Place) -> None:
-    """Raise CheckpointError where several hosts would have to write a checkpoint through their own disks."""
+    """Raise CheckpointError if several hosts would have to write through their own disks."""
     if jax.process_count() > 1 and not orbax_writes(path):
         raise CheckpointError(
             f"{path}: {jax.process_count()} hosts write a checkpoint together, which Orbax does at gs:// and "
@@ -97,10 +97,10 @@ def raise_one_host(path: Place) -> None:
 
 @contextlib.contextmanager
 def new_directory(path: str | Place, needed: int, overwrite: bool = False) -> Iterator[Path]:
-    """A directory to write into, which becomes `path` when all went well and vanishes when not.
+    """Yield a directory to write into; it becomes `path` on success and is removed on an error.
 
-    `needed` bytes must be free. With `overwrite`, `path` may be a checkpoint, which is removed at the end; in
-    an object store at the start.
+    `needed` bytes must be free. With `overwrite`, `path` may be a checkpoint, which is removed at the end, or
+    at the start if Orbax writes it at gs://.
     """
     path = place(path)
     if isinstance(path, Remote):
@@ -111,7 +111,7 @@ def new_directory(path: str | Place, needed: int, overwrite: bool = False) -> It
 
     def create() -> bool:
         taken = check_destination(path, needed, overwrite)
-        shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
+        shutil.rmtree(partial, ignore_errors=True)  # left by an interrupted run
         partial.mkdir(parents=True)
         return taken
 
@@ -150,7 +150,7 @@ def _new_remote(path: Remote, needed: int, overwrite: bool) -> Iterator[Path]:
 
 
 def clear(path: Remote, keep: str = "") -> None:
-    """Remove a checkpoint from an object store, first what makes it one."""
+    """Remove a checkpoint from an object store, marker files first; the file `keep` stays."""
     for name in reversed(MARKERS):
         (path / name).unlink(missing_ok=True)
     for name in path.sizes():
@@ -160,11 +160,11 @@ def clear(path: Remote, keep: str = "") -> None:
 
 @dataclass(frozen=True)
 class Draft:
-    """A directory that is being written.
+    """A directory being written.
 
-    `weights` and the journal stay where they are written; `files`, the small ones, are on this machine. On
-    a disk they are one. `begin` makes way for the first of them, once it is sure that there will be any;
-    `check` raises CheckpointError where another process has begun to write there since.
+    `weights` is the final place of the weights and the journal, `files` a local folder for small files; on a
+    disk they are the same. Call `begin` before the first write: it removes the checkpoint to be replaced from
+    an object store. `check` raises CheckpointError if another process has claimed the directory since.
     """
 
     files: Path
@@ -175,10 +175,10 @@ class Draft:
 
 @contextlib.contextmanager
 def resumable_directory(path: Place, journal: str, overwrite: bool = False) -> Iterator[Draft]:
-    """As `new_directory`, but what was written stays where it failed, and is there the next time.
+    """Yield a draft of `path` as `new_directory` does, but keep it after an error, for the next call.
 
-    The file `journal` in it tells what that is: nothing, as long as it is empty. On a disk it is locked, so
-    that one conversion at a time writes; it is removed last of all. On several hosts all call it.
+    The file `journal` records what was written; while it is empty, nothing is kept. On a disk it is locked,
+    so that one conversion writes at a time, and it is removed last. Every host must call this.
     """
     if isinstance(path, Remote):
         with _resumable_remote(path, journal, overwrite) as draft:
@@ -186,12 +186,12 @@ def resumable_directory(path: Place, journal: str, overwrite: bool = False) -> I
         return
     partial, path = _partial(path), path.absolute()
     with contextlib.ExitStack() as stack:
-        held: list[IO[str]] = []  # the journal, on host 0
+        locked: list[IO[str]] = []  # the journal; on host 0 only
 
         def claim() -> bool:
-            _forget(path, journal)  # a kill may have left it there
+            _remove_journals(path, journal)  # left if a kill came after the rename
             taken = check_destination(path, 0, overwrite)
-            held.append(stack.enter_context(_claimed(partial, journal, path)))
+            locked.append(stack.enter_context(_locked_journal(partial, journal, path)))
             return taken
 
         taken = hosts.from_first(claim)
@@ -199,28 +199,28 @@ def resumable_directory(path: Place, journal: str, overwrite: bool = False) -> I
         try:
             yield Draft(partial, partial)
         except BaseException as e:
-            if held and not os.fstat(held[0].fileno()).st_size:
+            if locked and not os.fstat(locked[0].fileno()).st_size:
                 shutil.rmtree(partial, ignore_errors=True)
             _raise_full(e, path, None, "; free some and run the same command again: it goes on")
             raise
 
         def settle() -> None:
             _rename(partial, path, taken)
-            _forget(path, journal)
+            _remove_journals(path, journal)
 
         hosts.from_first(settle)
 
 
 @contextlib.contextmanager
 def _resumable_remote(path: Remote, journal: str, overwrite: bool) -> Iterator[Draft]:
-    """Do what `resumable_directory` does. A store has no locks: of two processes the later one writes."""
-    mine = path / f"{journal.partition('.')[0]}-owner.jsonl"
+    """Implement `resumable_directory` for a store, which has no locks: the latest process wins."""
+    owner = path / f"{journal.partition('.')[0]}-owner.jsonl"
 
     def claim() -> tuple[bool, str]:
-        begun = ((path / journal).is_file() or mine.is_file()) and kind_of(path) is None
+        begun = ((path / journal).is_file() or owner.is_file()) and kind_of(path) is None
         taken = not begun and check_destination(path, 0, overwrite)
         token = uuid.uuid4().hex
-        mine.write_text(token)  # also tells now whether anything can be written
+        owner.write_text(token)  # fails early if the store is not writable
         return taken, token
 
     taken, token = hosts.from_first(claim)
@@ -230,51 +230,51 @@ def _resumable_remote(path: Remote, journal: str, overwrite: bool) -> Iterator[D
         nonlocal checked
         if time.monotonic() - checked > _SECONDS:
             checked = time.monotonic()
-            raise_other(mine, token)
+            raise_other(owner, token)
 
     def begin() -> None:
         if taken:
-            clear(path, keep=mine.name)
+            clear(path, keep=owner.name)
 
     try:
         with scratch("convert") as folder:
             yield Draft(folder, path, lambda: hosts.from_first(begin), check)
 
             def settle() -> None:
-                raise_other(mine, token)
+                raise_other(owner, token)
                 upload(folder, path, MARKERS)
-                _forget(path, journal)
+                _remove_journals(path, journal)
 
             hosts.from_first(settle)
     except BaseException:
         if jax.process_index() == 0 and not (path / journal).is_file():
             with contextlib.suppress(CheckpointError):
-                raise_other(mine, token)
-                mine.unlink()
+                raise_other(owner, token)
+                owner.unlink()
         raise
 
 
-_SECONDS = 5.0  # between looks at who writes to a store
+_SECONDS = 5.0  # between checks that no other process has claimed a store
 
 
-def raise_other(mine: Remote, token: str) -> None:
-    """Raise CheckpointError where another process has claimed a directory of a store."""
-    if not mine.is_file() or mine.read_text() != token:
+def raise_other(owner: Remote, token: str) -> None:
+    """Raise CheckpointError if `owner` no longer holds `token`: another process claimed the directory."""
+    if not owner.is_file() or owner.read_text() != token:
         raise CheckpointError(
-            f"{mine.parent}: another process has begun to convert to there; let one of them do it"
+            f"{owner.parent}: another process has begun to convert to there; let one of them do it"
         )
 
 
-def _forget(path: Place, journal: str) -> None:
-    """Remove the journal of a directory that is whole, and those that other hosts have kept beside it."""
+def _remove_journals(path: Place, journal: str) -> None:
+    """Remove the journals of all hosts from a complete directory."""
     stem, _, suffix = journal.partition(".")
     for kept in list(path.glob(f"{stem}*.{suffix}")) if path.is_dir() else ():
         kept.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def _claimed(partial: Path, journal: str, path: Path) -> Iterator[IO[str]]:
-    """The journal of a directory, locked; the directory is made where it is not there."""
+def _locked_journal(partial: Path, journal: str, path: Path) -> Iterator[IO[str]]:
+    """Create the directory if absent, and yield its locked journal. Raises CheckpointError."""
     try:
         partial.mkdir(parents=True, exist_ok=True)
         file = (partial / journal).open("a")
@@ -286,7 +286,7 @@ def _claimed(partial: Path, journal: str, path: Path) -> Iterator[IO[str]]:
 
 
 def _lock(file: IO[str], path: Path) -> None:
-    """Have a file alone. Raises CheckpointError where another process has it, or was just done with it."""
+    """Lock a file. Raises CheckpointError if another process holds it or has just removed it."""
     with contextlib.suppress(BlockingIOError, FileNotFoundError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(file.fileno()), path.stat()):

@@ -1,16 +1,16 @@
-"""Checkpoints: a directory that Orbax restores straight onto any mesh, in any dtype.
+"""Model checkpoints: a directory that Orbax restores directly onto any mesh, in any dtype.
 
-    config.json     the model, as Hugging Face writes it
-    params/         Orbax: one array for each parameter, by dotted path
-    jaxseek.json    format version, shapes and dtypes, which matrices are quantised and in what groups, sizes
-                    of the files, and where the weights came from
-    tokenizer files, where there is a tokenizer
+    config.json     the model config, in Hugging Face's format
+    params/         Orbax: one array per parameter, named by its dotted path
+    jaxseek.json    format version, shapes and dtypes, quantised matrices and their group sizes, file sizes,
+                    and the origin of the weights
+    tokenizer files, if there is a tokenizer
 
-A quantised matrix is two arrays, PATH.value and PATH.scale (model/weight.py). int4 values are stored as bytes
-(ops/int4.py), although jaxseek.json says their own shape and dtype.
+A quantised matrix is two arrays, PATH.value and PATH.scale (model/weight.py). int4 values are packed into
+bytes (ops/int4.py), while jaxseek.json gives their logical shape and dtype.
 
-A checkpoint is written beside its destination and gets its name when it is whole, so a directory with
-that name is complete.
+A checkpoint is written beside its destination and renamed once complete, so a directory with the final name
+is complete.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ from jaxseek.storage.place import Place, Remote, file_sizes, local_tree, place, 
 
 FORMAT = 1
 DTYPES = ("bfloat16", "float16", "float32")
-_CHUNK_BYTES = 64 << 20  # of storage: the least that is read at a time, and that replicas share in writing
+_CHUNK_BYTES = 64 << 20  # storage chunk: the smallest read, and the smallest write that replicas share
 
 
 class Savable(Protocol):
-    """What is saved beside the weights: a tokenizer."""
+    """A tokenizer to save beside the weights."""
 
     def save(self, path: Path, /) -> None: ...
 
@@ -70,11 +70,11 @@ def save(
     overwrite: bool = False,
     check: bool = False,
 ) -> None:
-    """Write a checkpoint, each parameter in the dtype that it has. On several hosts, all call it.
+    """Write a checkpoint, each parameter in its own dtype. Every host must call this.
 
-    `origin` is kept for `read_manifest`. With `overwrite`, an older checkpoint is replaced once this one is
-    whole; with `check`, only after every parameter was read back and found equal. Raises CheckpointError
-    where the destination is taken or the disk is full.
+    `origin` goes into the manifest (`read_manifest`). With `overwrite`, an older checkpoint is replaced once
+    this one is complete. With `check`, every parameter is read back and compared first. Raises
+    CheckpointError if the destination exists or the disk is full.
     """
     raise_slots(model)
     arrays, specs = {p: v.get_value() for p, v in parameters(model).items()}, quantization(model)
@@ -100,39 +100,40 @@ def save(
             if tokenizer is not None:
                 tokenizer.save(partial)
             manifest["files"] = dict(sorted((file_sizes(weights) | file_sizes(partial)).items()))
-            write_json(partial / MANIFEST, manifest)  # last: it says that all else is there
+            write_json(partial / MANIFEST, manifest)  # last: it marks the checkpoint as complete
 
 
 def restore(path: str | Place, mesh: Any = None, dtype: Any = None, mtp: bool = True) -> DeepSeek:
-    """The model of a checkpoint, on any mesh; `dtype` casts all but what is float32 by design or quantised.
+    """Load the model of a checkpoint onto a mesh.
 
-    Without `mtp` the multi-token module is left out. Raises CheckpointError where the directory is no
-    checkpoint, an interrupted or a newer one, or does not fit its config.
+    `dtype` casts all parameters but quantised ones and those that are always float32. Without `mtp` the
+    multi-token module is left out. Raises CheckpointError if the directory is not a checkpoint, is
+    incomplete, has a newer format, or does not match its config.
     """
     path = place(path)
     manifest = read_manifest(path)
     raise_incomplete(path, manifest["files"])
-    held, cfg = manifest["params"], ModelConfig.from_hf(path / "config.json")
+    stored, cfg = manifest["params"], ModelConfig.from_hf(path / "config.json")
     if not mtp:
         cfg = cfg.replace(num_nextn_predict_layers=0)
-        held = {p: h for p, h in held.items() if not p.startswith("mtp.")}
+        stored = {p: h for p, h in stored.items() if not p.startswith("mtp.")}
     model = DeepSeek.abstract(cfg, mesh, jnp.bfloat16)
     specs = {p: spec for p, spec in stored_quantization(manifest).items() if p in parameters(model)}
     model = quantized(model, specs)
     expected = {p: v.get_value() for p, v in parameters(model).items()}
     raise_mismatch(
         f"{path / MANIFEST} and config.json do not fit each other",
-        {p: tuple(h["shape"]) for p, h in held.items()},
+        {p: tuple(h["shape"]) for p, h in stored.items()},
         {p: a.shape for p, a in expected.items()},
         "they were written together: restore the original config.json",
     )
     mesh = model.strategy.make_mesh()
     shardings = {p: _stored_sharding(p, a, mesh) for p, a in expected.items()}
     shapes = {
-        p: int4.packed_shape(a.shape, _pairs(p)) if a.dtype == jnp.int4 else a.shape
+        p: int4.packed_shape(a.shape, _packed_axis(p)) if a.dtype == jnp.int4 else a.shape
         for p, a in expected.items()
     }
-    dtypes = {p: param_dtype(a, dtype, held[p]["dtype"]) for p, a in expected.items()}
+    dtypes = {p: param_dtype(a, dtype, stored[p]["dtype"]) for p, a in expected.items()}
     dtypes |= {p: np.dtype(np.uint8) for p, kind in dtypes.items() if kind == jnp.int4}
     if manifest.get("layout") == LAYOUT:
         arrays = {p: _from_store(path, p, shardings[p], dtypes[p]) for p in shapes}
@@ -143,14 +144,14 @@ def restore(path: str | Place, mesh: Any = None, dtype: Any = None, mtp: bool = 
         array, abstract = arrays.pop(p), param.get_value()
         if abstract.dtype != jnp.int4:
             return array
-        return _unpack(array, abstract.shape[_pairs(p)], _pairs(p), sharding)
+        return _unpack(array, abstract.shape[_packed_axis(p)], _packed_axis(p), sharding)
 
     with jax.set_mesh(mesh):
         return fill(model, mesh, value)
 
 
 def _from_store(path: Place, name: str, sharding: Sharding, dtype: Any) -> jax.Array:
-    """An array that a conversion wrote; each shard is read by itself."""
+    """Load an array of a conversion store, reading only the slice of each device's shard."""
     array = Array.of(path, name)
 
     def shard(index: Any) -> np.ndarray:
@@ -161,7 +162,7 @@ def _from_store(path: Place, name: str, sharding: Sharding, dtype: Any) -> jax.A
 
 
 def read_manifest(path: Place) -> dict[str, Any]:
-    """`jaxseek.json` of a checkpoint. Raises CheckpointError, as `restore` does."""
+    """Read `jaxseek.json` of a checkpoint. Raises CheckpointError as `restore` does."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         version, *_ = (manifest[key] for key in ("format", "params", "origin", "files"))
@@ -175,13 +176,13 @@ def read_manifest(path: Place) -> dict[str, Any]:
 
 
 def stored_quantization(manifest: Mapping[str, Any]) -> dict[str, Spec]:
-    """How each quantised parameter of a checkpoint is so, by path, from its manifest."""
+    """Return the quantisation of each quantised parameter in a manifest, by path."""
     groups = manifest.get("quantization", {})
     return {p: Spec(manifest["params"][f"{p}.value"]["dtype"], group) for p, group in groups.items()}
 
 
 def raise_incomplete(path: Place, files: Mapping[str, int]) -> None:
-    """Arrays are checked by name and size first: Orbax takes long to find that some are not there."""
+    """Raise CheckpointError if files in params/ are missing or resized, which Orbax is slow to notice."""
     found = file_sizes(path / "params")
     expected = {name.removeprefix("params/"): n for name, n in files.items() if name.startswith("params/")}
     if wrong := [name for name in expected if found.get(name) != expected[name]]:
@@ -193,7 +194,7 @@ def raise_incomplete(path: Place, files: Mapping[str, int]) -> None:
 
 
 def not_a_checkpoint(path_or_preset: str | Place) -> CheckpointError:
-    """What to tell a user who named something that has no weights."""
+    """Build the error for a name that has no weights, with advice for what it seems to be."""
     path, known = model_place(path_or_preset, weights=False), presets()
     name = path.name.lower()
     if name in known and not path.exists():
@@ -233,7 +234,7 @@ def _why_not(path: Place) -> str:
 
 
 def parse_dtype(dtype: Any) -> np.dtype:
-    """A dtype that weights may have. Raises CheckpointError for any other."""
+    """Return a weight dtype by name. Raises CheckpointError for any other."""
     with contextlib.suppress(TypeError):
         if jnp.dtype(dtype).name in DTYPES:
             return jnp.dtype(dtype)
@@ -241,14 +242,17 @@ def parse_dtype(dtype: Any) -> np.dtype:
 
 
 def param_dtype(abstract: jax.ShapeDtypeStruct, dtype: Any, source: Any) -> np.dtype:
-    """A parameter's dtype: its own by design (in a model made for bfloat16), or as asked, or its source's."""
+    """Return a parameter's dtype: `dtype`, or else `source`.
+
+    A parameter that is not bfloat16 in a bfloat16 model has a fixed dtype and keeps it.
+    """
     if abstract.dtype != jnp.bfloat16:
         return np.dtype(abstract.dtype)
     return parse_dtype(source if dtype is None else dtype)
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether dtype, shape and every bit are equal."""
+    """Return whether dtype, shape and every bit are equal."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     bits = f"u{a.itemsize}"
@@ -256,7 +260,7 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def main_dtype(specs: Iterable[tuple[tuple[int, ...], np.dtype]]) -> str:
-    """The dtype that most elements have, which config.json names."""
+    """Return the dtype with the most elements, which config.json names."""
     count = Counter()
     for shape, dtype in specs:
         count[dtype.name] += math.prod(shape)
@@ -264,21 +268,21 @@ def main_dtype(specs: Iterable[tuple[tuple[int, ...], np.dtype]]) -> str:
 
 
 def stored_dtype(model: DeepSeek) -> str:
-    """The dtype of most of a model's weights, quantised ones not counted."""
+    """Return the dtype with the most weights, not counting quantised ones."""
     specs = quantization(model)
     values = (v.get_value() for p, v in parameters(model).items() if p.rpartition(".")[0] not in specs)
     return main_dtype((v.shape, v.dtype) for v in values)
 
 
 def write_json(path: Place, value: Any, indent: int | None = 2) -> None:
-    """Write a value as JSON, whole or not at all."""
+    """Write a value as JSON, atomically."""
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 
 def raise_mismatch(
     what: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], advice: str
 ) -> None:
-    """Raise CheckpointError unless names and shapes are the same; one error names everything that differs."""
+    """Raise one CheckpointError that lists all missing, unknown and misshapen names, if there are any."""
     problems = {
         "missing": sorted(expected.keys() - found.keys()),
         "unknown": sorted(found.keys() - expected.keys()),
@@ -301,7 +305,7 @@ def raise_mismatch(
 
 
 def _check(path: Place, arrays: dict[str, jax.Array]) -> None:
-    """Read parameters back, one at a time. Raises CheckpointError unless each has the same bits."""
+    """Read parameters back, one at a time. Raises CheckpointError unless all bits are equal."""
 
     def survived(p: str, a: jax.Array) -> bool:
         back = _orbax_restore(path, {p: a.shape}, {p: a.sharding}, {p: a.dtype})[p]
@@ -313,28 +317,28 @@ def _check(path: Place, arrays: dict[str, jax.Array]) -> None:
             raise CheckpointError(f"{path.parent}: {p} was read back with other values; is the disk sound?")
 
 
-def _pairs(path: str) -> int:
-    """The axis along which a checkpoint holds int4 values in pairs: the last that is summed over."""
+def _packed_axis(path: str) -> int:
+    """Return the (negative) axis along which int4 values are packed in pairs: the last contracted axis."""
     name = path.split(".")[-2]
     letters = name.rsplit("_", 1)[1]
     return letters.index(MATRICES[name][-1]) - len(letters)
 
 
 def _stored_sharding(path: str, a: Any, mesh: Mesh) -> NamedSharding:
-    """How an array is laid out as it is stored: int4's rows are whole where a shard would cut a byte."""
+    """Return the sharding of a stored array: the packed axis is replicated if a shard would split a byte."""
     spec = [*a.sharding.spec, *(None,) * (a.ndim - len(a.sharding.spec))]
-    if a.dtype == jnp.int4 and spec[_pairs(path)] is not None:
-        axes = spec[_pairs(path)]
+    if a.dtype == jnp.int4 and spec[_packed_axis(path)] is not None:
+        axes = spec[_packed_axis(path)]
         parts = math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
-        if a.shape[_pairs(path)] % (2 * parts):
-            spec[_pairs(path)] = None
+        if a.shape[_packed_axis(path)] % (2 * parts):
+            spec[_packed_axis(path)] = None
     return NamedSharding(mesh, P(*spec))
 
 
 def _as_stored(path: str, a: jax.Array, mesh: Mesh) -> jax.Array:
     if a.dtype != jnp.int4:
         return a
-    sharding, axis = _stored_sharding(path, a, mesh), _pairs(path)
+    sharding, axis = _stored_sharding(path, a, mesh), _packed_axis(path)
     with jax.set_mesh(mesh):
         return jax.jit(lambda values: int4.pack(jax.sharding.reshard(values, sharding), axis))(a)
 
@@ -344,19 +348,20 @@ def _unpack(stored: jax.Array, size: int, axis: int, sharding: NamedSharding) ->
     return jax.sharding.reshard(int4.unpack(stored, size, axis), sharding)
 
 
-def _apart(path: str, a: jax.Array) -> tuple[int, ...]:
-    """Axes that no chunk of a large array spans: layers and experts, which a conversion reads one by one."""
-    name = next(
-        part for part in reversed(path.split(".")) if "_" in part
-    )  # not that of a quantised one's part
+def _unchunked_axes(path: str, a: jax.Array) -> tuple[int, ...]:
+    """Return the axes with chunk size 1 in a large array: layers and experts, which are converted singly."""
+    # skip the .value or .scale of a quantised matrix
+    name = next(part for part in reversed(path.split(".")) if "_" in part)
     letters = name.rsplit("_", 1)[1]
     lead = a.ndim - len(letters) + letters.startswith("E")
     return tuple(range(lead)) if a.nbytes > _CHUNK_BYTES else ()
 
 
 def orbax_writers() -> Any:
-    """What writes arrays: without a minimum Orbax cuts every small one between its replicas, by programs
-    compiled for the purpose."""
+    """Return Orbax's array handlers with a minimum slice size for replica-parallel writes.
+
+    Without it, Orbax splits every small array between its replicas, and compiles a program for each.
+    """
     import orbax.checkpoint as ocp
 
     writer = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_CHUNK_BYTES)
@@ -364,7 +369,7 @@ def orbax_writers() -> Any:
 
 
 def orbax_place(at: Place) -> Any:
-    """Give the place where Orbax reads or writes arrays; of stores it does not know, a copy here to read."""
+    """Return the path for Orbax; for a store that it does not support, that of a local copy to read."""
     from etils import epath
 
     if isinstance(at, Remote):
@@ -373,14 +378,17 @@ def orbax_place(at: Place) -> Any:
 
 
 def _orbax_save(path: Place, arrays: dict[str, jax.Array]) -> None:
-    import orbax.checkpoint as ocp  # a third of a second to import
+    import orbax.checkpoint as ocp  # slow: a third of a second
 
-    args = {p: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=_apart(p, a)) for p, a in arrays.items()}
+    args = {
+        p: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=_unchunked_axes(p, a))
+        for p, a in arrays.items()
+    }
     largest = max(shard.data.nbytes for a in arrays.values() for shard in a.addressable_shards)
     handler = ocp.PyTreeCheckpointHandler(
         type_handler_registry=orbax_writers(),
         use_compression=False,  # a fifth smaller, but two to three times slower
-        save_concurrent_gb=1 + -(-largest // 10**9),  # or the whole model is copied at once
+        save_concurrent_gb=1 + -(-largest // 10**9),  # more would copy the whole model at once
     )
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(orbax_place(path), args=ocp.args.PyTreeSave(arrays, save_args=args))

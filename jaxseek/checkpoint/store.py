@@ -1,9 +1,8 @@
-"""The store of a converted checkpoint: uncompressed zarr 3, an array a parameter; Orbax restores it too.
+"""The conversion store: uncompressed zarr 3 with one array per parameter, which Orbax can restore too.
 
-A chunk holds its numbers in the order that a Hugging Face file has them (zarr's transpose codec says so), so
-converting is copying, whichever way it goes, and only who loads transposes. Chunks cut an array's bytes in
-that order into files of at most `CHUNK_BYTES`; a file may be written in parts, and is mapped to read a
-part.
+A chunk holds its elements in the order of a Hugging Face file (declared with zarr's transpose codec), so
+conversion in either direction is a copy, and only loading transposes. In that order, chunks cut an array's
+bytes into files of at most `CHUNK_BYTES`. Files can be written in parts, and are memory-mapped for reading.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ import numpy as np
 
 from jaxseek.storage.place import Place
 
-LAYOUT = "flat"  # the manifest's name for it
-CHUNK_BYTES = 32 << 20  # what other readers read to get any number of a chunk
+LAYOUT = "flat"  # name of this layout in the manifest
+CHUNK_BYTES = 32 << 20  # other readers read a whole chunk for any element
 
 
 def copy(out: np.ndarray, view: np.ndarray) -> None:
-    """`out[...] = view`, with a cast; three times faster for a transposed view, which it walks in strips."""
+    """Copy and cast `view` to `out`, in strips: three times faster than assignment for a transposed view."""
     strip = out.shape[-1] if view.strides[-1] == view.itemsize else 32
     for i in range(0, out.shape[-1], strip or 1):
         out[..., i : i + strip] = view[..., i : i + strip]
@@ -37,25 +36,25 @@ def copy(out: np.ndarray, view: np.ndarray) -> None:
 
 @dataclass(frozen=True)
 class Array:
-    """One array: its shape, its axes in the order of the bytes, and the shape of its chunks."""
+    """A stored array: its shape, its axes in byte order (`order`), and its chunk shape."""
 
     path: str
     shape: tuple[int, ...]
     dtype: np.dtype
     order: tuple[int, ...]
-    chunk: tuple[int, ...] = ()  # where it is not given: of at most CHUNK_BYTES
+    chunk: tuple[int, ...] = ()  # default: at most CHUNK_BYTES
 
     def __post_init__(self):
         if not self.chunk:
             object.__setattr__(self, "chunk", self._chunk())
 
     def _chunk(self) -> tuple[int, ...]:
-        """Chunks divide one axis, the first (in the bytes' order) that can be so; before it, each has 1."""
+        """Choose the chunk shape: split the first possible axis in byte order; axes before it have size 1."""
         sizes = [self.shape[i] for i in self.order]
         room = max(1, CHUNK_BYTES // self.dtype.itemsize)
         axis, inner = next((a, n) for a in range(len(sizes)) if (n := math.prod(sizes[a + 1 :])) <= room)
         most = min(sizes[axis], room // inner)
-        even = (n for n in range(most, most // 2, -1) if sizes[axis] % n == 0)  # no file is padded
+        even = (n for n in range(most, most // 2, -1) if sizes[axis] % n == 0)  # equal chunks: no padded file
         cut = [1] * axis + [next(even, most)] + sizes[axis + 1 :]
         return tuple(cut[self.order.index(i)] for i in range(len(sizes)))
 
@@ -65,13 +64,13 @@ class Array:
 
     @functools.cached_property
     def _cut(self) -> tuple[int, int]:
-        """The axis (in the bytes' order) that chunks divide, and how long it is in a chunk."""
+        """Position (in byte order) of the axis that chunks split, and its length in a chunk."""
         sizes, chunk = ([of[i] for i in self.order] for of in (self.shape, self.chunk))
         axis = next(a for a in range(len(sizes)) if sizes[a + 1 :] == chunk[a + 1 :])
         return axis, chunk[axis]
 
     def files(self) -> dict[str, int]:
-        """Every file by name, with its bytes."""
+        """Return the size in bytes of every file, by name."""
         size = math.prod(self.chunk) * self.dtype.itemsize
         grid = [range(-(-n // c)) for n, c in zip(self.shape, self.chunk)]
         return {self._file(at): size for at in np.ndindex(*map(len, grid))}
@@ -80,7 +79,7 @@ class Array:
         return f"params/{self.path}/c." + ".".join(map(str, at))
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[str, int, int, int]]:
-        """Where a range of the array's bytes is: (file, position there, position in the range, bytes)."""
+        """Locate a byte range of the array: yield (file, offset in file, offset in range, length)."""
         axis, n = self._cut
         sizes = [self.shape[i] for i in self.order]
         inner = math.prod(sizes[axis + 1 :]) * self.dtype.itemsize
@@ -97,9 +96,9 @@ class Array:
             at += size
 
     def read(self, folder: Place, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
-        """A part of the array, cast; `index` has a slice with start and stop for every axis.
+        """Read a slice of the array, cast to `dtype`; `index` has a start and stop for every axis.
 
-        Of a chunk on a disk that part is read, of one in an object store all.
+        On a disk only that slice is read, in an object store whole chunks.
         """
         out = np.empty([i.stop - i.start for i in index], dtype)
         grid = [range(i.start // c, -(-i.stop // c)) for i, c in zip(index, self.chunk)]
@@ -121,7 +120,7 @@ class Array:
 
     @classmethod
     def of(cls, folder: Place, path: str) -> Array:
-        """An array of a store that is there."""
+        """Read the metadata of an array in an existing store."""
         raw = json.loads((folder / "params" / path / "zarr.json").read_text(encoding="utf-8"))
         order = [c["configuration"]["order"] for c in raw["codecs"] if c["name"] == "transpose"]
         axes = tuple(order[0]) if order else tuple(range(len(raw["shape"])))
@@ -129,7 +128,7 @@ class Array:
         return cls(path, tuple(raw["shape"]), jnp.dtype(raw["data_type"]), axes, chunk)
 
     def metadata(self) -> dict[str, Any]:
-        """Of zarr 3."""
+        """Return the contents of zarr.json (zarr 3)."""
         codecs: list[dict[str, Any]] = []
         if self.order != tuple(range(len(self.order))):
             codecs.append({"name": "transpose", "configuration": {"order": list(self.order)}})
@@ -153,7 +152,7 @@ def _numbers(file: Place, dtype: np.dtype) -> np.ndarray:
 
 
 def write_metadata(folder: Path, arrays: Mapping[str, Array]) -> None:
-    """What zarr and Orbax read first."""
+    """Write the metadata files that zarr and Orbax read first."""
     for array in arrays.values():
         place = folder / "params" / array.path / "zarr.json"
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -162,7 +161,7 @@ def write_metadata(folder: Path, arrays: Mapping[str, Array]) -> None:
         f"('{path}',)": {
             "key_metadata": [{"key": path, "key_type": 2}],
             "value_metadata": {
-                "value_type": "np.ndarray",  # as what it comes back where no sharding is asked for
+                "value_type": "np.ndarray",  # the type restored without a sharding
                 "skip_deserialize": False,
                 "write_shape": list(array.chunk),
             },

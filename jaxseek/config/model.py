@@ -1,8 +1,8 @@
-"""ModelConfig: one frozen description of every DeepSeek family, with Hugging Face names at the boundary.
+"""ModelConfig: one frozen dataclass for every DeepSeek family, with Hugging Face's field names.
 
-`from_hf` reads a `config.json` in either dialect (`rope_scaling` + `rope_theta`, or transformers 5's
+`from_hf` reads both dialects of `config.json` (`rope_scaling` + `rope_theta`, or transformers 5's
 `rope_parameters`); `to_hf` writes the one that transformers 4 and 5 both read. Presets are TOML files
-that hold the same Hugging Face fields. Standard library only, so that reading a config costs nothing.
+with the same fields. Uses the standard library only, so that reading a config is fast.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8":
 
 _V3_ROUTER = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}
 _HALF_SPLIT = {"rope_interleave": False}  # llama's rotary layout
-# model_type -> (Hugging Face class, what it assumes where config.json is silent, what it does whatever
-# config.json says).
+# model_type -> (Hugging Face class, its defaults for fields missing in config.json, fields that it fixes
+# whatever config.json says).
 _FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {}, _HALF_SPLIT),
     "qwen2": ("Qwen2ForCausalLM", {}, _HALF_SPLIT | {"attention_bias": True, "mlp_bias": False}),
@@ -34,11 +34,8 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "deepseek_v32": ("DeepseekV32ForCausalLM", _V3_ROUTER, {"rope_interleave": True, "mlp_bias": False}),
 }
 _MLA = ("deepseek_v2", "deepseek_v3", "deepseek_v32")
-_HEADS_DIVIDE = (
-    "llama",
-    "deepseek",
-    "deepseek_v2",
-)  # these classes take hidden_size / heads, or insist on it
+# These classes compute hidden_size / heads, or require that it divides.
+_HEADS_DIVIDE = ("llama", "deepseek", "deepseek_v2")
 _ALIASES = (
     ("num_local_experts", "n_routed_experts"),
     ("num_experts", "n_routed_experts"),
@@ -63,7 +60,7 @@ _MOE_FIELDS = {
     "aux_loss_alpha",
     "seq_aux",
 }
-# rope_type -> (what it needs, what it may have), beside rope_theta.
+# rope_type -> (required fields, optional fields), beside rope_theta.
 _ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
     "linear": (("factor",), ()),
@@ -76,7 +73,7 @@ _ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 class Location(Protocol):
-    """A path, or what serves as one."""
+    """A path, or an object with these methods of one."""
 
     def is_dir(self) -> bool: ...
     def __truediv__(self, part: str, /) -> Any: ...
@@ -84,11 +81,11 @@ class Location(Protocol):
 
 
 class ConfigError(ValueError):
-    """A model or run configuration that cannot be used; the message holds what was given and expected."""
+    """A model or run configuration is invalid; the message says what was given and expected."""
 
 
 def _check_types(config: RopeConfig | ModelConfig) -> None:
-    """Hold every field to its annotation; an integer given for a float becomes one (transformers insists)."""
+    """Raise ConfigError unless every field has its annotated type; convert integers to float as annotated."""
     problems = []
     for name, hint in get_type_hints(type(config)).items():
         value, options = getattr(config, name), get_args(hint) or (hint,)
@@ -106,7 +103,7 @@ def _check_types(config: RopeConfig | ModelConfig) -> None:
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding; names and meanings are those of transformers' `rope_parameters`."""
+    """Rotary embedding, with the fields of transformers' `rope_parameters`."""
 
     rope_type: Literal["default", "linear", "yarn", "llama3"] = "default"
     rope_theta: float = 10000.0
@@ -136,16 +133,16 @@ class RopeConfig:
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """YaRN's attention temperature `0.1 * mscale * ln(factor) + 1` (DeepSeek-V2 paper, section 3.1.4)."""
+    """Return YaRN's attention temperature, `0.1 * mscale * ln(factor) + 1` (DeepSeek-V2 paper, 3.1.4)."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The whole model. Field names and meanings are those of Hugging Face's `config.json`.
+    """Configuration of the whole model, with the field names and meanings of Hugging Face's `config.json`.
 
     The one exception is `head_dim`, the width of a query head: `qk_nope_head_dim + qk_rope_head_dim` in
-    latent attention, otherwise `hidden_size / num_attention_heads` where it is not given.
+    latent attention; otherwise it defaults to `hidden_size / num_attention_heads`.
     """
 
     model_type: str
@@ -199,10 +196,10 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, source: str | Location | dict[str, Any]) -> ModelConfig:
-        """Read a Hugging Face `config.json`: its path or place, that of its directory, or the parsed dict.
+        """Read a Hugging Face `config.json`, given its path, its directory's path, or the parsed dict.
 
-        Raises ConfigError for an unknown `model_type`, missing fields (all named at once) or values that do
-        not fit each other.
+        Raises ConfigError for an unknown `model_type`, missing fields (all named at once) or inconsistent
+        values.
         """
         if isinstance(source, dict):
             raw, where = dict(source), "config"
@@ -249,7 +246,7 @@ class ModelConfig:
             raw["first_k_dense_replace"] = _leading_dense(layer_types)
 
         _, defaults, fixed = _FAMILIES[kind]
-        if kind in _MLA:  # latent attention has no key-value heads; transformers' default is V3's 128
+        if kind in _MLA:  # MLA has no KV heads; transformers defaults to V3's 128
             fixed = fixed | {"num_key_value_heads": raw["num_attention_heads"]}
         names = {f.name for f in dataclasses.fields(cls)} - _absent(kind, moe) - {"rope"}
         given = {k: raw[k] for k in names if raw.get(k) is not None}
@@ -262,17 +259,17 @@ class ModelConfig:
         out["dtype"] = str(out.get("dtype", "bfloat16")).removeprefix("torch.")
         if isinstance(out.get("eos_token_id"), list):
             out["eos_token_id"] = tuple(out["eos_token_id"])
-        if out.get("q_lora_rank") == 0:  # the official demo's spelling of null
+        if out.get("q_lora_rank") == 0:  # the official demo writes 0 for null
             del out["q_lora_rank"]
         return cls(**out)
 
     def to_hf(self) -> dict[str, Any]:
-        """The Hugging Face `config.json` of this model, as a dict; `from_hf(to_hf())` is the identity."""
+        """Return this model's Hugging Face `config.json` as a dict; `from_hf(to_hf())` is the identity."""
         absent = _absent(self.model_type, self.n_routed_experts > 0) | {"rope", "dtype"}
         out = {k: v for k, v in dataclasses.asdict(self).items() if k not in absent}
         if self.is_mla and not self.n_routed_experts:  # transformers' default is a mixture of experts
             out |= {"n_routed_experts": 0, "first_k_dense_replace": self.num_hidden_layers}
-        if not self.num_nextn_predict_layers and self.model_type != "deepseek_v3":  # its default is 1
+        if not self.num_nextn_predict_layers and self.model_type != "deepseek_v3":  # V3's class defaults to 1
             del out["num_nextn_predict_layers"]
         if isinstance(self.eos_token_id, tuple):
             out["eos_token_id"] = list(self.eos_token_id)
@@ -286,7 +283,10 @@ class ModelConfig:
 
     @classmethod
     def from_preset(cls, name: str) -> ModelConfig:
-        """A released or tiny model by name, for example `deepseek-r1` or `tiny-v3` (see `presets()`)."""
+        """Read the preset of a released or tiny model, such as `deepseek-r1` or `tiny-v3` (see `presets()`).
+
+        Raises ConfigError for an unknown name.
+        """
         found = presets()
         if name not in found:
             near = difflib.get_close_matches(name.rsplit("/", 1)[-1].lower(), found, 3, 0.4)
@@ -299,7 +299,7 @@ class ModelConfig:
             raise ConfigError(f"{found[name]}: {e}") from None
 
     def replace(self, **changes: Any) -> ModelConfig:
-        """A copy with some fields changed; validated again."""
+        """Return a validated copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
     # ---------------------------------------------------------------- validation
@@ -374,17 +374,17 @@ class ModelConfig:
 
     @property
     def attention_out_bias(self) -> bool:
-        """Whether the output projection has a bias too; Qwen2 has it on queries, keys and values only."""
+        """True if the output projection has a bias too; Qwen2 has biases on queries, keys and values only."""
         return self.attention_bias and self.model_type != "qwen2"
 
     @property
     def rope_dim(self) -> int:
-        """How many of a head's dimensions are rotated."""
+        """Number of rotated dimensions per head."""
         return self.qk_rope_head_dim if self.is_mla else self.head_dim
 
     @property
     def softmax_scale(self) -> float:
-        """head_dim^-1/2, times YaRN's mscale squared for latent attention (DeepSeek-V2/V3 modelling code)."""
+        """Scale of attention scores: head_dim^-1/2, in MLA times YaRN's mscale^2 (DeepSeek-V2/V3 code)."""
         scale = self.head_dim**-0.5
         rope = self.rope
         if self.is_mla and rope.rope_type != "default" and rope.mscale_all_dim:
@@ -396,7 +396,7 @@ class ModelConfig:
         return self.n_routed_experts > 0 and self.topk_method == "noaux_tc"
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether this layer's feed-forward is a mixture of experts (DeepseekDecoderLayer)."""
+        """Return whether a layer's feed-forward is a mixture of experts (DeepseekDecoderLayer)."""
         return (
             self.n_routed_experts > 0
             and layer >= self.first_k_dense_replace
@@ -409,11 +409,11 @@ class ModelConfig:
         return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
 
     def num_params(self, mtp: bool = False) -> int:
-        """Parameters of the main model; with `mtp`, also those that only the multi-token module has."""
+        """Count the main model's parameters; with `mtp`, also those that only multi-token modules have."""
         return self._count(self.n_routed_experts, mtp)
 
     def num_active_params(self) -> int:
-        """Parameters that one token uses, embedding and output head included."""
+        """Count the parameters that one token uses, embedding and output head included."""
         return self._count(self.num_experts_per_tok, False)
 
     def _count(self, experts: int, mtp: bool) -> int:
@@ -456,7 +456,7 @@ class ModelConfig:
         return int(total)
 
     def cache_bytes_per_token(self, dtype: str = "bfloat16") -> int:
-        """Bytes of cache that one token of context takes over all layers (DeepSeek-V2 paper, Table 1)."""
+        """Return the cache bytes per token of context over all layers (DeepSeek-V2 paper, Table 1)."""
         if dtype not in _BYTES:
             raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(_BYTES)}")
         per_layer = (
@@ -469,13 +469,16 @@ class ModelConfig:
 
 
 def _absent(kind: str, moe: bool) -> set[str]:
-    """The fields that config.json does not have for such a model."""
+    """Return the fields that config.json lacks for this model type."""
     mla = {"head_dim"} if kind in _MLA else {*_MLA_SHAPE, "q_lora_rank", "rope_interleave"}
     return mla | (set() if kind == "deepseek_v32" else set(_INDEX_SHAPE)) | (set() if moe else _MOE_FIELDS)
 
 
 def _leading_dense(layer_types: list[str]) -> int:
-    """DeepseekV32Config's `mlp_layer_types`, as `first_k_dense_replace`."""
+    """Convert DeepseekV32Config's `mlp_layer_types` to `first_k_dense_replace`.
+
+    Raises ConfigError if a dense layer follows a sparse one.
+    """
     k = layer_types.index("sparse") if "sparse" in layer_types else len(layer_types)
     if layer_types[k:] != ["sparse"] * (len(layer_types) - k):
         raise ConfigError(
@@ -518,14 +521,14 @@ def _rope_to_hf(rope: RopeConfig) -> dict[str, Any] | None:
 
 
 def configs_dir() -> Path:
-    """The folder of shipped TOML files: inside the wheel, or the sibling of the package in a checkout."""
+    """Return the folder of shipped TOML files: in the wheel, or beside the package in a checkout."""
     package = Path(__file__).parent.parent
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
 
 
 def presets() -> dict[str, Path]:
-    """Names and files of the shipped model presets."""
+    """Return the shipped model presets, name to file."""
     return {p.stem: p for p in sorted((configs_dir() / "models").glob("*.toml"))}
 
 

@@ -1,4 +1,4 @@
-"""The sections of a run file for reinforcement learning: what GRPO computes, samples and rewards.
+"""Run-file sections for reinforcement learning: the GRPO loss, rollouts, tasks and rewards.
 
 Standard library only. Papers: DeepSeekMath (GRPO, arXiv:2402.03300), R1 (2501.12948), DAPO (2503.14476),
 Dr. GRPO (2503.20783), GSPO (2507.18071), CISPO (MiniMax-M1, 2506.13585), RLOO (2402.14740),
@@ -14,25 +14,27 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class GrpoConfig:
-    """`[grpo]`: the policy loss. `preset` sets the other keys as a paper has them; keys given override it.
+    """`[grpo]`: the policy loss. `preset` sets the other keys to a paper's values; explicit keys override it.
 
-    advantage      r - baseline, divided by `scale`. `baseline`: the mean of the group (GRPO), of the others
-                   in the group (leave_one_out: RLOO), or none. `scale`: the group's standard deviation,
-                   the batch's after subtracting its mean (REINFORCE++), or none (Dr. GRPO).
-    ratio          pi / pi_old of a token, of a sequence to the power 1/length (sequence_mean: GSPO), or of a
-                   sequence (sequence: as R1 prints it).
+    advantage      (r - `baseline`) / `scale`. `baseline`: mean of the group (GRPO), of the rest of the group
+                   (leave_one_out: RLOO), or none. `scale`: standard deviation of the group, of the batch
+                   after subtracting its mean (REINFORCE++), or none (Dr. GRPO).
+    ratio          pi / pi_old per token, per sequence to the power 1/length (sequence_mean: GSPO), or per
+                   sequence (sequence: as printed for R1).
     surrogate      `clip`: min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A); with `dual_clip` c > 1 at
-                   least c A where A < 0. `cispo`: stop_gradient(min(ratio, 1 + clip_high)) A log pi, and also
-                   max with 1 - clip_low.
+                   least c A for A < 0. `cispo`: stop_gradient(clip(ratio, 1 - clip_low, 1 + clip_high))
+                   A log pi.
     normalization  of the sum over tokens: by all tokens of the minibatch (token: DAPO), by each sequence's
-                   tokens and then the sequences (sequence: GRPO), or by a constant, sequences times
+                   tokens, then the number of sequences (sequence: GRPO), or by the constant sequences x
                    max_new_tokens (constant: Dr. GRPO).
-    beta, kl       weight and estimator of KL(pi || reference), in the loss or subtracted from the reward of
-                   each token. In the loss k1 has no useful gradient, and is refused there.
-    importance_cap truncated importance sampling: times min(pi_trainer / pi_rollout, cap) per token; 0 off.
-    overlong       answers cut off at max_new_tokens count for nothing (`overlong_mask`), or lose up to
-                   `overlong_penalty` over the last part `overlong_buffer` of max_new_tokens (DAPO, eq. 13).
-    dynamic_sampling  groups in which all rewards are equal are replaced by newly sampled ones (DAPO).
+    beta, kl       weight and estimator of KL(pi || reference), in the loss or subtracted from each token's
+                   reward. k1 has no useful gradient in the loss and is rejected there.
+    importance_cap truncated importance sampling: a factor min(pi_trainer / pi_rollout, cap) per token; 0 is
+                   off.
+    overlong       answers truncated at max_new_tokens are masked out (`overlong_mask`), or lose up to
+                   `overlong_penalty` over the last fraction `overlong_buffer` of max_new_tokens (DAPO,
+                   eq. 13).
+    dynamic_sampling  replace groups whose rewards are all equal by newly sampled ones (DAPO).
     """
 
     preset: Literal["r1_zero", "r1", "deepseekmath", "dapo", "dr_grpo", "gspo", "cispo"] = "r1_zero"
@@ -55,12 +57,12 @@ class GrpoConfig:
     dynamic_sampling: bool = False
     minibatches: int = 1  # optimizer steps per pass over a rollout
     epochs: int = 1  # passes over a rollout
-    old_logprobs: Literal["rollout", "trainer"] = "rollout"  # pi_old: as sampled, or computed again
-    routing_replay: bool = False  # the update uses the experts that the rollout used
+    old_logprobs: Literal["rollout", "trainer"] = "rollout"  # pi_old: from sampling, or recomputed
+    routing_replay: bool = False  # update with the experts chosen in the rollout
 
 
-# What the papers print, over the defaults above. R1's clip is 10 (R1 v2, Methods), R1-Zero's is not printed;
-# of CISPO's only the upper bound acts, whose value is not printed.
+# Values printed in the papers, over the defaults above. R1's clip is 10 (R1 v2, Methods); R1-Zero's is not
+# printed. Only CISPO's upper bound has an effect, and its value is not printed.
 PRESETS: dict[str, dict[str, Any]] = {
     "r1_zero": {"group_size": 16, "beta": 0.001},
     "r1": {"group_size": 16, "beta": 0.001, "clip_low": 10.0, "clip_high": 10.0},
@@ -77,10 +79,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """`[rollout]`: answers sampled at each step from the policy, with its own weights.
+    """`[rollout]`: sampling of answers from the current policy at each step.
 
-    The policy that is optimised is the one at `temperature`; top_k, top_p and min_p make what is drawn differ
-    from it, which `grpo.importance_cap` can correct. `slots` sequences are decoded at a time (0: all).
+    The optimised policy is the one at `temperature`; top_k, top_p and min_p make the sampling distribution
+    differ from it, which `grpo.importance_cap` can correct. `slots` sequences are decoded at a time (0: all).
     """
 
     prompts: int = 32  # questions per step
@@ -92,18 +94,17 @@ class RolloutConfig:
     min_p: float = 0.0
     slots: int = 0
     stop: list[str] = field(default_factory=list)
-    dtype: Literal["", "float32", "bfloat16"] = (
-        ""  # of weights and cache while sampling; default: compute_dtype
-    )
-    record_experts: bool = False  # also without routing_replay: to count tokens that are routed elsewhere
+    # dtype of weights and cache during sampling; default: compute_dtype
+    dtype: Literal["", "float32", "bfloat16"] = ""
+    record_experts: bool = False  # even without routing_replay, to count tokens routed differently
 
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    """`[reference]`: what KL is measured against (with grpo.beta above 0).
+    """`[reference]`: the reference policy of the KL term (with grpo.beta above 0).
 
-    A copy of the starting policy on the devices (`device`) or in the hosts' memory (`host`), or the policy
-    without its adapters (`base`, for LoRA). The policy takes its place every `replace_every` steps (R1: 400).
+    A copy of the initial policy on the devices (`device`) or in host memory (`host`), or the policy without
+    its adapters (`base`, for LoRA). The current policy replaces it every `replace_every` steps (R1: 400).
     """
 
     kind: Literal["device", "host", "base"] = "device"
@@ -112,58 +113,58 @@ class ReferenceConfig:
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """`[task]`: problems with answers that can be checked.
+    """`[task]`: problems with verifiable answers.
 
-    `arithmetic` (chains of `terms` digits with + - *, from left to right, modulo 10) and `countdown` (reach a
-    target with `terms` numbers) make their own; `gsm8k`, `math` and `jsonl` read [data], `jsonl` with the
-    columns prompt and answer. `template` lays a problem out as a prompt: as it is, as a user's message, or in
-    R1-Zero's template (R1 paper, table 1).
+    `arithmetic` (chains of `terms` digits with + - *, left to right, modulo 10) and `countdown` (reach a
+    target with `terms` numbers) are generated; `gsm8k`, `math` and `jsonl` read [data], `jsonl` with the
+    columns prompt and answer. `template` turns a problem into a prompt: as is (plain), as a user message
+    (chat), or in R1-Zero's template (R1 paper, table 1).
     """
 
     kind: Literal["arithmetic", "countdown", "gsm8k", "math", "jsonl"] = "jsonl"
     template: Literal["plain", "chat", "r1_zero"] = "chat"
-    system: str = ""  # a system message, for chat
-    instruction: str = ""  # put behind every problem
+    system: str = ""  # system message, for chat
+    instruction: str = ""  # appended to every problem
     terms: int = 6
-    held_out: int = 500  # problems that are evaluated on; no run trains on them
-    temperature: float = 0.0  # of the evaluation; 0 is greedy
+    held_out: int = 500  # evaluation problems; never trained on
+    temperature: float = 0.0  # for evaluation; 0 is greedy
     samples: int = 1  # per held-out problem
 
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """`[[rewards]]`: one of the terms whose weighted sum is the reward; each is between 0 and 1.
+    """`[[rewards]]`: one term of the reward, which is their weighted sum; each is between 0 and 1.
 
-    exact         the final answer is the reference's text
-    math          it is equal as mathematics (math-verify)
+    exact         the final answer equals the reference's text
+    math          it is mathematically equal (math-verify)
     countdown     it is an expression of the given numbers that reaches the target
-    format        `<think>...</think>` and then an answer; with `tags` also `<answer>...</answer>`
-    language      share of the words of the thinking that are in `language`
-    length        1 up to `target` tokens, falling to 0 at twice as many; for short answers
-    code          share of the problem's unit tests that the answer's code passes, in a sandbox
+    format        `<think>...</think>` followed by an answer; with `tags` also `<answer>...</answer>`
+    language      fraction of the words in the reasoning that are in `language`
+    length        1 up to `target` tokens, falling to 0 at twice as many; favours short answers
+    code          fraction of the problem's unit tests that the answer's code passes, in a sandbox
     model         sigmoid of a reward model's score: a checkpoint's log-odds of `yes` over `no`, see docs
-    python        a function `module:function` of a list of answers, one number each
+    python        `module:function`, which maps a list of answers to one number each
     """
 
     kind: Literal["exact", "math", "countdown", "format", "language", "length", "code", "model", "python"]
     weight: float = 1.0
-    name: str = ""  # in the metrics; default: kind
-    seconds: float = 5.0  # time limit for one answer
+    name: str = ""  # name in the metrics; default: kind
+    seconds: float = 5.0  # time limit per answer
     tags: bool = False
     language: Literal["en", "zh"] = "en"
     target: int = 256
-    megabytes: int = 512  # memory of the sandbox
+    megabytes: int = 512  # memory limit of the sandbox
     function: str = ""
     model: str = ""
 
 
 @dataclass(frozen=True)
 class RejectConfig:
-    """`[reject]`: rejection sampling (R1 paper, section 2.3.3): which sampled answers become an SFT set.
+    """`[reject]`: rejection sampling of an SFT set (R1 paper, section 2.3.3).
 
-    `problems` of the task are answered grpo.group_size times each; an answer is kept where it ended by itself
-    and each reward named in `keep` is at least as given ({exact = 1.0, language = 1.0}), up to `per_problem`
-    of each. `mix` are sources of further examples, of which `mix_count` are added.
+    Each of `problems` problems is answered grpo.group_size times. An answer is kept if it was not truncated
+    and every reward in `keep` reaches its threshold ({exact = 1.0, language = 1.0}), up to `per_problem` per
+    problem. `mix_count` examples from the sources `mix` are added.
     """
 
     problems: int = 1000
@@ -174,7 +175,7 @@ class RejectConfig:
 
 
 def rl_problems(run: Any) -> list[str]:
-    """What is wrong with these sections of a RunConfig."""
+    """Return the problems of the reinforcement-learning sections of a RunConfig, as messages."""
 
     def value(dotted: str) -> Any:
         return operator.attrgetter(dotted)(run)

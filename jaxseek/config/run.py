@@ -1,7 +1,7 @@
-"""RunConfig: one training run as a TOML file says it, with `--set key=value` on top.
+"""RunConfig: a training run, read from a TOML file with `--set key=value` overrides.
 
-Every key has a type and a default here and nowhere else; a key that is not here is an error that names the
-nearest one. Standard library only.
+Every key has its type and default here and nowhere else; an unknown key is an error that names the nearest
+one. Uses the standard library only.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from jaxseek.config.rl import (
 )
 from jaxseek.storage.place import Place, place
 
-# A number for the whole run, or [[fraction of the run, value from there on], ...].
+# A constant, or a step function [[fraction of the run, value from there on], ...].
 Steps = float | list
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What our names are called in the files."""
+    """`[data.columns]`: the name of each of our columns in the files."""
 
     text: str = "text"
     prompt: str = "prompt"
@@ -50,47 +50,44 @@ class Columns:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """`[data]`: where examples come from and how they become rows of `length` tokens.
+    """`[data]`: sources of examples, and their packing into rows of `length` tokens.
 
-    A source is a file (.jsonl, .json, .parquet; others are text, a document each), a directory or a glob of
-    them, `hf://datasets/OWNER/NAME/FILE`, or `python:MODULE:FUNCTION?key=value`, a function that returns
-    dicts.
+    A source is a file (.jsonl, .json, .parquet; any other is a text document), a directory or glob of files,
+    `hf://datasets/OWNER/NAME/FILE`, or `python:MODULE:FUNCTION?key=value`, a function that returns dicts.
     """
 
     train: list[str] = field(default_factory=list)
     eval: list[str] = field(default_factory=list)
-    holdout: float = 0.0  # the part of train that is evaluated on where eval is empty
+    holdout: float = 0.0  # fraction of train held out for evaluation if eval is empty
     columns: Columns = field(default_factory=Columns)
-    roles: dict[str, str] = field(
-        default_factory=dict
-    )  # names of roles in the files, to user, assistant, ...
+    roles: dict[str, str] = field(default_factory=dict)  # role in the files -> user, assistant, ...
     length: int = 1024
-    packing: bool = True  # several examples share a row, kept apart by segment ids
-    too_long: Literal["drop", "cut", "error"] = "drop"  # examples beyond `length`; counted in any case
-    fim_rate: float = 0.0  # documents turned prefix-suffix-middle (DeepSeek-V3 paper, section 4.1)
+    packing: bool = True  # several examples per row, separated by segment ids
+    too_long: Literal["drop", "cut", "error"] = "drop"  # examples longer than `length`; always counted
+    fim_rate: float = 0.0  # fraction of documents in prefix-suffix-middle form (V3 paper, section 4.1)
     shuffle: bool = True
 
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """`[batch]`: rows of a step over all hosts, in `accumulation` microbatches."""
+    """`[batch]`: rows per step over all hosts, in `accumulation` microbatches."""
 
     size: int = 8
     accumulation: int = 1
-    ramp_from: int = 0  # rows at the first step; 0 is no ramp (DeepSeek-V3 paper, section 4.2)
+    ramp_from: int = 0  # rows at the first step; 0: no ramp (DeepSeek-V3 paper, section 4.2)
     ramp_until: float = 0.0  # fraction of the run at which `size` is reached
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """`[optimizer]`: AdamW; matrices decay, norms and biases do not."""
+    """`[optimizer]`: AdamW, with weight decay on matrices only, not on norms and biases."""
 
     learning_rate: float = 3e-4
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
-    clip: float = 1.0  # of the global gradient norm; 0 is off
+    clip: float = 1.0  # global gradient norm; 0: no clipping
     moments: Literal["float32", "bfloat16"] = "float32"
 
 
@@ -98,8 +95,8 @@ class OptimizerConfig:
 class ScheduleConfig:
     """`[schedule]`: a factor on the learning rate, after a linear warm-up.
 
-    `cosine` and `linear` go from 1 to `final`. `multi_step` is 1, then `factors[i]` from the fraction
-    `milestones[i]` of the run on (DeepSeek LLM, MoE, V2). `v3` is 1 until milestones[0], a cosine to `final`
+    `cosine` and `linear` decay from 1 to `final`. `multi_step` is 1, then `factors[i]` from the fraction
+    `milestones[i]` of the run (DeepSeek LLM, MoE, V2). `v3` is 1 until milestones[0], a cosine to `final`
     until milestones[1], constant until milestones[2], then `last` (DeepSeek-V3 paper, section 4.2).
     """
 
@@ -113,11 +110,11 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """`[loss]`: weights of what is added to the language-model loss, and the load-balancing bias.
+    """`[loss]`: weights of the terms added to the language-model loss, and speed of the load-balancing bias.
 
     V3: sequence_balance 1e-4, bias_speed 0.001 then 0, mtp 0.3 then 0.1. V2: expert_balance 0.003,
-    device_balance 0.05, communication_balance 0.02 with device_groups 8. A term that the model has no part
-    for is left out.
+    device_balance 0.05, communication_balance 0.02 with device_groups 8. Terms that do not apply to the model
+    are ignored.
     """
 
     mtp: Steps = 0.3
@@ -131,7 +128,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """`[lora]`: adapters of this rank on these parts; rank 0 trains all weights."""
+    """`[lora]`: adapters of rank `rank` on the parts `targets`; rank 0 trains all weights."""
 
     rank: int = 0
     alpha: float = 16.0
@@ -142,7 +139,7 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class DpoConfig:
-    """`[dpo]`: DPO paper (arXiv:2305.18290), eq. 7; `label_smoothing` as in conservative DPO."""
+    """`[dpo]`: the DPO loss (arXiv:2305.18290, eq. 7); `label_smoothing` as in conservative DPO."""
 
     beta: float = 0.1
     label_smoothing: float = 0.0
@@ -150,10 +147,10 @@ class DpoConfig:
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """`[distill]`: from `teacher` (as `model`), by its logits, or by its samples as R1's distillation does.
+    """`[distill]`: distillation from `teacher` (as `model`), by its logits or, as R1's, by its samples.
 
-    logits: `weight` KL(teacher || student) at `temperature`, plus 1 - `weight` of the usual loss. samples:
-    the teacher answers the prompts of [data] (`per_prompt` times, `max_new_tokens` each), then SFT on these.
+    logits: `weight` x KL(teacher || student) at `temperature`, plus (1 - `weight`) x the usual loss. samples:
+    SFT on the teacher's answers to the prompts of [data] (`per_prompt` each, up to `max_new_tokens`).
     """
 
     teacher: str = ""
@@ -167,10 +164,10 @@ class DistillConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """`[eval]`: loss on held-out rows before the first step and every so many (0: at the end only).
+    """`[eval]`: loss on held-out rows before the first step and every `every` steps (0: only at the end).
 
-    A run whose held-out loss falls under `enough` is over. With grpo, held-out problems are answered instead,
-    see TaskConfig.
+    A run ends once its held-out loss is below `enough`. GRPO evaluates held-out problems instead; see
+    TaskConfig.
     """
 
     every: int = 100
@@ -180,26 +177,26 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """`[checkpoint]`: besides the last step and a signal's; the newest `keep` and the best stay."""
+    """`[checkpoint]`: saved at these intervals, at the end and on a signal; newest `keep` and best stay."""
 
-    every: int = 500
+    every: int = 500  # steps
     minutes: float = 15.0
     keep: int = 2
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    """`[log]`: metrics every so many steps, to metrics.jsonl and, as named, elsewhere."""
+    """`[log]`: write metrics `every` steps to metrics.jsonl and, if enabled, to TensorBoard and wandb."""
 
     every: int = 1
     tensorboard: bool = True
-    wandb: str = ""  # project; needs wandb
+    wandb: str = ""  # project name; needs wandb
     profile: list[int] = field(default_factory=list)  # [first, last] step to trace for xprof
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What of a run its compiled programs depend on: runs of equal recipes share them within a process."""
+    """Settings that a run's compiled programs depend on; within a process, equal recipes share them."""
 
     objective: str
     steps: int
@@ -211,28 +208,28 @@ class Recipe:
     dpo: DpoConfig
     distill: DistillConfig
     grpo: GrpoConfig
-    temperature: float  # of the rollout
+    temperature: float  # rollout.temperature
 
     def __hash__(self) -> int:
-        return hash(repr(self))  # lists have no hash of their own
+        return hash(repr(self))  # list fields are not hashable
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A training run. `out` is the run's directory: started again, the run goes on from what is there."""
+    """A training run. `out` is its directory; starting it again resumes from the last checkpoint there."""
 
     objective: Literal["pretrain", "sft", "dpo", "distill", "grpo", "reject"]
-    model: str  # checkpoint, Hugging Face directory, or a preset, which starts from random weights
+    model: str  # checkpoint, Hugging Face directory, or a preset with random weights
     out: str
     steps: int
-    # A directory; train:SIZE, a new sentencepiece one; python:MODULE:FUNCTION, which writes one into the
-    # directory that it is given; default: the model's.
+    # A directory; train:SIZE for a new sentencepiece tokenizer; python:MODULE:FUNCTION, which writes one into
+    # the directory that it is passed. Default: the model's.
     tokenizer: str = ""
-    config: dict[str, Any] = field(default_factory=dict)  # config.json fields to change, such as rope_scaling
+    config: dict[str, Any] = field(default_factory=dict)  # overrides of config.json, such as rope_scaling
     seed: int = 0
-    mesh: str = ""  # as --mesh elsewhere: sizes such as fsdp=8, a strategy TOML or a shipped one's name
-    compute_dtype: Literal["", "float32", "bfloat16"] = ""  # default: float32 on CPU, else bfloat16
-    fp8: bool = False  # matmuls on inputs rounded to FP8 (DeepSeek-V3 paper, section 3.3)
+    mesh: str = ""  # as --mesh: sizes such as fsdp=8, a strategy TOML or a shipped one's name
+    compute_dtype: Literal["", "float32", "bfloat16"] = ""  # default: float32 on CPU, otherwise bfloat16
+    fp8: bool = False  # matmuls with inputs rounded to FP8 (DeepSeek-V3 paper, section 3.3)
     remat: Literal["none", "dots", "costly", "full"] = "full"  # see REMAT in model/layer.py
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
@@ -256,7 +253,7 @@ class RunConfig:
     def from_toml(cls, path: str | Place, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
         """Read a run file and apply `key=value` overrides (`optimizer.learning_rate=1e-4`).
 
-        Raises ConfigError for a file that is no TOML, unknown keys, and values of a wrong type or range.
+        Raises ConfigError for invalid TOML, unknown keys, and values of a wrong type or range.
         """
         raw = read_toml(path, overrides)
         try:
@@ -266,7 +263,7 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> RunConfig:
-        """From nested tables, as TOML or `to_dict` has them. Raises ConfigError."""
+        """Build a run from nested tables, as from TOML or `to_dict`. Raises ConfigError."""
         grpo = raw.get("grpo")
         if isinstance(grpo, dict) or raw.get("objective") in ("grpo", "reject"):
             grpo = grpo or {}
@@ -274,17 +271,17 @@ class RunConfig:
         return _build(cls, raw, "")
 
     def to_dict(self) -> dict[str, Any]:
-        """The whole run as nested tables; `from_dict(to_dict())` is the identity."""
+        """Return the run as nested tables; `from_dict(to_dict())` is the identity."""
         return dataclasses.asdict(self)
 
     @property
     def recipe(self) -> Recipe:
-        """The part that the objective, the optimizer and so the compiled step are made of."""
+        """The settings that the objective, the optimizer and the compiled step depend on."""
         shared = [f.name for f in dataclasses.fields(Recipe) if f.name != "temperature"]
         return Recipe(temperature=self.rollout.temperature, **{name: getattr(self, name) for name in shared})
 
     def replace(self, **changes: Any) -> RunConfig:
-        """A copy with some fields changed; validated again."""
+        """Return a validated copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
     def __post_init__(self) -> None:
@@ -312,10 +309,10 @@ class RunConfig:
         for name in ("optimizer.clip", "optimizer.weight_decay"):
             need(_get(self, name) >= 0, f"{name} is {_get(self, name)}, expected 0 or more")
         sampling = self.objective in ("grpo", "reject")
-        made = sampling and self.task.kind in ("arithmetic", "countdown")
-        need(bool(data.train) or made, "data.train names no source, expected a list of files")
+        generated = sampling and self.task.kind in ("arithmetic", "countdown")
+        need(bool(data.train) or generated, "data.train names no source, expected a list of files")
         need(
-            sampling or batch.size % batch.accumulation == 0,  # which learn from as many rows as they sample
+            sampling or batch.size % batch.accumulation == 0,  # these take all the rows that they sample
             f"batch.size {batch.size} is not divisible by batch.accumulation {batch.accumulation}",
         )
         need(
@@ -351,7 +348,7 @@ class RunConfig:
 
 
 def at_fraction(value: Steps, fraction: float) -> float:
-    """The value of a `Steps` setting at a fraction of the run."""
+    """Return the value of a `Steps` setting at a fraction of the run."""
     if not isinstance(value, list):
         return float(value)
     return float([v for start, v in value if start <= fraction][-1])
@@ -364,33 +361,33 @@ def _get(config: Any, dotted: str) -> Any:
 
 
 def shipped_runs() -> dict[str, Path]:
-    """Names and paths of the run files that come with jaxseek."""
+    """Return the run files shipped with jaxseek, name to path."""
     return {p.stem: p for p in sorted((configs_dir() / "runs").glob("*.toml"))}
 
 
 def headline(path: Path, width: int = 90) -> str:
-    """First sentence of the comment that opens a TOML file, shortened to `width`."""
+    """Return the first sentence of a TOML file's leading comment, shortened to `width` characters."""
     lines = itertools.takewhile(lambda l: l.startswith("#"), path.read_text(encoding="utf-8").splitlines())
     text = " ".join(line.strip("# ") for line in lines)
     return textwrap.shorten(re.split(r"[.;](?:\s|$)|: jaxseek ", text)[0], width, placeholder=" ...")
 
 
 def is_run_file(name: str) -> bool:
-    """Tell whether this names a run file, by its ending or as a shipped one, and not a model."""
+    """Return whether a name is that of a run file (by suffix, or shipped) rather than of a model."""
     return name.endswith(".toml") or name in shipped_runs()
 
 
 def raise_near_run_file(name: str) -> None:
-    """Raise ConfigError for a name that is no model here and nearly that of a shipped run file."""
+    """Raise ConfigError if a name is not a model but close to that of a shipped run file."""
     near = difflib.get_close_matches(name, [*shipped_runs(), *presets()], 1, 0.75)
     if near and near[0] in shipped_runs() and name not in presets() and not place(name).exists():
         raise ConfigError(f"{name}: neither a model nor a run file; did you mean {near[0]}?")
 
 
 def find_run_file(name: str | Place) -> Place:
-    """The file at this path or URL, or else the shipped one of this name, with .toml or without.
+    """Return the run file at a path or URL, or else the shipped one of this name, with or without .toml.
 
-    Raises ConfigError, with the names that are close.
+    Raises ConfigError with similar names if there is none.
     """
     path, shipped = place(name), shipped_runs()
     if path.is_file():
@@ -404,7 +401,7 @@ def find_run_file(name: str | Place) -> Place:
 
 
 def read_toml(path: str | Place, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
-    """The tables of a run file, or of a shipped one by its name, with `key=value` overrides put in.
+    """Read the tables of a run file, by path or shipped name, and apply `key=value` overrides.
 
     Raises ConfigError.
     """
@@ -418,14 +415,14 @@ def read_toml(path: str | Place, overrides: list[str] | tuple[str, ...] = ()) ->
 
 
 def apply_override(raw: dict[str, Any], text: str) -> None:
-    """Put `key=value` into nested tables; the value is TOML, or else a string. Raises ConfigError."""
+    """Set `key=value` in nested tables; a value that is not TOML is a string. Raises ConfigError."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set {text!r}: expected key=value, such as optimizer.learning_rate=1e-4")
     try:
         parsed = tomllib.loads(f"v = {value}")["v"]
     except tomllib.TOMLDecodeError:
-        parsed = value  # a string without quotes
+        parsed = value  # an unquoted string
     *tables, last = key.strip().split(".")
     for table in tables:
         raw = raw.setdefault(table, {})
@@ -452,7 +449,7 @@ def _build(cls: Any, raw: Any, where: str) -> Any:
 
 
 def _find(key: str) -> str | None:
-    """The section that has this key, where only one has."""
+    """Return the only section with this key, or None if no or several sections have it."""
     sections = {n: t for n, t in get_type_hints(RunConfig).items() if dataclasses.is_dataclass(t)}
     homes = [name for name, t in sections.items() if key in get_type_hints(t)]
     return homes[0] if len(homes) == 1 else None

@@ -1,7 +1,7 @@
-"""Training data: files of examples to rows of tokens, in an order that the seed decides and a state resumes.
+"""Training data: from files of examples to rows of tokens, in a seeded order that can be resumed.
 
-sources.py reads files as records, split.py sets some apart, examples.py reads records as documents,
-conversations or pairs, encode.py and items.py make tokens of these, rows.py lays them into rows.
+sources.py reads files as records, split.py holds some out for evaluation, examples.py parses records as
+documents, conversations or pairs, encode.py and items.py tokenise them, rows.py packs them into rows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jaxseek.data.split import Prompts, open_split, shuffled, texts
 from jaxseek.tokenizer import chat
 from jaxseek.tokenizer.tokenizer import Tokenizer, train_sentencepiece
 
-VOCABULARY_TEXT = 1 << 24  # characters that a new tokenizer is trained on
+VOCABULARY_TEXT = 1 << 24  # characters to train a new tokenizer on
 
 
 def open_rows(
@@ -25,10 +25,10 @@ def open_rows(
     split: str = "train",
     repeat: bool = True,
 ) -> Rows | None:
-    """Rows of [data] for the run's objective; None for split="eval" where there is nothing to evaluate on.
+    """Open the data of a run as rows of tokens; returns None for split="eval" without evaluation data.
 
-    Every host reads the same rows. Without repeat they end after one pass. Raises ConfigError for data that
-    cannot be used: here if it shows in the first 10,000 records, otherwise where the record is read.
+    Every host reads the same rows. Without `repeat` they end after one pass. Raises ConfigError for unusable
+    data: here for the first 10,000 records, and for later ones when they are read.
     """
     part = open_split(cfg, split)
     if part is None:
@@ -47,15 +47,16 @@ def open_rows(
 
 
 def open_prompts(cfg: RunConfig, split: str = "train") -> Prompts | None:
-    """The messages of each example before the answer, for a teacher to answer; None as for `open_rows`."""
+    """Open the prompts, the messages of each example before the answer; None as in `open_rows`."""
     part = open_split(cfg, split, kind="prompts")
     return None if part is None else Prompts(part, cfg.data)
 
 
 def train_tokenizer(cfg: RunConfig, directory: str | Path) -> Tokenizer:
-    """The new tokenizer that `tokenizer = "train:SIZE"` asks for, of the training examples, in `directory`.
+    """Train the tokenizer of `tokenizer = "train:SIZE"` on the training examples and write it to `directory`.
 
-    The same data gives the same file. Of large data some examples are used, always the same.
+    The same data gives the same file. Data above VOCABULARY_TEXT characters is sampled, always alike.
+    Raises ConfigError if the setting is malformed.
     """
     word, _, size = cfg.tokenizer.partition(":")
     if word != "train" or not size.isdecimal():
@@ -64,8 +65,8 @@ def train_tokenizer(cfg: RunConfig, directory: str | Path) -> Tokenizer:
     assert part is not None
     corpus, total = [], 0
     for i in map(int, shuffled(len(part))):
-        corpus += (own := texts(part[i], part.kind, cfg.data, part.place(i)))
-        total += sum(map(len, own))
+        corpus += (strings := texts(part[i], part.kind, cfg.data, part.place(i)))
+        total += sum(map(len, strings))
         if total >= VOCABULARY_TEXT:
             break
     fim = (chat.FIM_BEGIN, chat.FIM_HOLE, chat.FIM_END) if cfg.data.fim_rate else ()

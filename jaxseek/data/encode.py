@@ -1,7 +1,7 @@
-"""Documents and conversations as token ids, and which of these a model should learn to write.
+"""Tokenise documents and conversations, and mark the tokens that the model should learn to write.
 
-`Encoded.weights` is 1 on a token that is a target of the loss. Text of the data is text: it never becomes a
-control token, except the thinking tags in what an assistant says.
+`Encoded.weights` is 1 for a token that is a target of the loss. Text in the data never becomes a control
+token, except thinking tags in assistant messages.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class Encoded(NamedTuple):
 
 
 def encode_document(text: str, tokenizer: Tokenizer, fim: np.random.Generator | None = None) -> Encoded:
-    """BOS text EOS, as far as the tokenizer has them; all of it is to be learnt.
+    """Encode a document as BOS text EOS (each if the tokenizer has it), with weight 1 everywhere.
 
-    With `fim`, which draws the two places to split at, BOS <fim_begin> prefix <fim_hole> suffix <fim_end>
-    middle EOS (DeepSeek-V3 paper, section 4.1).
+    With `fim`, a generator that draws two split points, encode BOS <fim_begin> prefix <fim_hole> suffix
+    <fim_end> middle EOS (DeepSeek-V3 paper, section 4.1).
     """
     if fim is None:
         ids = tokenizer.encode(text)
@@ -40,11 +40,11 @@ def encode_document(text: str, tokenizer: Tokenizer, fim: np.random.Generator | 
 
 
 def encode_talk(talk: Talk, tokenizer: Tokenizer) -> Encoded:
-    """A conversation that ends with the assistant; what the assistant says, with its end of turn, counts.
+    """Encode a conversation that ends with the assistant; its replies, with their EOS, have weight 1.
 
-    The last answer follows the prompt that the model would be given for it. An earlier answer counts too
-    where it stands in that prompt as it was written; a template that rewrites the past, as R1's drops the
-    thoughts of earlier turns, leaves no such place, and then the answer does not count.
+    The last reply follows the prompt that the model would get at inference. An earlier reply has weight 1
+    only if that prompt contains it unchanged; a template that rewrites earlier turns, as R1's drops their
+    thoughts, gives it weight 0.
     """
     turns = [i for i, message in enumerate(talk) if message["role"] == "assistant"]
     if tokenizer.template is None:
@@ -61,10 +61,10 @@ def encode_talk(talk: Talk, tokenizer: Tokenizer) -> Encoded:
 
 
 def _turn(talk: Talk, i: int, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """(prompt, reply) of message i, by the assistant: what the model is given and what it should write."""
+    """Return (prompt, reply) ids of assistant message i: the model's input and its target."""
     content = talk[i].get("content") or ""
     template, thinks = tokenizer.template, content.lstrip().startswith(chat.THINK)
-    # Each family's way to ask for a reply that thinks, or for one that does not.
+    # `thinking` that makes each family's prompt fit a reply with or without thoughts
     thinking = {"deepseek_distill": None if thinks else False, "deepseek_v3_1": True if thinks else None}
     prompt = tokenizer.render_chat(talk[:i], thinking=thinking.get(template or ""))
     if template == "jinja" or talk[i].get("tool_calls"):
@@ -72,13 +72,16 @@ def _turn(talk: Talk, i: int, tokenizer: Tokenizer) -> tuple[list[int], list[int
     if thinks and tokenizer.opened_think(prompt):
         content = content.lstrip().removeprefix(chat.THINK)
         content = content.removeprefix("\n") if template == "deepseek_distill" else content
-    if template == "deepseek_v2":  # whose prompt ends in "Assistant:"
+    if template == "deepseek_v2":  # its prompt ends in "Assistant:", without a space
         content = " " + content
     return prompt, tokenizer.encode_reply(content)
 
 
 def _reply_as_rendered(talk: Talk, prompt: list[int], tokenizer: Tokenizer) -> list[int]:
-    """What the template itself puts behind the prompt, up to the end of the turn."""
+    """Return the ids that the template renders after the prompt, up to the end of the turn.
+
+    Raises ConfigError if the rendered conversation does not start with the prompt.
+    """
     whole = tokenizer.render_chat(talk, add_generation_prompt=False)
     if whole[: len(prompt)] != prompt:
         at = next((n for n, (a, b) in enumerate(zip(prompt, whole)) if a != b), min(len(prompt), len(whole)))
@@ -95,7 +98,7 @@ def _reply_as_rendered(talk: Talk, prompt: list[int], tokenizer: Tokenizer) -> l
 
 
 def _plain(talk: Talk, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Prompt and reply of a model without chat: the two texts, one after the other."""
+    """Return prompt and reply ids for a model without a chat template: the two plain texts."""
     if [message["role"] for message in talk] != ["user", "assistant"]:
         raise ConfigError(
             f"this tokenizer has no chat template, and so no form for {len(talk)} messages; expected a "

@@ -1,7 +1,7 @@
-"""What a record says: a document, a conversation or a pair. Faults are ConfigErrors that name the place.
+"""Parse records as documents, conversations or pairs; ConfigErrors name the record's place.
 
-A conversation is a list of {role, content} under `columns.messages`, or it is `columns.prompt` (a string or
-such a list) and a reply (a string, a message, or a list that ends in one).
+A conversation is a list of {role, content} in `columns.messages`, or `columns.prompt` (a string or such a
+list) with a reply (a string, a message, or a list that ends with one).
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from jaxseek.config.run import DataConfig
 from jaxseek.data.sources import Record
 from jaxseek.tokenizer.chat import ROLES
 
-Talk = list[dict[str, Any]]  # of {"role", "content"} and, where an assistant calls tools, "tool_calls"
+Talk = list[dict[str, Any]]  # {"role", "content"} and, if an assistant calls tools, "tool_calls"
 
 
 def is_chat(record: Record, data: DataConfig) -> bool:
-    """Whether a record has the columns of a conversation, as opposed to a document's."""
+    """Return whether a record has the columns of a conversation rather than of a document."""
     return data.columns.messages in record or data.columns.prompt in record
 
 
 def document(record: Record, data: DataConfig, place: str) -> str:
-    """The text of a pretraining document."""
+    """Return the text of a pretraining document."""
     text = _column(record, "text", data, place)
     if not isinstance(text, str):
         raise ConfigError(f"{place}: {data.columns.text} is {_brief(text)}, expected a string")
@@ -32,7 +32,7 @@ def document(record: Record, data: DataConfig, place: str) -> str:
 
 
 def conversation(record: Record, data: DataConfig, place: str) -> Talk:
-    """The messages of a supervised example up to the last one by the assistant, which there must be."""
+    """Return the messages of a supervised example up to the last assistant message, which is required."""
     if data.columns.messages in record:
         talk = _talk(record[data.columns.messages], data, f"{place}: {data.columns.messages}")
         last = max((i for i, m in enumerate(talk) if m["role"] == "assistant"), default=-1)
@@ -48,10 +48,10 @@ def conversation(record: Record, data: DataConfig, place: str) -> Talk:
 
 
 def preference(record: Record, data: DataConfig, place: str) -> tuple[Talk, Talk]:
-    """Two conversations that differ in their last message: (the chosen, the rejected)."""
+    """Return (chosen, rejected): two conversations that differ in their last message."""
     replies = [_reply(record, name, data, place) for name in ("chosen", "rejected")]
     chosen = record[data.columns.chosen]
-    if not is_chat(record, data) and isinstance(chosen, list) and len(chosen) > 1:  # it holds the prompt too
+    if not is_chat(record, data) and isinstance(chosen, list) and len(chosen) > 1:  # it includes the prompt
         before = _talk(chosen, data, f"{place}: {data.columns.chosen}")[:-1]
     else:
         before = prompt(record, data, place)
@@ -59,7 +59,7 @@ def preference(record: Record, data: DataConfig, place: str) -> tuple[Talk, Talk
 
 
 def prompt(record: Record, data: DataConfig, place: str) -> Talk:
-    """The messages before the answer, without those answers that may end a conversation."""
+    """Return the messages before the answer; trailing assistant messages are dropped."""
     name = data.columns.messages if data.columns.messages in record else data.columns.prompt
     if name not in record:
         raise _missing(record, "prompt", data, place)
@@ -86,7 +86,7 @@ def _reply(record: Record, name: str, data: DataConfig, place: str) -> dict[str,
 
 
 def _talk(value: Any, data: DataConfig, where: str) -> Talk:
-    """Messages under our names."""
+    """Check a list of messages, and rename its columns and roles to ours."""
     if not isinstance(value, list) or not value:
         raise ConfigError(f"{where} is {_brief(value)}, expected a list of messages")
     return [_message(message, data, f"{where}[{i}]") for i, message in enumerate(value)]

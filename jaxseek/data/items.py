@@ -1,4 +1,4 @@
-"""The examples of a part of the data, encoded when they are asked for."""
+"""Examples of a split, encoded on access."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from jaxseek.tokenizer.tokenizer import Tokenizer
 
 
 class Items:
-    """A sequence of `Item`; index counts within the whole set, of which `part` may be a part."""
+    """Sequence of `Item` over a split; `Item.number` is the index in the whole data set."""
 
     def __init__(self, part: Part, cfg: RunConfig, tokenizer: Tokenizer):
         self._part, self._cfg, self._tokenizer = part, cfg, tokenizer
-        self._whole = part.kind == "pretrain" and cfg.data.packing  # documents go on in the next row
+        self._whole = part.kind == "pretrain" and cfg.data.packing  # documents continue in the next row
         needed = (chat.FIM_BEGIN, chat.FIM_HOLE, chat.FIM_END) if cfg.data.fim_rate else ()
         if part.kind == "pretrain" and (lacking := [t for t in needed if tokenizer.token_id(t) is None]):
             raise ConfigError(
@@ -33,7 +33,7 @@ class Items:
     def __getitem__(self, i: int) -> Item:
         try:
             parts = self._encode(i)
-        except ValueError as error:  # of a template, a text or a column
+        except ValueError as error:  # from a template, a text or a column
             place = self._part.place(i)
             raise ConfigError(str(error) if place in str(error) else f"{place}: {error}") from error
         return self._fit(i, parts)
@@ -42,7 +42,7 @@ class Items:
         record, place, data = self._part[i], self._part.place(i), self._cfg.data
         match self._part.kind:
             case "pretrain":
-                # The same documents, split at the same places, each time.
+                # seeded by the document's index: every epoch makes the same splits
                 draw = np.random.default_rng((self._cfg.seed % 2**32, int(self._part.indices[i])))
                 fim = draw if draw.random() < data.fim_rate else None
                 parts = (encode_document(document(record, data, place), self._tokenizer, fim),)
@@ -53,7 +53,10 @@ class Items:
         return parts
 
     def _fit(self, i: int, parts: tuple[Encoded, ...]) -> Item:
-        """Cut or dropped where it is too long; dropped too where nothing is left to learn."""
+        """Cut or drop an example that is too long, and drop one without loss targets.
+
+        Raises ConfigError for one that is too long if data.too_long is "error".
+        """
         data = self._cfg.data
         longest = max(len(part.tokens) for part in parts)
         too_long = longest > data.length and not self._whole

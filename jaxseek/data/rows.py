@@ -1,9 +1,9 @@
-"""Examples in order, laid into rows of `length` tokens, with a state that takes up exactly where it was.
+"""Pack examples into rows of `length` tokens, with a state that resumes at exactly the next row.
 
-The order is grain's: shuffled anew each epoch from the seed, repeated, tokenised ahead in threads. It is the
-same on every host, which puts its part of each batch on its devices. Rows come in groups: one row, or several
-where examples are fitted into rows. A state is the place in the order where the group begins, and how many of
-its rows were given out.
+grain provides the order: reshuffled each epoch from the seed, repeated, tokenised ahead in threads. It is the
+same on every host, and each puts its part of a batch on its devices. Rows are made in groups: one row, or
+several for the `fit` layout. A state is the position in the order at which the current group begins, and the
+number of its rows already returned.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import numpy as np
 from jaxseek.config.model import ConfigError
 from jaxseek.data.encode import Encoded
 
-WINDOW = 64  # rows that are fitted together; more leave less padding and take longer to resume
-Row = dict[str, Any]  # of numpy arrays
+WINDOW = 64  # rows packed together: more leave less padding but take longer to resume
+Row = dict[str, Any]  # numpy arrays
 
 
 class Item(NamedTuple):
-    """An example: its place in the data set and its parts (a pair has two, one that cannot be used none)."""
+    """An example: its index in the data set and its parts (two for a pair, none if it is unusable)."""
 
     number: int
     parts: tuple[Encoded, ...]
@@ -35,10 +35,10 @@ class Items(Protocol):
 
 
 class Rows:
-    """An iterator of rows; `open_rows` makes one.
+    """Iterator of rows; create it with `open_rows`.
 
-    layout: `concatenate` (documents one after the other, cut at row ends), `fit` (whole examples, several to
-    a row), `single` (one to a row) or `pair` (one to a row of two).
+    layout: `concatenate` (documents end to end, split at row ends), `fit` (several whole examples per row),
+    `single` (one example per row) or `pair` (two sequences per row).
     """
 
     def __init__(
@@ -61,38 +61,41 @@ class Rows:
         self._items = iter(order.to_iter_dataset(options))
         self._taken = 0  # items consumed
         self._too_long = 0
-        self._held: Item | None = None  # taken, but for the next group
-        self._offset = 0  # tokens of it that are in rows already
+        self._pending: Item | None = None  # consumed, but belongs to the next group
+        self._offset = 0  # tokens of it already in rows
         self._group: list[Row] = []
-        self._given = 0
+        self._returned = 0
         self._begin = self._here()
 
     def __iter__(self) -> Iterator[Row]:
         return self
 
     def __next__(self) -> Row:
-        """tokens and segments (0: padding) int32, weights float32, all [T]; of a pair [2, T], and index."""
-        if self._given == len(self._group):
+        """Return tokens, segments (int32, 0 is padding) and weights (float32), all [T].
+
+        A pair has [2, T] and the example's index.
+        """
+        if self._returned == len(self._group):
             self._next_group()
         if not self._group:
             raise StopIteration
-        self._given += 1
-        return self._group[self._given - 1]
+        self._returned += 1
+        return self._group[self._returned - 1]
 
     @property
     def counts(self) -> dict[str, float]:
-        """examples: in the set; epoch: how often it was gone through; too_long: so far dropped or cut."""
+        """`examples` in the set, `epoch` (passes so far, a fraction), `too_long` (dropped or cut so far)."""
         epoch = self._here()["taken"] / self._examples
         return {"examples": self._examples, "epoch": epoch, "too_long": self._too_long}
 
     def get_state(self) -> dict[str, Any]:
-        """Where the next row is; of plain numbers. It belongs to this data."""
-        done = self._given == len(self._group)
+        """Return the position of the next row, as plain numbers; valid only for this data."""
+        done = self._returned == len(self._group)
         place = self._here() if done else self._begin
-        return {**place, "given": 0 if done else self._given, **self._belongs_to()}
+        return {**place, "given": 0 if done else self._returned, **self._belongs_to()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go to where `get_state` was called. Raises ConfigError for the state of other data."""
+        """Resume at a state from `get_state`. Raises ConfigError for the state of other data."""
         for key, ours in self._belongs_to().items():
             if state[key] != ours:
                 raise ConfigError(
@@ -101,27 +104,27 @@ class Rows:
                 )
         self._items.set_state({"next_index": state["taken"]})
         self._taken, self._too_long = state["taken"], state["too_long"]
-        self._held, self._offset = None, state["offset"]
-        self._group, self._given = [], 0
+        self._pending, self._offset = None, state["offset"]
+        self._group, self._returned = [], 0
         if state["given"]:
             self._next_group()
-            self._given = state["given"]
+            self._returned = state["given"]
 
     def close(self) -> None:
-        """Stops the threads."""
+        """Stop the threads."""
         self._items.close()
 
     def _belongs_to(self) -> dict[str, Any]:
         return {"examples": self._examples, "length": self._length}
 
     def _here(self) -> dict[str, int]:
-        """The place before the item that is held, if any."""
-        held, too_long = self._held is not None, self._held is not None and self._held.too_long
-        return {"taken": self._taken - held, "too_long": self._too_long - too_long, "offset": self._offset}
+        """Return the position before the pending item, if any."""
+        pending, too_long = self._pending is not None, self._pending is not None and self._pending.too_long
+        return {"taken": self._taken - pending, "too_long": self._too_long - too_long, "offset": self._offset}
 
     def _next_group(self) -> None:
         self._begin = self._here()
-        self._given = 0
+        self._returned = 0
         match self._layout:
             case "concatenate":
                 self._group = [self._row(pieces) for pieces in [self._concatenated()] if pieces]
@@ -133,9 +136,9 @@ class Rows:
                 self._group = [self._pair(item) for item in [self._take()] if item]
 
     def _take(self) -> Item | None:
-        """The next item that can be used, or None at the end."""
-        if self._held is not None:
-            item, self._held = self._held, None
+        """Return the next usable item, or None at the end. Raises ConfigError if none is usable."""
+        if self._pending is not None:
+            item, self._pending = self._pending, None
             return item
         unused = 0
         for item in self._items:
@@ -154,25 +157,26 @@ class Rows:
         return None
 
     def _concatenated(self) -> list[Encoded]:
-        """Pieces that fill a row; the last document goes on in the next."""
+        """Return pieces that fill a row; the last document continues in the next row."""
         pieces, room = [], self._length
         while room and (item := self._take()):
             whole = item.parts[0]
             end = min(self._offset + room, len(whole.tokens))
             pieces.append(Encoded(whole.tokens[self._offset : end], whole.weights[self._offset : end]))
             room -= end - self._offset
-            self._held, self._offset = (item, end) if end < len(whole.tokens) else (None, 0)
+            self._pending, self._offset = (item, end) if end < len(whole.tokens) else (None, 0)
         return pieces
 
     def _fitted(self) -> list[list[Encoded]]:
-        """Rows of whole examples, enough for WINDOW rows or to the end of the epoch: longest first, each in
-        the row where it leaves the least room.
+        """Pack examples for WINDOW rows, or up to the end of the epoch, best fit decreasing.
+
+        The longest example comes first, each in the row where it leaves the least room.
         """
         examples, room, epoch = [], WINDOW * self._length, None
         while room > 0 and (item := self._take()):
             at = (self._taken - 1) // self._examples
             if at != (epoch := at if epoch is None else epoch):
-                self._held = item
+                self._pending = item
                 break
             examples.append(item.parts[0])
             room -= len(item.parts[0].tokens)
@@ -191,7 +195,7 @@ class Rows:
         return [[examples[i] for i in sorted(row)] for row in rows]
 
     def _row(self, pieces: Sequence[Encoded]) -> Row:
-        """The pieces side by side. The first token of a piece follows nothing, so it is no target."""
+        """Join pieces into one padded row; the first token of a piece has no context and weight 0."""
         row = {
             "tokens": np.full(self._length, self._pad, np.int32),
             "segments": np.zeros(self._length, np.int32),

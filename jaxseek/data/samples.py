@@ -1,14 +1,14 @@
-"""Text to try things with, where there is no network: `python:jaxseek.data.samples:python_manual`."""
+"""Sample text without a download: `python:jaxseek.data.samples:python_manual`."""
 
 from __future__ import annotations
 
 from pydoc_data.topics import topics
 
-PAGE = 400  # characters at least, up to the end of a paragraph
+PAGE = 400  # minimum characters per page, which ends with a paragraph
 
 
 def python_manual() -> list[dict[str, str]]:
-    """The Python language manual that `help()` shows, a few paragraphs each: half a megabyte of English."""
+    """Return the Python manual of `help()`, a few paragraphs per record: half a megabyte of English."""
     pages = []
     for _, chapter in sorted(topics.items()):
         page = ""

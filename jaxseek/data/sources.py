@@ -1,7 +1,7 @@
-"""Files of examples as one sequence of records with random access.
+"""Files of examples as one random-access sequence of records.
 
-A record is a dict from column names to values; a plain string is {"text": it}. Only what has to be is held in
-memory: of a .jsonl file the offsets of its lines, of a text file its name; .json and .parquet files whole.
+A record is a dict from column names to values; a plain string becomes {"text": string}. Memory holds the line
+offsets of .jsonl files, the names of text files, and .json and .parquet files as a whole.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Record = dict[str, Any]
 
 
 class Records(Protocol):
-    """A sequence of records that knows where each came from, for messages."""
+    """A sequence of records; `place(i)` names the origin of record i for error messages."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, i: int, /) -> Record: ...
@@ -38,7 +38,7 @@ class Records(Protocol):
 
 
 class Joined:
-    """Several sources, one after the other. `starts` holds the index of the first record of each."""
+    """Concatenation of several sources; `starts` has the index of each one's first record."""
 
     def __init__(self, parts: Sequence[Records]):
         self._parts = parts
@@ -52,13 +52,13 @@ class Joined:
         return self._parts[part][i - self.starts[part]]
 
     def place(self, i: int) -> str:
-        """Such as `train.jsonl, line 7`."""
+        """Return the origin of record i, such as `train.jsonl, line 7`."""
         part = bisect.bisect(self.starts, i) - 1
         return self._parts[part].place(i - self.starts[part])
 
 
 class _Lines:
-    """A .jsonl file; blank lines are passed over. Not memory-mapped: it may be cut short while it is read."""
+    """A .jsonl file; blank lines are skipped. Not memory-mapped, since it may be truncated meanwhile."""
 
     def __init__(self, path: Path, name: str):
         self._name, self._lock, self._file = name, threading.Lock(), path.open("rb")
@@ -100,7 +100,7 @@ class _Lines:
 
 
 class _Items:
-    """A list of objects or strings: a .json file or what a function returned."""
+    """A list of objects or strings, from a .json file or a function."""
 
     def __init__(self, items: Any, name: str):
         if not isinstance(items, list):
@@ -145,7 +145,7 @@ class _Table:
 
 
 class _Text:
-    """Any other file: one document."""
+    """Any other file, read as one document."""
 
     def __init__(self, path: Path, name: str):
         self._path, self._name = path, name
@@ -167,9 +167,9 @@ class _Text:
 
 
 def open_sources(names: Sequence[str], key: str) -> Joined:
-    """The records of all that `names` (a setting called `key`) names, in order; files of a name are sorted.
+    """Open the sources `names` of the setting `key`, in order; the files of one name are sorted.
 
-    Raises ConfigError for a name behind which nothing is, and for a file that is not what its ending says.
+    Raises ConfigError for a name without files, and for a file whose contents do not match its suffix.
     """
     parts: list[Records] = []
     for name in names:
@@ -220,7 +220,7 @@ def _local(name: str, key: str) -> list[Path]:
 
 
 def _remote(name: str, key: str) -> list[Remote]:
-    """The files that a URL stands for: itself, all below it, or those that match it."""
+    """Return the files of a URL: itself, all files below it, or those that match its pattern."""
     at = storage.place(name)
     assert isinstance(at, Remote)
     if glob.has_magic(name):
@@ -238,7 +238,7 @@ def _hidden(file: Path, directory: Path) -> bool:
 
 
 def _download(name: str, key: str) -> list[tuple[str, str]]:
-    """(path in the hub's cache, hf:// name) of each file that an hf:// name, directory or glob stands for."""
+    """Download an hf:// file, directory or glob; return (path in the hub's cache, hf:// name) per file."""
     try:
         import huggingface_hub as hub
     except ImportError:
@@ -253,7 +253,7 @@ def _download(name: str, key: str) -> list[tuple[str, str]]:
             hub.hf_hub_download(p.repo_id, p.path_in_repo, repo_type=p.repo_type, revision=p.revision)
             for p in places
         ]
-    except Exception as error:  # the hub's, the network's and the file system's own
+    except Exception as error:  # from the hub, the network or the file system
         raise ConfigError(
             f"{key}: {name} cannot be fetched ({type(error).__name__}: {error}); expected "
             "hf://datasets/OWNER/NAME/FILE, and HF_TOKEN set where the data set is gated"
@@ -264,14 +264,14 @@ def _download(name: str, key: str) -> list[tuple[str, str]]:
 
 
 def _call(name: str) -> Records:
-    """What `python:MODULE:FUNCTION?key=value&key=value` returns, called with these arguments."""
+    """Call `python:MODULE:FUNCTION?key=value&key=value` and return its records."""
     place, asked, query = name.partition("?")
     found = function(place)
     return _Items(found(**(_arguments(found, query, name) if asked else {})), name)
 
 
 def function(name: str) -> Any:
-    """What `python:MODULE:FUNCTION` names. Raises ConfigError where there is no such function."""
+    """Import the function `python:MODULE:FUNCTION`. Raises ConfigError if it does not exist."""
     module, _, attribute = name.removeprefix("python:").partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
@@ -280,7 +280,7 @@ def function(name: str) -> Any:
 
 
 def _arguments(found: Any, query: str, name: str) -> dict[str, Any]:
-    """The keyword arguments that a query gives, each of its parameter's type: int, float, bool or str."""
+    """Parse a query into keyword arguments, each of its parameter's type: int, float, bool or str."""
     try:
         given = dict(urllib.parse.parse_qsl(query, keep_blank_values=True, strict_parsing=True))
         signature = inspect.signature(found, eval_str=True)

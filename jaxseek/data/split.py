@@ -1,4 +1,4 @@
-"""Which records are trained on and which are evaluated on, and whether they are what the objective needs."""
+"""Split records into training and evaluation, and check that they fit the objective."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from jaxseek.config.run import DataConfig, RunConfig
 from jaxseek.data.examples import Talk, conversation, document, is_chat, preference, prompt
 from jaxseek.data.sources import Joined, Record, Records, open_sources
 
-CHECKED = 10_000  # records looked at when data is opened; the others are when they are read
+CHECKED = 10_000  # records checked on opening; others are checked when read
 
 
 class Part:
-    """Some records of a set. `indices`: where in the set; `kind`: pretrain, sft, dpo or prompts."""
+    """A subset of the records, at `indices`; `kind` is pretrain, sft, dpo or prompts."""
 
     def __init__(self, records: Records, indices: np.ndarray, kind: str):
         self._records, self.indices, self.kind = records, indices, kind
@@ -31,7 +31,7 @@ class Part:
 
 
 class Prompts(Sequence[Talk]):
-    """The messages of each example up to the answer, in the order of the files."""
+    """The messages of each example before the answer, in file order."""
 
     def __init__(self, part: Part, data: DataConfig):
         self._part, self._data = part, data
@@ -45,33 +45,33 @@ class Prompts(Sequence[Talk]):
 
 
 def open_split(cfg: RunConfig, split: str, kind: str = "") -> Part | None:
-    """The records to train on, or those to evaluate on: data.eval, or the held-out part of data.train.
+    """Open the training records, or the evaluation ones: data.eval, or the held-out part of data.train.
 
-    `kind` is what the records must serve as; by default the objective says. None where nothing is set apart
-    for evaluation. Raises ConfigError if one of the first 10,000 records, or the first of a file, does not
-    have what is needed.
+    `kind` is the use that the records must serve, by default the objective. Returns None if there are no
+    evaluation records. Raises ConfigError if one of the first 10,000 records, or the first of a file, lacks
+    what that use needs.
     """
     if split not in ("train", "eval"):
         raise ValueError(f"split is {split!r}, expected train or eval")
     data = cfg.data
-    apart = split == "eval" and bool(data.eval)
-    if split == "eval" and not apart and not data.holdout:
+    separate = split == "eval" and bool(data.eval)
+    if split == "eval" and not separate and not data.holdout:
         return None
-    records = open_sources(data.eval if apart else data.train, "data.eval" if apart else "data.train")
+    records = open_sources(data.eval if separate else data.train, "data.eval" if separate else "data.train")
     kind = kind or _kind(cfg, records)
     _check(records, kind, data)
-    held = np.zeros(len(records), bool)
+    held_out = np.zeros(len(records), bool)
     if data.holdout and not data.eval:
-        held[shuffled(len(records))[: max(1, round(data.holdout * len(records)))]] = True
-        if held.all():
+        held_out[shuffled(len(records))[: max(1, round(data.holdout * len(records)))]] = True
+        if held_out.all():
             raise ConfigError(
                 f"data.holdout {data.holdout} of {len(records)} examples leaves none to train on; lower it"
             )
-    return Part(records, np.flatnonzero(held if split == "eval" and not apart else ~held), kind)
+    return Part(records, np.flatnonzero(held_out if split == "eval" and not separate else ~held_out), kind)
 
 
 def shuffled(n: int) -> np.ndarray:
-    """The numbers below n in an order that is always the same: by their hash (splitmix64)."""
+    """Return a fixed permutation of range(n), sorted by hash (splitmix64)."""
     z = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -90,7 +90,7 @@ def _check(records: Joined, kind: str, data: DataConfig) -> None:
 
 
 def texts(record: Record, kind: str, data: DataConfig, place: str) -> list[str]:
-    """All text of a record that training on it uses. Raises ConfigError where it lacks something."""
+    """Return all text of a record that training uses. Raises ConfigError if a column is missing or wrong."""
     match kind:
         case "pretrain":
             return [document(record, data, place)]

@@ -1,8 +1,8 @@
-"""Where experts live: DeepSeek's expert-parallel load balancer (EPLB), and what a placement does to the load.
+"""Expert placement: DeepSeek's expert-parallel load balancer (EPLB), and the load that a placement gives.
 
-Pure functions of expert loads. Slots are physical experts, more than there are logical ones: the busy ones
-are there several times. Source: deepseek-ai/EPLB, its README on hierarchical and global load balancing; ties
-go to the lower index.
+Pure functions of expert loads. A slot is a physical expert; there are more slots than experts, and busy
+experts have replicas in several. Source: deepseek-ai/EPLB, README on hierarchical and global load balancing;
+ties go to the lower index.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from jaxseek.storage import place as places
 
 @dataclass(frozen=True)
 class Placement:
-    """`expert_LS`: the expert in every slot, device after device. `slots_LEK`: each expert's slots, padded
-    with -1. `copies_LE`: how many it has."""
+    """Placement of experts in slots, per layer.
+
+    `expert_LS` is the expert of every slot, device by device; `slots_LEK` each expert's slots, padded with
+    -1; `copies_LE` the number of replicas of each expert.
+    """
 
     expert_LS: np.ndarray
     slots_LEK: np.ndarray
@@ -29,7 +32,7 @@ class Placement:
 
     @classmethod
     def of(cls, expert_LS: np.ndarray, experts: int) -> Placement:
-        """From the expert in every slot."""
+        """Build a placement from the expert of every slot."""
         copies_LE = np.stack([np.bincount(row, minlength=experts) for row in expert_LS])
         slots_LEK = np.full((*copies_LE.shape, copies_LE.max()), -1)
         for l, row in enumerate(expert_LS):
@@ -39,9 +42,10 @@ class Placement:
 
 
 def pack(weight_N: np.ndarray, packs: int) -> tuple[np.ndarray, np.ndarray]:
-    """Each item's pack and its rank in it: heaviest first, into the lightest pack that has room.
+    """Pack items into equally many per pack; return each item's pack and its rank within it.
 
-    All packs get equally many. Raises ValueError where that is not possible.
+    The heaviest item goes first, into the lightest pack with room. Raises ValueError if the items do not
+    divide.
     """
     room, left = divmod(len(weight_N), packs)
     if left:
@@ -57,7 +61,7 @@ def pack(weight_N: np.ndarray, packs: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def replicate(weight_N: np.ndarray, slots: int) -> np.ndarray:
-    """The item of every slot: one each, then again and again that with the most load for a copy."""
+    """Return the item of every slot: each once, then repeatedly the one with the most load per replica."""
     if slots < len(weight_N):
         raise ValueError(f"{slots} slots are fewer than the {len(weight_N)} experts")
     copies_N, item_S = np.ones(len(weight_N), int), list(range(len(weight_N)))
@@ -69,11 +73,11 @@ def replicate(weight_N: np.ndarray, slots: int) -> np.ndarray:
 
 
 def place(load_LE: np.ndarray, slots: int, groups: int, nodes: int, devices: int) -> Placement:
-    """Put experts into `slots` on `devices`, which are in `nodes`, by their loads.
+    """Place experts by load into `slots` on `devices` in `nodes`.
 
-    Hierarchical where the groups of experts divide among the nodes: a group stays in one node, copies are
-    made within nodes, and slots are packed onto each node's devices. Otherwise global: the same with one
-    group and one node. Raises ValueError for numbers that do not divide.
+    Hierarchical if the expert groups divide among the nodes: a group stays within a node, replicas are made
+    within nodes, and slots are packed onto each node's devices. Otherwise global: the same with one group and
+    one node. Raises ValueError for numbers that do not divide.
     """
     E = load_LE.shape[1]
     if groups % nodes:
@@ -90,59 +94,58 @@ def _place(load_E, slots, groups, nodes, devices) -> np.ndarray:
     node_G, _ = pack(load_E.reshape(groups, group_size).sum(axis=1), nodes)
     out = []
     for node in range(nodes):
-        held = np.concatenate(
+        experts_of_node = np.concatenate(
             [np.arange(group_size) + g * group_size for g in np.flatnonzero(node_G == node)]
         )
-        item_S = replicate(load_E[held], slots // nodes)
-        each_S = (load_E[held] / np.bincount(item_S))[item_S]
+        item_S = replicate(load_E[experts_of_node], slots // nodes)
+        each_S = (load_E[experts_of_node] / np.bincount(item_S))[item_S]
         device_S, rank_S = pack(each_S, devices // nodes)
-        out.append(held[item_S[np.lexsort((rank_S, device_S))]])
+        out.append(experts_of_node[item_S[np.lexsort((rank_S, device_S))]])
     return np.concatenate(out)
 
 
 def contiguous(layers: int, experts: int, devices: int) -> Placement:
-    """Every expert once, in order: what a mesh does. Raises ValueError for numbers that do not divide."""
+    """Place every expert once, in order, as a mesh does. Raises ValueError if they do not divide."""
     if experts % devices:
         raise ValueError(f"{experts} experts are not divisible by {devices} devices")
     return Placement.of(np.tile(np.arange(experts), (layers, 1)), experts)
 
 
 def neighbours(layers: int, experts: int, slots: int, devices: int) -> Placement:
-    """Where no load is known: experts in order, and on each device also the first of the devices after it.
+    """Place experts without load data: in order, with replicas of the experts after each device's own.
 
     Raises ValueError for numbers that do not divide.
     """
-    held, more = experts // devices, (slots - experts) // devices
+    per_device, extra = experts // devices, (slots - experts) // devices
     if experts % devices or slots % devices:
         raise ValueError(f"{experts} experts in {slots} slots are not divisible by {devices} devices")
-    own_DH = np.arange(experts).reshape(devices, held)
-    after_DM = (np.arange(1, devices + 1)[:, None] * held + np.arange(more)) % experts
+    own_DH = np.arange(experts).reshape(devices, per_device)
+    after_DM = (np.arange(1, devices + 1)[:, None] * per_device + np.arange(extra)) % experts
     expert_S = np.concatenate([own_DH, after_DM], axis=1).reshape(-1)
     return Placement.of(np.tile(expert_S, (layers, 1)), experts)
 
 
 def device_load(load_LE: np.ndarray, placement: Placement, devices: int) -> np.ndarray:
-    """Tokens that each device serves, [L, devices], if an expert's copies share its tokens equally."""
+    """Return the tokens per device, [L, devices], if an expert's replicas share its tokens equally."""
     each_LE = load_LE / placement.copies_LE
     each_LS = np.take_along_axis(each_LE, placement.expert_LS, axis=1)
     return each_LS.reshape(len(load_LE), devices, -1).sum(axis=-1)
 
 
 def imbalance(device_LD: np.ndarray) -> float:
-    """The slowest device's load against the mean's, over layers: 1 is perfect balance."""
+    """Return the largest device load over the mean, summed over layers; 1 is perfect balance."""
     return float(device_LD.max(axis=-1).sum() / device_LD.mean(axis=-1).sum())
 
 
 def serve(load_TLE: np.ndarray, placement: Placement, devices: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of every step of a trace, layer and device: tokens served, and experts whose weights are read, each
-    [T, L, devices].
+    """Simulate a trace: return tokens served and slots whose weights are read, each [T, L, devices].
 
-    `load` counts the tokens that chose an expert in a step; they take its copies in turn, first the first.
-    Reading weights is what decoding small batches costs, and a layer ends when its slowest device has.
+    `load_TLE` counts the tokens per step that chose an expert; they take its replicas round-robin. Weight
+    reads dominate decoding of small batches, and a layer ends with its slowest device.
     """
     T, L, _ = load_TLE.shape
     S = placement.expert_LS.shape[1]
-    rank_LS = np.zeros((L, S), int)  # of a slot among its expert's
+    rank_LS = np.zeros((L, S), int)  # index of a slot among its expert's slots
     for l, slots_EK in enumerate(placement.slots_LEK):
         expert_N, k_N = np.nonzero(slots_EK >= 0)
         rank_LS[l, slots_EK[expert_N, k_N]] = k_N
@@ -155,15 +158,17 @@ def serve(load_TLE: np.ndarray, placement: Placement, devices: int) -> tuple[np.
 
 
 def write(path: str | Path, placement: Placement) -> None:
-    """Write it as `.npz`, for a strategy's `[weights] placement`."""
-    held = io.BytesIO()  # numpy would give the file's name another ending
-    np.savez_compressed(held, expert=placement.expert_LS.astype(np.int32))
-    places.write_bytes(places.writable(path), held.getvalue())
+    """Write a placement as `.npz`, for a strategy's `[weights] placement`."""
+    archive = io.BytesIO()  # numpy would append .npz to a file name
+    np.savez_compressed(archive, expert=placement.expert_LS.astype(np.int32))
+    places.write_bytes(places.writable(path), archive.getvalue())
 
 
 def read(path: str | Path, layers: int, experts: int, slots: int) -> np.ndarray:
-    """The expert in every slot [L, S] of a file. Raises ConfigError for one that is of other sizes, or leaves
-    an expert out."""
+    """Read the expert of every slot, [L, S], from a placement file.
+
+    Raises ConfigError if the file is unreadable, has other sizes, or lacks an expert.
+    """
     try:
         expert_LS = np.load(io.BytesIO(places.place(path).read_bytes()))["expert"]
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""A model's experts brought into the slots of its strategy, busy ones into several."""
+"""Place a model's experts into the slots of its strategy, replicating busy ones."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ from jaxseek.sharding.strategy import Strategy
 
 
 def place_experts(model: DeepSeek) -> None:
-    """Bring the experts of all stacks into the strategy's slots, matrix by matrix and in place; does nothing
-    where it has none.
+    """Gather the experts of all stacks into the strategy's slots, in place; do nothing if it has none.
 
-    Which expert is in which slot its `placement` says, or else `placement.neighbours`.
-    The model gives the same results as before, and is for serving: training and saving refuse it. Raises
-    ConfigError for a placement that does not fit the model.
+    The strategy's `placement` assigns experts to slots; the default is `balance.neighbours`. The model's
+    results do not change, but it is for serving only: training and saving refuse it. Raises ConfigError for a
+    placement that does not fit the model.
     """
     if not model.strategy.has_slots:
         return
@@ -39,11 +38,11 @@ def place_experts(model: DeepSeek) -> None:
     for stack in model.stacks:
         if not isinstance(stack.mlp, MoE):
             continue
-        own_LS = expert_LS[done : (done := done + stack.depth)]
+        stack_LS = expert_LS[done : (done := done + stack.depth)]
         with nullcontext() if abstract else model.on_mesh():
             for name in EXPERTS:
-                spread(getattr(stack.mlp, name), own_LS)
-        values = table(own_LS)
+                spread(getattr(stack.mlp, name), stack_LS)
+        values = table(stack_LS)
         if abstract:
             slots = jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=everywhere)
         else:
@@ -52,7 +51,7 @@ def place_experts(model: DeepSeek) -> None:
 
 
 def experts_of_slots(cfg: ModelConfig, strategy: Strategy) -> np.ndarray:
-    """The expert in every slot [sparse layers, S]. Raises ConfigError, as `place_experts` does."""
+    """Return the expert of every slot, [sparse layers, S]. Raises ConfigError as `place_experts` does."""
     layers = sum(cfg.is_moe_layer(l) for l in range(cfg.num_hidden_layers))
     slots = cfg.n_routed_experts + strategy.redundant_experts
     if strategy.placement is not None:
@@ -62,7 +61,7 @@ def experts_of_slots(cfg: ModelConfig, strategy: Strategy) -> np.ndarray:
 
 
 def raise_slots(model: DeepSeek) -> None:
-    """Raise ValueError for a model that `place_experts` has changed, which no checkpoint holds."""
+    """Raise ValueError if `place_experts` has changed the model: checkpoints cannot store slots."""
     if any(isinstance(stack.mlp, MoE) and stack.mlp.slots is not None for stack in model.stacks):
         raise ValueError(
             "the experts of this model are in slots, for serving: to save it, load it with a strategy "
@@ -71,7 +70,7 @@ def raise_slots(model: DeepSeek) -> None:
 
 
 def refuse_slots(strategy: Strategy, doing: str) -> None:
-    """Raise ConfigError where a strategy has experts in slots, which `doing` is not for."""
+    """Raise ConfigError if a strategy has slots, which `doing` does not support."""
     if strategy.has_slots:
         raise ConfigError(
             f"redundant_experts and placement in [weights] are for serving; {doing} has each expert once: "

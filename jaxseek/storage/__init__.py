@@ -1,1 +1,1 @@
-"""Places: where files are, on a disk or in an object store, read and written alike."""
+"""File access with one interface for local disks and object stores."""

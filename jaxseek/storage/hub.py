@@ -1,4 +1,4 @@
-"""Models named by a user: a path, a URL, or `hf://OWNER/NAME[@REVISION]` of the Hugging Face hub."""
+"""Resolve model names: a path, a URL, or `hf://OWNER/NAME[@REVISION]` on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _SMALL = ("*.json", "*.model", "*.txt", "*.jinja")
 
 
 def model_place(name: str | os.PathLike[str] | Place, weights: bool = True) -> Place:
-    """The place of a model's files; those of a hub name are downloaded into the hub's cache first.
+    """Return the place of a model's files, downloading a hub model into the hub's cache first.
 
-    Without `weights` config, index and tokenizer are downloaded alone. Raises PlaceError where that fails.
+    Without `weights`, only config, index and tokenizer are downloaded. Raises PlaceError if that fails.
     """
     if str(name).startswith(HUB):
         return _snapshot(str(name).removeprefix(HUB).strip("/"), weights)
@@ -33,7 +33,7 @@ def _snapshot(name: str, weights: bool) -> Path:
     kinds = [*_SMALL, *(["*.safetensors"] if weights else [])]
     try:
         return Path(huggingface_hub.snapshot_download(repo, revision=revision or None, allow_patterns=kinds))
-    except Exception as e:  # its errors have many bases
+    except Exception as e:  # the hub raises errors of many classes
         raise PlaceError(
             f"{HUB}{name}: cannot be downloaded ({type(e).__name__}: {str(e)[:300]}); expected "
             "hf://OWNER/NAME or hf://OWNER/NAME@REVISION, and HF_TOKEN set where the model is gated"
@@ -41,6 +41,6 @@ def _snapshot(name: str, weights: bool) -> Path:
 
 
 def hub_hint(name: Any) -> str:
-    """Add to an error about a name that looks like that of a repository on the hub."""
+    """Return a hint to append to an error message, empty unless `name` looks like a hub repository."""
     bare = str(name).strip("/")
     return f"; did you mean {HUB}{bare}?" if _REPOSITORY.fullmatch(bare) else ""

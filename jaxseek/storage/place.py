@@ -1,9 +1,9 @@
-"""A path on a disk or a URL of an object store: `place` gives a pathlib.Path, or a Remote with its methods.
+"""Local paths and object-store URLs: `place` returns a pathlib.Path, or a Remote with the same methods.
 
-An object store has no folders, no renaming and no appending. So what is to appear whole is written by one
-request (`write_bytes`), a tree gets the file that marks it as whole last (`upload`), and what grows is
-written again as a whole every few seconds (`Log`). URLs are those of fsspec: gs://, s3://, memory:// and what
-else is installed; hf:// and http(s):// are read-only.
+An object store has no folders, no rename and no append. So a file is written by one request (`write_bytes`),
+a tree is uploaded with its marker files last (`upload`), and a growing file is rewritten as a whole every few
+seconds (`Log`). URLs are fsspec's: gs://, s3://, memory:// and any other installed driver; hf:// and
+http(s):// are read-only.
 """
 
 from __future__ import annotations
@@ -28,23 +28,24 @@ from typing import Any, TypeVar
 
 _WEB = ("http", "https")
 READ_ONLY = ("hf", *_WEB)
-DRIVERS = {"gs": "gcsfs", "s3": "s3fs", "hf": "huggingface_hub"}  # packages, by scheme
+DRIVERS = {"gs": "gcsfs", "s3": "s3fs", "hf": "huggingface_hub"}  # scheme to package
 _ALIASES = {"gcs": "gs", "s3a": "s3"}
 _URL = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]*)://(.*?)\s*", re.DOTALL)
 _ALMOST = re.compile(r"\s*(gs|gcs|s3a?|hf|https?|memory):/*(.*)", re.DOTALL | re.IGNORECASE)
-_CHANGED = ("etag", "md5hash", "checksum", "lastmodified", "mtime", "updated", "created")  # drivers differ
-_THREADS = 8  # files that are uploaded or downloaded side by side
+# Keys of a driver's file info that change with the file; drivers have different ones.
+_CHANGED = ("etag", "md5hash", "checksum", "lastmodified", "mtime", "updated", "created")
+_THREADS = 8  # files uploaded or downloaded in parallel
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 class PlaceError(OSError):
-    """A place that cannot be reached, read or written; the message says which, why and what to do."""
+    """A place cannot be reached, read or written; the message says which, why and what to do."""
 
 
 def place(name: str | os.PathLike[str] | Remote) -> Place:
-    """The Path or Remote that a name given by a user stands for; `file://` is a path.
+    """Parse a user's path or URL into a Path or Remote; `file://` becomes a Path.
 
-    Raises PlaceError for a URL that nothing here can open, and for what is nearly one.
+    Raises PlaceError for a URL without an installed driver, and for a malformed one.
     """
     if isinstance(name, Remote):
         return name
@@ -69,7 +70,7 @@ def place(name: str | os.PathLike[str] | Remote) -> Place:
 
 
 def is_url(name: Any) -> bool:
-    """Tell whether this names something in an object store or on the web."""
+    """Return whether `name` is in an object store or on the web."""
     return isinstance(name, Remote) or "://" in str(name)
 
 
@@ -82,12 +83,12 @@ def _driver(scheme: str, url: str) -> Any:
     except (ImportError, ValueError) as e:
         how = f"pip install {DRIVERS[scheme]}" if scheme in DRIVERS else "use gs://, s3:// or a path"
         raise PlaceError(f"{url}: {scheme}:// cannot be opened here ({e}); {how}") from None
-    except Exception as e:  # drivers look for credentials in many ways
+    except Exception as e:  # drivers fail in many ways to find credentials
         raise _unreachable(url, "opened", e) from e
 
 
 def _reaching(what: str) -> Callable[[F], F]:
-    """Turn what a driver raises, whatever its kind, into a PlaceError that names the place."""
+    """Decorate a method so that any driver error becomes a PlaceError that names the place."""
 
     def wrap(method: F) -> F:
         @functools.wraps(method)
@@ -115,11 +116,11 @@ def _unreachable(url: Any, what: str, e: BaseException) -> PlaceError:
 
 @dataclass(frozen=True)
 class Remote:
-    """A URL, with those methods of pathlib.Path that object stores can have. Errors are PlaceErrors."""
+    """A URL with the methods of pathlib.Path that an object store can support; raises PlaceError."""
 
     fs: Any  # the fsspec driver
     scheme: str
-    path: str  # bucket and key, no slash at the end
+    path: str  # bucket and key, without a trailing slash
 
     def __str__(self) -> str:
         return self.path if self.scheme in _WEB else f"{self.scheme}://{self.path}"
@@ -163,13 +164,13 @@ class Remote:
 
     resolve = absolute
 
-    # ---------------------------------------------------------------- what is there
+    # ---------------------------------------------------------------- contents
 
     @_reaching("looked at")
     def _kind(self) -> str | None:
-        """Ask the store for what is there: a file, a directory, or None. An error is not nothing.
+        """Return "file", "directory" or None, as the store reports it; an error raises.
 
-        The drivers' own isfile and isdir take an unreachable store for an empty one.
+        The drivers' isfile and isdir would report an unreachable store as empty.
         """
         try:
             return self.fs.info(self.path)["type"]
@@ -183,7 +184,7 @@ class Remote:
         return self._kind() == "file"
 
     def is_dir(self) -> bool:
-        """Tell whether anything is below: there are no empty folders."""
+        """Return whether any file lies below: an object store has no empty folders."""
         return self._kind() == "directory"
 
     @_reaching("listed")
@@ -192,27 +193,28 @@ class Remote:
         return iter([self / name for name in names if name != self.name])
 
     def glob(self, pattern: str) -> Iterator[Remote]:
-        """List what lies directly below under a name of this pattern."""
+        """Yield the direct children whose name matches the pattern."""
         found = self.iterdir() if self.is_dir() else ()
         return (p for p in found if fnmatch.fnmatchcase(p.name, pattern))
 
     @_reaching("listed")
     def matches(self) -> list[Remote]:
-        """The files that this name matches, as a pattern."""
+        """Return the files that match this URL as a glob pattern."""
         found = (name.lstrip("/") for name in sorted(self.fs.glob(self.path)) if self.fs.isfile(name))
         return [Remote(self.fs, self.scheme, name) for name in found]
 
     @_reaching("listed")
     def sizes(self) -> dict[str, int]:
-        """Bytes of every file below, by relative name."""
+        """Return the bytes of every file below, by relative name."""
         found = self.fs.find(self.path, detail=True)
         root = self.fs._strip_protocol(self.path).rstrip("/") + "/"
         named = {name.removeprefix(root): info["size"] for name, info in sorted(found.items())}
-        return {name: size for name, size in named.items() if name}  # a console leaves a file as the folder
+        # a cloud console creates an empty file, named like the folder, for each folder
+        return {name: size for name, size in named.items() if name}
 
     @_reaching("looked at")
     def state(self) -> list[Any]:
-        """Name, size, and what the store notes of a change."""
+        """Return name, size, and the store's version stamp (etag, checksum or time)."""
         info = {re.sub("[-_]", "", key).lower(): value for key, value in self.fs.info(self.path).items()}
         told = next((info[key] for key in _CHANGED if info.get(key)), "")
         return [str(self), info["size"], str(told)]
@@ -228,13 +230,13 @@ class Remote:
 
     @_reaching("read")
     def download(self, to: Path) -> None:
-        """Copy the file to one on this machine."""
+        """Download the file to a local path."""
         to.parent.mkdir(parents=True, exist_ok=True)
         self.fs.get_file(self.path, str(to))
 
     @_reaching("written")
     def write_bytes(self, data: bytes) -> None:
-        """Write the file whole, by one request."""
+        """Write the whole file with one request."""
         raise_read_only(self)
         self.fs.pipe_file(self.path, bytes(data))
 
@@ -243,12 +245,12 @@ class Remote:
 
     @_reaching("written")
     def upload(self, file: Path) -> None:
-        """Write the file whole, from one on this machine."""
+        """Upload a local file as the whole file."""
         raise_read_only(self)
         self.fs.put_file(str(file), self.path)
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
-        """Nothing: a folder is there as soon as a file is in it."""
+        """Do nothing: a folder exists as soon as a file is in it."""
 
     @_reaching("removed")
     def unlink(self, missing_ok: bool = False) -> None:
@@ -261,13 +263,13 @@ Place = Path | Remote
 
 
 def raise_read_only(at: Place) -> None:
-    """Raise PlaceError for what cannot be written: to be asked before any work."""
+    """Raise PlaceError if `at` cannot be written; call it before any work."""
     if isinstance(at, Remote) and at.scheme in READ_ONLY:
         raise PlaceError(f"{at}: {at.scheme}:// is read-only; expected a path, gs://... or s3://...")
 
 
 def writable(name: Any) -> Place:
-    """The place of something that will be written. Raises PlaceError where it cannot be."""
+    """Return the place of an output. Raises PlaceError if it is read-only."""
     at = place(name)
     raise_read_only(at)
     return at
@@ -277,7 +279,7 @@ def writable(name: Any) -> Place:
 
 
 def write_bytes(at: Place, data: bytes) -> None:
-    """Write a file at once: whoever looks sees the old one or the new one."""
+    """Write a file atomically: a reader sees the old contents or the new ones."""
     if isinstance(at, Remote):
         at.write_bytes(data)
         return
@@ -291,26 +293,26 @@ def write_bytes(at: Place, data: bytes) -> None:
 
 
 def write_text(at: Place, text: str) -> None:
-    """Write a file of text at once."""
+    """Write a text file atomically."""
     write_bytes(at, text.encode())
 
 
 def save_figure(figure: Any, at: str | Place, **options: Any) -> None:
-    """Write a figure of matplotlib, as the kind of picture that the name's ending says."""
+    """Write a matplotlib figure in the format of the file's suffix (default: PNG)."""
     at, drawn = place(at), io.BytesIO()
     figure.savefig(drawn, format=at.suffix.removeprefix(".") or "png", **options)
     write_bytes(at, drawn.getvalue())
 
 
 def file_sizes(folder: Place) -> dict[str, int]:
-    """Bytes of every file below a folder, by relative name."""
+    """Return the bytes of every file below a folder, by relative name."""
     if isinstance(folder, Remote):
         return folder.sizes()
     return {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
 def remove(at: Place) -> None:
-    """Remove a tree; nothing where there is none."""
+    """Remove a tree, if it exists."""
     if isinstance(at, Path):
         shutil.rmtree(at, ignore_errors=True)
         return
@@ -319,9 +321,9 @@ def remove(at: Place) -> None:
 
 
 def upload(folder: Path, to: Remote, last: tuple[str, ...] = ()) -> None:
-    """Copy a tree to an object store, the files named `last` after all others and in this order.
+    """Upload a tree to an object store; the files in `last` go after all others, in this order.
 
-    They say that the rest is there, so a reader never takes a part for the whole.
+    They mark the tree as complete, so that a reader never uses a partial one.
     """
     names = [name for name in file_sizes(folder) if name not in last]
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -332,7 +334,7 @@ def upload(folder: Path, to: Remote, last: tuple[str, ...] = ()) -> None:
 
 
 def download(at: Remote, to: Path) -> None:
-    """Copy a tree from an object store; files that are there in their size are kept."""
+    """Download a tree from an object store; local files of the right size are kept."""
 
     def one(name: str, size: int) -> None:
         local = to / name
@@ -345,13 +347,13 @@ def download(at: Remote, to: Path) -> None:
 
 @contextlib.contextmanager
 def scratch(what: str) -> Iterator[Path]:
-    """A folder on this machine, for what is on its way to or from an object store."""
+    """Yield a temporary local folder for transfers to or from an object store."""
     with temporary(what) as folder:
         yield Path(folder)
 
 
 def temporary(what: str) -> tempfile.TemporaryDirectory[str]:
-    """A temporary folder named after this process; what killed processes have left of theirs is removed."""
+    """Create a temporary folder named after this process; remove those of dead processes."""
     for folder in Path(tempfile.gettempdir()).glob("jaxseek-*"):
         found = _TEMPORARY.fullmatch(folder.name)
         if found and not _alive(int(found[1])):
@@ -367,14 +369,14 @@ def _alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # another user's
+    except PermissionError:  # runs as another user
         pass
     return True
 
 
 @functools.cache
 def local_tree(at: Remote) -> Path:
-    """A copy of a tree on this machine, which lasts as long as the process."""
+    """Return a local copy of a tree, kept until the process ends."""
     folder = temporary("copy")
     _folders.append(folder)
     download(at, Path(folder.name))
@@ -383,9 +385,9 @@ def local_tree(at: Remote) -> Path:
 
 @functools.cache
 def small_files(at: Remote) -> Path:
-    """A folder on this machine with the small files of a remote checkpoint: config, index, tokenizer.
+    """Return a local folder with the small files of a remote checkpoint: config, index, tokenizer.
 
-    It lasts as long as the process.
+    It is kept until the process ends.
     """
     folder = temporary("files")
     _folders.append(folder)
@@ -399,7 +401,7 @@ _folders: list[tempfile.TemporaryDirectory[str]] = []  # removed as the process 
 
 
 def cached(at: Remote) -> Path:
-    """The file on this machine: downloaded into the user's cache, unless this version of it is there."""
+    """Return the file in the user's cache, downloading it unless this version is cached."""
     state = repr(file_state(at))
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxseek" / "files"
     local = cache / hashlib.sha256(state.encode()).hexdigest()[:24] / at.name
@@ -411,7 +413,7 @@ def cached(at: Remote) -> Path:
 
 
 def file_state(at: Place) -> list[Any]:
-    """Name, size and time of change, or what the store has in its place: other where a file was changed."""
+    """Return name, size and modification time (or version stamp), to detect a changed file."""
     if isinstance(at, Remote):
         return at.state()
     status = at.stat()
@@ -419,9 +421,9 @@ def file_state(at: Place) -> list[Any]:
 
 
 class Mirror:
-    """A folder on this machine for a tool that writes nowhere else; what is new is sent every few seconds.
+    """Local folder for a tool that writes only to disks; `send` uploads it, at most every `seconds`.
 
-    Where the place is on a disk, `local` is that folder.
+    If the place is on a disk, `local` is that place itself.
     """
 
     def __init__(self, at: Place, seconds: float = 30.0):
@@ -430,26 +432,26 @@ class Mirror:
         self.local = at if isinstance(at, Path) else Path(self._scratch.name)  # type: ignore[union-attr]
 
     def send(self, now: bool = False) -> None:
-        """Send all files, if it is time."""
+        """Upload all files if `seconds` have passed since the last upload, or `now`."""
         if isinstance(self.at, Remote) and (now or time.monotonic() - self._sent > self.seconds):
             upload(self.local, self.at)
             self._sent = time.monotonic()
 
     def close(self) -> None:
-        """Send what there is, and remove it here."""
+        """Upload all files and remove the local copy."""
         self.send(now=True)
         if self._scratch is not None:
             self._scratch.cleanup()
 
 
-# -------------------------------------------------------------------- what grows
+# -------------------------------------------------------------------- logs
 
 
 class Log:
-    """Lines that are added to a file; `close` when done.
+    """Appends lines to a file; call `close` when done.
 
-    On a disk each is there at once. In an object store the file is written again as a whole, every few
-    seconds and at the end: what a kill loses is what came since.
+    On a disk, lines are written at once. In an object store, the whole file is rewritten every `seconds` and
+    at the end, so a kill loses the lines since the last write.
     """
 
     def __init__(self, at: Place, seconds: float = 10.0):
@@ -462,7 +464,7 @@ class Log:
             self._lines = at.read_bytes()
 
     def add(self, *lines: str) -> None:
-        """Add lines, together: a reader sees all of them or, of the last, a part."""
+        """Append lines with one write; a reader may find only the last one cut off."""
         block = "".join(f"{line}\n" for line in lines).encode()
         if self._file is not None:
             self._file.write(block)
@@ -473,7 +475,7 @@ class Log:
             self.flush()
 
     def flush(self) -> None:
-        """Write to an object store what is not there yet."""
+        """Write pending lines to the object store."""
         if self._unwritten:
             self.at.write_bytes(self._lines)
             self._unwritten, self._written = False, time.monotonic()
@@ -491,9 +493,9 @@ class Log:
 
 
 def read_log(at: Place, parse: Callable[[bytes], Any] = json.loads) -> list[Any]:
-    """Read the lines of a log, up to the first that is not whole or that `parse` refuses.
+    """Read the lines of a log up to the first that is incomplete or that `parse` rejects.
 
-    The rest is cut off, so that what is added next follows what was read.
+    The rest of the file is truncated, so that appended lines follow those that were read.
     """
     found, whole = [], 0
     for line in at.read_bytes().splitlines(keepends=True) if at.is_file() else ():
@@ -509,7 +511,7 @@ def read_log(at: Place, parse: Callable[[bytes], Any] = json.loads) -> list[Any]
 
 
 def cut(at: Place, size: int) -> None:
-    """Leave the first bytes of a file, where there is one; on a disk it remains the same file."""
+    """Truncate a file, if it exists, to its first `size` bytes; on a disk in place (same inode)."""
     if not at.is_file():
         return
     if isinstance(at, Path):

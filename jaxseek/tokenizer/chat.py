@@ -1,13 +1,12 @@
-"""Chat templates as segments, and the parser that takes a reply apart again.
+"""Render chat templates as segments, and split replies into reasoning and answer.
 
-A template yields marks, which it writes itself, and plain strings, which anybody may have written. The
-tokenizer turns a mark into its control token and a string into text, so that no message can forge a role,
-an end of sentence or a tool result. Neighbouring strings are encoded as one run, so the ids are those of the
-whole rendered prompt.
+A template yields marks, which are its own, and plain strings, which are untrusted. The tokenizer encodes a
+mark as its control token and a string as text, so that no message can forge a role, an end of sentence or a
+tool result. Adjacent strings are encoded as one run, so the ids equal those of the whole rendered prompt.
 
-The DeepSeek templates follow the releases' own (spec: model cards and tokenizer_config.json), with three
-faults of those files put right: a single V3 tool call is closed, and a second round of R1 tool calls or tool
-results opens its block again. Any other model is rendered from its own jinja `chat_template`.
+The DeepSeek templates follow the releases (spec: model cards and tokenizer_config.json) and fix three bugs of
+those files: a single V3 tool call is closed, and a second round of R1 tool calls or tool results opens its
+block again. Any other model is rendered with its own jinja `chat_template`.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ ROLES = ("system", "user", "assistant", "tool")
 
 
 class TokenizerError(ValueError):
-    """A tokenizer file, template or message that cannot be used; says what was given and what to do."""
+    """A tokenizer file, template or message cannot be used; says what was given and what to do."""
 
 
 class Mark(str):
-    """The content of a control token, written by a template and by nobody else."""
+    """The text of a control token; only templates create marks."""
 
 
 BOS, EOS = Mark("<｜begin▁of▁sentence｜>"), Mark("<｜end▁of▁sentence｜>")
@@ -79,18 +78,18 @@ def _v2(messages: Sequence[Message], generate: bool, thinking: bool | None) -> I
 
 
 def _v3(messages: Sequence[Message], generate: bool, thinking: bool | None) -> Iterator[str]:
-    """V3, V3-0324, V2.5."""
+    """V3, V3-0324 and V2.5."""
     yield from _roles(messages, generate, opening=(), keep=lambda text: text, between_outputs="\n")
 
 
 def _r1(messages: Sequence[Message], generate: bool, thinking: bool | None) -> Iterator[str]:
-    """R1: as V3, with the thoughts of earlier turns dropped; `thinking` opens `<think>` for the model."""
+    """R1: V3 without the thoughts of earlier turns; `thinking` ends the prompt with `<think>`."""
     opening = (THINK, "\n") if thinking else ()
     yield from _roles(messages, generate, opening, keep=_after_last_thought, between_outputs="")
 
 
 def _distill(messages: Sequence[Message], generate: bool, thinking: bool | None) -> Iterator[str]:
-    """R1-Distill and the later R1 releases: R1 that opens `<think>` unless told not to."""
+    """R1-Distill and later R1 releases: R1 that opens `<think>` unless `thinking` is False."""
     yield from _r1(messages, generate, thinking is not False)
 
 
@@ -101,7 +100,7 @@ def _roles(
     keep: Callable[[str], str],
     between_outputs: str,
 ) -> Iterator[str]:
-    """The shape V3 and R1 share; a reply that follows tool results opens no new turn."""
+    """Common form of V3 and R1; a reply after tool results does not open a new turn."""
     yield BOS
     yield _system(messages)
     turns = [message for message in messages if message["role"] != "system"]
@@ -130,7 +129,7 @@ def _roles(
 
 
 def _v3_1(messages: Sequence[Message], generate: bool, thinking: bool | None) -> Iterator[str]:
-    """V3.1, V3.1-Terminus, V3.2-Exp: every turn says whether it thinks; history never does."""
+    """V3.1, V3.1-Terminus and V3.2-Exp: each new turn opens or closes `<think>`; history has no thoughts."""
     yield BOS
     yield _system(messages)
     role_before = None
@@ -158,7 +157,7 @@ def _v3_1(messages: Sequence[Message], generate: bool, thinking: bool | None) ->
 
 
 def _r1_zero(messages: Sequence[Message], generate: bool, thinking: bool | None) -> Iterator[str]:
-    """R1-Zero, for a base model: one question in a plain-text conversation (R1 paper, table 1)."""
+    """R1-Zero: one question to a base model, as a plain-text conversation (R1 paper, table 1)."""
     if len(messages) != 1 or messages[0]["role"] != "user":
         roles = [message["role"] for message in messages]
         raise TokenizerError(f"r1_zero takes exactly one user message, not {roles}")
@@ -181,7 +180,7 @@ def _plain(message: Message, template: str) -> str:
 
 
 def _tool_calls(message: Message) -> Iterator[tuple[str, str, str]]:
-    """(type, name, arguments as JSON text) of each call, in the OpenAI form."""
+    """Yield (type, name, arguments as JSON text) of each tool call, which has the OpenAI form."""
     for call in message.get("tool_calls") or ():
         function = call.get("function") if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
@@ -193,7 +192,7 @@ def _tool_calls(message: Message) -> Iterator[tuple[str, str, str]]:
         yield str(call.get("type", "function")), function["name"], arguments
 
 
-# name -> (segments, the values of `thinking` that the model has)
+# name -> (template, supported values of `thinking`)
 TEMPLATES: dict[str, tuple[Callable[..., Iterator[str]], tuple[bool | None, ...]]] = {
     "deepseek_v2": (_v2, (None, False)),
     "deepseek_v3": (_v3, (None, False)),
@@ -210,7 +209,7 @@ def render(
     add_generation_prompt: bool = True,
     thinking: bool | None = None,
 ) -> list[str]:
-    """The segments of a conversation under a named template; `Mark`s are control tokens, the rest is text."""
+    """Render a conversation with a named template; `Mark`s are control tokens, other segments text."""
     if template not in TEMPLATES:
         raise TokenizerError(f"unknown chat template {template!r}; known: {', '.join(TEMPLATES)}, jinja")
     segments, modes = TEMPLATES[template]
@@ -221,7 +220,7 @@ def render(
 
 
 def check_messages(messages: Sequence[Message]) -> None:
-    """Raises TokenizerError unless each message has a known role and text content."""
+    """Raise TokenizerError unless every message has a known role and text content."""
     if not messages:
         raise TokenizerError("the conversation is empty; give at least one message")
     for index, message in enumerate(messages):
@@ -238,9 +237,9 @@ def check_messages(messages: Sequence[Message]) -> None:
 
 
 def detect(tokens: Collection[str], bos: str | None, chat_template: str | None) -> str | None:
-    """The template a tokenizer calls for, from its control tokens and its jinja `chat_template` if any.
+    """Detect the template of a tokenizer from its control tokens and its jinja `chat_template`.
 
-    None where nothing is known of the model; "jinja" where only its own template is.
+    Returns "jinja" if only the model's own template is known, and None if there is not even that.
     """
     source = chat_template or ""
     if bos != BOS:
@@ -256,7 +255,7 @@ def detect(tokens: Collection[str], bos: str | None, chat_template: str | None) 
     return "deepseek_distill" if ASSISTANT + THINK in source else "deepseek_r1"
 
 
-# ---- Jinja: the template is trusted, the messages are not.
+# ---- Jinja: the template is trusted, messages are not.
 
 
 def render_jinja(
@@ -266,13 +265,13 @@ def render_jinja(
     tools: Sequence[Mapping[str, Any]] | None = None,
     **variables: Any,
 ) -> list[str]:
-    """The segments of a conversation under a model's own `chat_template`, rendered as transformers does.
+    """Render a conversation with a model's own `chat_template`, as transformers does, and split it at marks.
 
-    Where a message or tool spells one of the `control` tokens, its first character is swapped for a private
-    one while the template runs, and swapped back in the text that comes out. Messages that spell none reach
-    the template untouched, so its tests, splits and trims behave. In assistant messages `<think>` and
-    `</think>` stay as they are, for templates look for them. Limit: a template that cuts messages up and
-    joins the parts could put a control token together; that template is believed.
+    If a message or tool spells one of the `control` tokens, the token's first character is replaced by a
+    private one while the template runs, and restored in the output. Other messages reach the template
+    unchanged, so its tests, splits and trims work. `<think>` and `</think>` in assistant messages stay, since
+    templates look for them. Limit: a template that cuts messages and joins the parts could assemble a control
+    token; templates are trusted not to.
     """
     check_messages(messages)
     messages = [{key: value for key, value in m.items() if value is not None} for m in messages]
@@ -291,7 +290,7 @@ def render_jinja(
 
 
 def split_marks(text: str, control: Collection[str]) -> Iterator[str]:
-    """Trusted text as segments: each control token that it spells (the longest at a place) as a Mark."""
+    """Split trusted text into segments, with each control token (the longest match) as a Mark."""
     start = 0
     for match in re.finditer(_any_of(control), text):
         yield text[start : match.start()]
@@ -305,9 +304,9 @@ def _any_of(tokens: Collection[str]) -> str:
 
 
 def _hide(value: Any, tokens: Collection[str], masks: Mapping[str, str]) -> Any:
-    """`value` with the first character of each of `tokens` masked in its strings.
+    """Mask the first character of each of `tokens` in the strings of `value`.
 
-    So is that of a token only begun at the end of a string, which the template's next words might finish.
+    A token that begins at the end of a string is masked too, since the template's text might complete it.
     """
     if isinstance(value, Mapping):
         return {_hide(k, tokens, masks): _hide(v, tokens, masks) for k, v in value.items()}
@@ -325,7 +324,7 @@ def _hide(value: Any, tokens: Collection[str], masks: Mapping[str, str]) -> Any:
 
 
 class _Generation(Extension):
-    """`{% generation %}`: transformers marks what to train on with it; for rendering it is transparent."""
+    """Render the contents of `{% generation %}`, with which transformers marks training targets."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -336,7 +335,7 @@ class _Generation(Extension):
 
 @functools.lru_cache(maxsize=8)
 def _compiled(source: str) -> jinja2.Template:
-    """A template in the sandbox, and with the helpers, of transformers' `apply_chat_template`."""
+    """Compile a template in the sandbox and with the helpers of transformers' `apply_chat_template`."""
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -359,23 +358,23 @@ def _compiled(source: str) -> jinja2.Template:
 class ReasoningSplitter:
     """Splits a streamed reply into its reasoning and its answer.
 
-    Text before `</think>` is reasoning and text after it the answer. `<think>` itself is in the reply only if
-    the prompt did not end with it; a reply that does not begin with a thought is all answer. White space next
-    to the tags is dropped. A tag may be split over any number of pieces.
+    Text before `</think>` is reasoning, text after it is the answer. A reply contains `<think>` only if the
+    prompt did not end with it; a reply that does not start with a thought is all answer. White space next to
+    the tags is dropped. Tags may be split across pieces.
     """
 
     def __init__(self, prompt_opened_think: bool):
         self._state = "reasoning" if prompt_opened_think else "start"
         self._after_tag = prompt_opened_think
-        self._held = ""
+        self._buffer = ""
 
     def feed(self, piece: str) -> list[tuple[str, str]]:
-        """What is certain after `piece`: ("reasoning" | "answer", text) in order."""
-        text, self._held = self._held + piece, ""
+        """Return the text that is certain after `piece`, as ("reasoning" | "answer", text) in order."""
+        text, self._buffer = self._buffer + piece, ""
         if self._state == "start":
             reply = text.lstrip()
             if reply != THINK and THINK.startswith(reply):
-                self._held = text
+                self._buffer = text
                 return []
             self._after_tag = reply.startswith(THINK)
             self._state = "reasoning" if self._after_tag else "answer"
@@ -386,14 +385,14 @@ class ReasoningSplitter:
         sure = len(thought[: len(thought) - (0 if closed else _begun(thought, THINK_END))].rstrip())
         parts = self._part(thought[:sure])
         if not closed:
-            self._held = thought[sure:]
+            self._buffer = thought[sure:]
             return parts
         self._state, self._after_tag = "answer", True
         return parts + self._part(answer)
 
     def flush(self) -> list[tuple[str, str]]:
-        """What was held back at the end of the reply."""
-        text, self._held = self._held, ""
+        """Return the text held back, at the end of the reply."""
+        text, self._buffer = self._buffer, ""
         return self._part(text)
 
     def _part(self, text: str) -> list[tuple[str, str]]:
@@ -404,12 +403,12 @@ class ReasoningSplitter:
 
 
 def _begun(text: str, tag: str) -> int:
-    """How many characters at the end of `text` begin `tag`."""
+    """Return the length of the longest suffix of `text` that begins `tag`."""
     return next((n for n in range(len(tag) - 1, 0, -1) if text.endswith(tag[:n])), 0)
 
 
 def split_reasoning(text: str, prompt_opened_think: bool) -> tuple[str, str]:
-    """(reasoning, answer) of a whole reply; see ReasoningSplitter for the rule."""
+    """Split a whole reply into (reasoning, answer); see ReasoningSplitter for the rule."""
     splitter = ReasoningSplitter(prompt_opened_think)
     parts = splitter.feed(text) + splitter.flush()
     reasoning, answer = ("".join(t for k, t in parts if k == kind) for kind in ("reasoning", "answer"))

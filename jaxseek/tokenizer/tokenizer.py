@@ -1,9 +1,9 @@
-"""Tokenizer: one face over `tokenizer.json` (tokenizers) and `*.model` (sentencepiece) files.
+"""Tokenizer: one interface to `tokenizer.json` (tokenizers) and `*.model` (sentencepiece) files.
 
-What users write never becomes a control token: `encode` takes `<｜User｜>`, `<think>` or `<|im_start|>` in a
-text as the characters they are. Only `render_chat`, `render_fim` and `encode_trusted` set control tokens.
-A control token is an added token that is marked special or looks like markup; any other added token (such as
-the letters that the 100k DeepSeek vocabulary adds) is vocabulary and stays so.
+User text never becomes a control token: `encode` treats `<｜User｜>`, `<think>` or `<|im_start|>` as plain
+characters. Only `render_chat`, `render_fim` and `encode_trusted` produce control tokens. A control token is
+an added token that is marked special or looks like markup; other added tokens (such as the letters that the
+100k DeepSeek vocabulary adds) are ordinary vocabulary.
 """
 
 from __future__ import annotations
@@ -40,15 +40,18 @@ _MARKUP = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 
 
 class Tokenizer:
-    """Text to ids and back; `Tokenizer.from_dir` makes one.
+    """Encodes text to ids and decodes ids; create it with `Tokenizer.from_dir`.
 
     vocab_size is the largest id + 1; bos_id and pad_id may be None; eos_ids are all ids that end a reply.
-    template names the chat template: one of `jaxseek.tokenizer.chat.TEMPLATES`, or "jinja" for the
-    chat_template that the model brings, or None where nothing is known.
+    template names the chat template: one of `jaxseek.tokenizer.chat.TEMPLATES`, "jinja" for the model's own
+    chat_template, or None if it has none.
     """
 
     def __init__(self, files: Mapping[str, bytes], template: str | None = None):
-        """`files`: name to content, as `from_dir` reads them; one is tokenizer.json or a *.model file."""
+        """`files` maps names to contents, as `from_dir` reads them; one is tokenizer.json or a *.model file.
+
+        Raises TokenizerError if a file cannot be read or names a BOS or EOS that does not exist.
+        """
         self._files = dict(files)
         models = sorted(name for name in files if name.endswith(".model"))
         source = next(name for name in ("tokenizer.json", "tokenizer.model", *models) if name in files)
@@ -91,10 +94,10 @@ class Tokenizer:
 
     @classmethod
     def from_dir(cls, path: str | Place, *, template: str | None = None) -> Tokenizer | None:
-        """The tokenizer of a Hugging Face style directory, on a disk or not, or None where it holds none.
+        """Load the tokenizer of a Hugging Face directory, local or remote; None if it has none.
 
-        Reads tokenizer.json, or else tokenizer.model, with the config files beside it. `template` overrides
-        the detected chat template. Raises TokenizerError for a file that is not what its name says.
+        Reads tokenizer.json, or else tokenizer.model, and the config files beside it. `template` overrides
+        the detected chat template. Raises TokenizerError for an invalid file.
         """
         path = model_place(path, weights=False)
         paths = [path / name for name in _FILES] + sorted(path.glob("*.model"), key=str)
@@ -104,38 +107,38 @@ class Tokenizer:
         return cls(files, template)
 
     def save(self, path: str | Place) -> None:
-        """Writes the files that this tokenizer was read from, byte for byte, the vocabulary last."""
+        """Write the files that this tokenizer was read from, byte for byte, the vocabulary last."""
         folder = place(path)
         for name in sorted(self._files, key=lambda name: name.endswith(("tokenizer.json", ".model"))):
             write_bytes(folder / name, self._files[name])
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
-        """Ids of a text by anybody: no control token but the BOS in front, where the model wants one."""
+        """Encode untrusted text: no control tokens but a leading BOS, if the model uses one and `bos`."""
         return self._encode([text], bos)
 
     def encode_trusted(self, text: str, *, bos: bool = True) -> list[int]:
-        """Ids of a text of ours: the control tokens that it spells are parsed. BOS is never doubled."""
+        """Encode trusted text: control tokens in it are parsed. A BOS is never doubled."""
         return self._encode(list(chat.split_marks(text, self._backend.control)), bos)
 
     def encode_reply(self, text: str) -> list[int]:
-        """Ids that a model should learn to write: thinking tags parsed, all else text, the EOS at the end."""
+        """Encode a reply as a training target: thinking tags parsed, the rest as text, EOS appended."""
         tags = self._backend.control.keys() & {chat.THINK, chat.THINK_END}
         return self._encode(list(chat.split_marks(text, tags)), bos=False) + list(self.eos_ids[:1])
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Text of `ids`; unused ids (embedding padding) give nothing, broken UTF-8 gives U+FFFD.
+        """Decode `ids`; unused ids (embedding padding) are dropped, invalid UTF-8 becomes U+FFFD.
 
-        skip_special drops bos, eos, pad and tokens marked special; `<think>` and role marks stay.
+        `skip_special` drops BOS, EOS, pad and tokens marked special; `<think>` and role marks stay.
         """
         kept = [i for i in map(int, ids) if 0 <= i < self.vocab_size]
         return self._backend.decode([i for i in kept if not (skip_special and i in self._skipped)])
 
     def token_id(self, token: str) -> int | None:
-        """The id of a control token or vocabulary piece, None where there is none."""
+        """Return the id of a control token or vocabulary piece, or None."""
         return self._backend.token_id(token)
 
     def check_fits(self, rows: int) -> None:
-        """Raises TokenizerError if an id falls outside an embedding of `rows` rows; spare rows are fine."""
+        """Raise TokenizerError if an id is outside an embedding with `rows` rows; spare rows are fine."""
         if self.vocab_size > rows:
             raise TokenizerError(
                 f"the tokenizer has ids up to {self.vocab_size - 1} but the embedding has {rows} rows; "
@@ -151,10 +154,10 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         template: str | None = None,
     ) -> list[int]:
-        """Prompt ids of a conversation; contents are text, whatever they spell.
+        """Encode a conversation as prompt ids; message contents are plain text, whatever they spell.
 
-        thinking asks for the model's thinking mode or for none; None is the template's own default. `tools`
-        are rendered by the model's own chat_template alone (template="jinja").
+        `thinking` turns the model's thinking mode on or off; None is the template's default. Only the model's
+        own chat_template (template="jinja") renders `tools`. Raises TokenizerError.
         """
         name = template or self.template
         if name is None or (name == "jinja" and not self.chat_template):
@@ -174,16 +177,16 @@ class Tokenizer:
         return self._encode(chat.render(name, messages, add_generation_prompt, thinking), bos=True)
 
     def render_fim(self, prefix: str, suffix: str) -> list[int]:
-        """Prompt ids after which a base model writes what stands between `prefix` and `suffix`."""
+        """Encode a fill-in-the-middle prompt: a base model continues with the text between the two."""
         segments = [chat.FIM_BEGIN, prefix, chat.FIM_HOLE, suffix, chat.FIM_END]
         return self._encode(segments, bos=True)
 
     def opened_think(self, prompt: Sequence[int]) -> bool:
-        """Whether prompt ids end inside a fresh `<think>`, so that the reply begins with reasoning."""
+        """Return whether a prompt ends with `<think>`, so that the reply starts with reasoning."""
         return self.decode(prompt[-16:], skip_special=False).rstrip().endswith(chat.THINK)
 
     def _encode(self, segments: Sequence[str], bos: bool) -> list[int]:
-        """Ids of marks and text; thinking tags that the vocabulary lacks are text, as in the V3 files."""
+        """Encode marks and text; thinking tags absent from the vocabulary are text, as in the V3 files."""
         control = self._backend.control
         segments = [str(s) if s in (chat.THINK, chat.THINK_END) and s not in control else s for s in segments]
         unknown = sorted({s for s in segments if isinstance(s, Mark) and s not in control})
@@ -203,25 +206,25 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Text of ids as they come. The pieces and the flush together are `tokenizer.decode` of all ids.
+    """Decodes a stream of ids; the pieces and the flush concatenate to `tokenizer.decode` of all ids.
 
-    A piece never ends inside a character: text that ends in U+FFFD waits for the rest of its bytes. (Bytes
-    that are no UTF-8 at all may give another number of U+FFFD under a tokenizer.json with ByteFallback.)
+    A piece never ends inside a character: text that ends with U+FFFD waits for its remaining bytes. (Invalid
+    UTF-8 may give a different number of U+FFFD with a tokenizer.json that has ByteFallback.)
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
         self._decode = lambda ids: tokenizer.decode(ids, skip_special)
-        self._context: list[int] = []  # the ids last given out, behind which the next are decoded
+        self._context: list[int] = []  # last ids returned; the next are decoded after them
         self._pending: list[int] = []
 
     def feed(self, ids: int | Sequence[int] | np.ndarray) -> str:
-        """The text that `ids` complete, possibly none."""
+        """Return the text that `ids` complete, possibly empty."""
         self._pending += [int(i) for i in np.atleast_1d(ids)]
         text = self._text()
         return "" if text.endswith("\ufffd") else self._give(text)
 
     def flush(self) -> str:
-        """What was held back, at the end of the stream."""
+        """Return the text held back, at the end of the stream."""
         return self._give(self._text())
 
     def _text(self) -> str:
@@ -229,18 +232,18 @@ class StreamDecoder:
 
     def _give(self, text: str) -> str:
         if text:
-            # A context of white space alone would be taken for the start of the text, where some
-            # sentencepiece models drop it.
+            # Some sentencepiece models drop white space at the start of a text, so the context must not be
+            # white space alone.
             self._context = self._pending if text.strip() else self._context + self._pending
             self._pending = []
         return text
 
 
 class _HuggingFace:
-    """tokenizer.json, with every control token renamed to something that nobody can write.
+    """Backend for tokenizer.json, with every control token renamed to an unguessable alias.
 
-    The renamed tokenizer keeps ids, normalizer, pre-tokenizer and merges, so text is encoded as before except
-    that it cannot spell a control token; a mark in the segments is written as its new name.
+    Ids, normalizer, pre-tokenizer and merges stay, so text is encoded as before but cannot spell a control
+    token; a mark in the segments is encoded by its alias.
     """
 
     def __init__(self, spec: dict[str, Any], named: Iterable[str]):
@@ -272,7 +275,7 @@ class _HuggingFace:
             self._literals = {i: byte_level.pre_tokenize_str(n)[0][0] for i, n in self._literals.items()}
 
     def adds_bos(self, bos: str | None) -> bool:
-        """Whether the post-processor puts `bos` first; every DeepSeek release wants it, said or not."""
+        """Return whether the post-processor prepends `bos`; always True for DeepSeek's BOS."""
         first = re.search(r'"single": \[\{"SpecialToken": \{"id": ("(?:[^"\\]|\\.)*")', self._template)
         return bos == chat.BOS or (first is not None and json.loads(first[1]) == bos)
 
@@ -281,7 +284,7 @@ class _HuggingFace:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """As tokenizers decodes, except that added letters keep their meaning (it reads them as bytes)."""
+        """Decode as tokenizers does, but keep added letters literal, which it would read as bytes."""
         pieces = [self._literals.get(i) or self._tokenizer.id_to_token(i) for i in ids]
         pieces = [piece for piece in pieces if piece is not None]
         decoder = self._tokenizer.decoder
@@ -292,7 +295,7 @@ class _HuggingFace:
 
 
 def _rename(model: dict[str, Any], alias: Mapping[str, str], taken: Iterable[str]) -> None:
-    """Renames control tokens that also stand in the base vocabulary, where merges might build them."""
+    """Rename control tokens in the base vocabulary, where merges could produce them."""
     taken = set(taken)
     if not taken:
         return
@@ -308,10 +311,10 @@ def _rename(model: dict[str, Any], alias: Mapping[str, str], taken: Iterable[str
 
 
 class _SentencePiece:
-    """A sentencepiece model; each run of text between marks is encoded by itself.
+    """Backend for a sentencepiece model; each run of text between marks is encoded on its own.
 
-    Its control symbols are never found in text; user-defined symbols that are markup are made control symbols
-    so that the same holds for them. Sentencepiece itself writes a space for U+2581 in a text.
+    Sentencepiece never matches control symbols in text; user-defined symbols that are markup become control
+    symbols, so that they are not matched either. Sentencepiece decodes U+2581 in a text as a space.
     """
 
     def __init__(self, blob: bytes, added: Mapping[str, Mapping[str, Any]]):
@@ -327,15 +330,15 @@ class _SentencePiece:
                 self.control[piece.piece] = i
         self._sp = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
         self.control |= {token["content"]: int(i) for i, token in added.items()}
-        own = {
+        special_ids = {
             "unk_token": self._sp.unk_id(),
             "bos_token": self._sp.bos_id(),
             "eos_token": self._sp.eos_id(),
             "pad_token": self._sp.pad_id(),
         }
-        self.named = {key: proto.pieces[i].piece for key, i in own.items() if i >= 0}
+        self.named = {key: proto.pieces[i].piece for key, i in special_ids.items() if i >= 0}
         special = {int(i) for i, token in added.items() if token.get("special")}
-        self.special = frozenset(special | {i for i in own.values() if i >= 0})
+        self.special = frozenset(special | {i for i in special_ids.values() if i >= 0})
         self.size = max(len(proto.pieces) - 1, *self.control.values()) + 1
         self._marks = {i: name for name, i in self.control.items()}
 
@@ -374,12 +377,12 @@ def _read_json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
 
 
 def _content(token: str | Mapping[str, Any]) -> str:
-    """A token name as the config files write it: a string, or an AddedToken as a dict."""
+    """Return the text of a token in a config file: a string, or an AddedToken as a dict."""
     return token["content"] if isinstance(token, Mapping) else token
 
 
 def _chat_template(files: Mapping[str, bytes], config: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja, or else the config's template (older files hold a list of named ones)."""
+    """Return chat_template.jinja, or else the config's template (in older files a list of named ones)."""
     if "chat_template.jinja" in files:
         return files["chat_template.jinja"].decode()
     template = config.get("chat_template")
@@ -394,11 +397,12 @@ def train_sentencepiece(
     directory: str | Path,
     control: Sequence[str] = (chat.USER, chat.ASSISTANT, chat.THINK, chat.THINK_END),
 ) -> Tokenizer:
-    """Trains a small BPE model on `texts` and writes tokenizer.model and tokenizer_config.json.
+    """Train a small BPE model on `texts` and write tokenizer.model and tokenizer_config.json to `directory`.
 
-    Any text survives a round trip (byte fallback, no normalisation, no added space), except that U+2581
-    comes back as a space. bos, eos and pad are DeepSeek's, with its ids 0, 1 and 2; `control` tokens follow
-    the unknown token. The same texts give the same file. `vocab_size` is a ceiling: scant text fills less.
+    Any text survives a round trip (byte fallback, no normalisation, no added space), except that U+2581 comes
+    back as a space. BOS, EOS and pad are DeepSeek's, with ids 0, 1 and 2; `control` tokens follow the unknown
+    token. The same texts give the same file. `vocab_size` is an upper limit that little text may not reach.
+    Raises TokenizerError if sentencepiece cannot train such a model.
     """
     names = {"bos_token": str(chat.BOS), "eos_token": str(chat.EOS), "pad_token": "<｜▁pad▁｜>"}
     model = io.BytesIO()
