@@ -1,1 +1,2 @@
-"""The sharding lab: what a strategy costs on a TPU slice, by compiling for it where there is no TPU."""
+"""The sharding lab: estimate what a strategy costs on a TPU slice by compiling for it on a machine without
+one."""
