@@ -61,8 +61,7 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """Estimated seconds of a step without overlap of collectives, and with the costs beyond the
-        roofline."""
+        """Estimated seconds of a step: no overlap of collectives, and the costs beyond the roofline."""
         return self.limit + self.collective_seconds + self.expert_seconds + self.small_seconds
 
 

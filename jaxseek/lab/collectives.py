@@ -73,8 +73,7 @@ def cost(op: Op, topology: Topology, coords: Coords) -> Cost:
 
 
 def _axes(group: tuple[int, ...], topology: Topology, coords: Coords) -> list[tuple[float, int]]:
-    """Return (links that a member can send on, hops of the longest route) per torus axis that the group
-    spans."""
+    """Return (links that a member can send on, hops of the longest route) for each torus axis spanned."""
     found = []
     for axis, size in enumerate(topology.dims):
         at = sorted({coords[p][axis] for p in group})

@@ -35,8 +35,7 @@ ENVIRONMENT = {
 
 
 class CompileError(ValueError):
-    """The TPU compiler rejected a program. `needed` is the HBM in bytes that it asked for, if that was
-    why."""
+    """The TPU compiler rejected a program; `needed` is the HBM that it asked for in bytes, if known."""
 
     def __init__(self, text: str, needed: float | None = None):
         super().__init__(text)
