@@ -199,7 +199,7 @@ def _jaxseek(task: dict[str, Any], turns: _Turns) -> None:
         with state.model.on_mesh():
             state, _ = update(state, None, batch, np.float32(0), np.float32(0))
         jax.block_until_ready(state)
-        turns.took(time.perf_counter() - begin, rollout)
+        turns.step_done(time.perf_counter() - begin, rollout)
 
 
 def _trl(task: dict[str, Any], turns: _Turns) -> None:
@@ -236,7 +236,7 @@ def _trl(task: dict[str, Any], turns: _Turns) -> None:
             self.begin = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            turns.took(time.perf_counter() - self.begin, spent.pop() if spent else 0.0)
+            turns.step_done(time.perf_counter() - self.begin, spent.pop() if spent else 0.0)
 
     spent: list[float] = []
 
