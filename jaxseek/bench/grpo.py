@@ -44,7 +44,7 @@ def bench_grpo(
         workers = []
         for name in ("jaxseek", *([against] if against else [])):
             workers.append(stack.enter_context(Worker(name, task, MODULE)))
-            workers[-1].ask("load")  # and take a first step
+            workers[-1].ask("load")  # also takes a first step
         take_turns(workers, repeats)
         rows = [{"program": w.program, **_summary(w.ask("finish"))} for w in workers]
     for row in rows[:-1] if against else ():

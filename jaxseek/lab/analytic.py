@@ -215,8 +215,7 @@ def _small_operations(job: Job) -> int:
 
 
 def _flops(job: Job) -> float:
-    """FLOPs of the whole step: two per weight that a token uses, plus attention; backward costs twice
-    forward."""
+    """FLOPs of the step: two per weight that a token uses, plus attention; backward costs twice forward."""
     cfg, n = job.cfg, job.context
     heads = cfg.num_attention_heads
     if not cfg.is_mla:
@@ -329,8 +328,7 @@ TABLES = {
 def candidates(
     cfg: ModelConfig, topology: Topology, workload: str, batch: int, context: int, weights: str, lora: int = 0
 ) -> Iterator[tuple[str, Job]]:
-    """Yield (name, job) for every shipped rule table and every split of the slice into mesh axes that fits
-    it."""
+    """Yield (name, job) for each shipped rule table and each split of the slice into mesh axes that fits."""
     devices = topology.num_devices
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
     for table, axes in TABLES.items():

@@ -233,8 +233,7 @@ def _with_callee(root: Instruction, computations: dict[str, list[Instruction]]) 
 
 
 def replica_groups(attributes: str) -> tuple[tuple[int, ...], ...]:
-    """Parse groups of partitions in any of XLA's notations, or (source, target) pairs; () means all
-    partitions."""
+    """Parse groups of partitions in any XLA notation, or (source, target) pairs; () means all partitions."""
     pairs = re.search(r"source_target_pairs=\{([\d,{}]*)\}", attributes)
     listed = re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", attributes)
     if found := pairs or listed:

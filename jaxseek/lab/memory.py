@@ -64,7 +64,7 @@ def points(job: Job, compiled: Mapping[str, Compiled]) -> list[Point]:
     """Sum the memory at every point, given all the `programs`, compiled."""
     given, rollout = compiled["grpo"].given, compiled["rollout"]
     trainer = {"weights": given["weights"], "moments": given["optimizer"]}
-    trainer["padding"] = compiled["grpo"].memory["argument"] - sum(trainer.values())  # and the batch
+    trainer["padding"] = compiled["grpo"].memory["argument"] - sum(trainer.values())  # includes the batch
     kind, reference = train_run(job).reference.kind, 0.0
     if "log-probs" in compiled:
         reference = compiled["log-probs"].given["reference"]

@@ -178,10 +178,8 @@ def verdict(entries: list[Entry]) -> str:
         first: dict[str, Entry] = {}
         for e in done:
             first.setdefault(_table(e), e)
-        rivals = [
-            *done[1:2],
-            *(e for e in [*first.values()][1:] if e is not done[1]),
-        ]  # next, and other tables'
+        # the runner-up, and the best of every other rule table
+        rivals = [*done[1:2], *(e for e in [*first.values()][1:] if e is not done[1])]
         for other in (e.report for e in rivals):
             assert other is not None
             losses = {

@@ -43,7 +43,7 @@ COMMON = [
 ]  # fmt: skip
 
 
-# Locking in
+# Confinement
 
 
 def limit_resources(megabytes, seconds):
