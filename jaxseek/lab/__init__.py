@@ -1,2 +1,1 @@
-"""The sharding lab: estimate what a strategy costs on a TPU slice by compiling for it on a machine without
-one."""
+"""The sharding lab: estimate what a strategy costs on a TPU slice by compiling for it, without the TPU."""

@@ -49,8 +49,7 @@ class Measured:
 
 
 def devices_of(topology: Topology, devices: Sequence[Any]) -> list[Any]:
-    """Return `devices` if they are the slice. Raises ConfigError that names what was found and what is
-    needed."""
+    """Return `devices` if they are the slice; raise ConfigError that names those found and those needed."""
     chip, n = topology.chip, topology.num_devices
     kinds = sorted({f"{d.device_kind} ({d.platform})" for d in devices})
     found = f"{len(devices)} x {', '.join(kinds)}" if devices else "no devices"
@@ -88,8 +87,7 @@ def measure(job: Job, mesh: Mesh, repeats: int, trace: str | None = None) -> Mea
 
 
 class _Calls:
-    """A step and its arguments: each call blocks until the results are ready and carries the state to the
-    next."""
+    """A step and its arguments; each call blocks on the results and carries the state over to the next."""
 
     def __init__(self, job: Job, step: Any, args: Sequence[Any]):
         self.job, self.step, self.decodes = job, step, job.phase == "decode"
@@ -117,8 +115,8 @@ class _Calls:
 
 
 def realise(arg: Any, job: Job) -> Any:
-    """Fill an abstract argument of a job's step: random weights, caches and tokens. Concrete ones pass
-    through."""
+    """Fill an abstract argument of a job's step with random weights, caches and tokens; keep concrete
+    ones."""
     vocab = job.cfg.vocab_size
     if isinstance(arg, DeepSeek):
         return fill(arg, jax.sharding.get_mesh(), _weight(job))

@@ -204,8 +204,7 @@ def sweep(
     as_json: bool = False,
     plot: str | None = None,
 ) -> int:
-    """Compare layouts and print the table. Returns 1 if nothing fits; raises ConfigError if no layout can
-    fit."""
+    """Compare layouts and print the table. Returns 1 if nothing fits; raises ConfigError if nothing can."""
     cfg, slice_, console = read_config(model), Topology.parse(topology), Console(stderr=True)
     chosen, left = [], []
     for batch in batches:
