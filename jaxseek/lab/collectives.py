@@ -29,8 +29,7 @@ class Cost:
 
 
 def mesh_axes(groups: tuple[tuple[int, ...], ...], sizes: tuple[tuple[str, int], ...]) -> str:
-    """Name the mesh axes that groups of partitions (or pairs) join, such as "expert+tensor"; "?" if none
-    fit."""
+    """Name the mesh axes that groups of partitions (or pairs) join, such as "expert+tensor", or "?"."""
     names = [a for a, n in sizes if n > 1]
     dims = [n for _, n in sizes if n > 1]
     if not groups:

@@ -115,8 +115,7 @@ class _Calls:
 
 
 def realise(arg: Any, job: Job) -> Any:
-    """Fill an abstract argument of a job's step with random weights, caches and tokens; keep concrete
-    ones."""
+    """Fill an abstract argument of a job's step with random weights, caches and tokens; keep the rest."""
     vocab = job.cfg.vocab_size
     if isinstance(arg, DeepSeek):
         return fill(arg, jax.sharding.get_mesh(), _weight(job))
