@@ -1,13 +1,18 @@
-"""TPU chips as their makers and the compiler describe them, and slices of them.
+"""TPU chips and slices: memory, peak rates, links and clocks, from published figures and the compiler.
 
-All figures are per *chip*. Where a chip is two JAX devices (`devices`), `device` divides by it.
+All figures are per *chip*. A chip may be two JAX devices (`Chip.devices`); `Chip.device` gives one device's
+share.
 
-Sources. [docs] docs.cloud.google.com/tpu/docs, the pages v4, v5e, v5p, v6e, tpu7x (read in November 2026).
-[book] jax-ml.github.io/scaling-book/tpus: bandwidth of one link in one direction as it is reached, a hop's
-time, which axes wrap around. Clock: peak / (multiply-adds per cycle of the matrix units * 2), which for v5e
-is 197e12 / (4 * 128 * 128 * 2) = 1.50 GHz; docs/lab.md has what a large matmul compiles to. [compiler]
-libtpu 0.0.52, asked with small programs: VMEM, of which a Pallas kernel gets `scoped_vmem`, as the compiler's
-out-of-memory errors name them; `operation_cycles`, its estimate for adding 1 to an array of 8 x 128.
+Sources:
+[docs] docs.cloud.google.com/tpu/docs, the pages v4, v5e, v5p, v6e, tpu7x (read in November 2026).
+[book] jax-ml.github.io/scaling-book/tpus: achieved bandwidth of one link in one direction, time per hop,
+which axes wrap around.
+[compiler] libtpu 0.0.52, probed with small programs: VMEM, the part of it that a Pallas kernel gets
+(`scoped_vmem`, as the compiler's out-of-memory errors name them), and `operation_cycles`, its estimate for
+adding 1 to an 8 x 128 array.
+
+Clock: peak / (multiply-adds per cycle of the matrix units * 2); for v5e, 197e12 / (4 * 128 * 128 * 2) = 1.50
+GHz. docs/lab.md shows what a large matmul compiles to.
 """
 
 from __future__ import annotations
@@ -22,12 +27,12 @@ HOP_SECONDS = 1e-6  # [book], "Key takeaways": about 1 us per hop
 
 @dataclass(frozen=True)
 class Chip:
-    """One chip: HBM bytes and bytes/s, peak operations/s by dtype, ICI bytes/s of a link in one direction.
+    """A TPU chip: HBM in bytes and bytes/s, peak operations/s by dtype, ICI bytes/s per link and direction.
 
-    `usable` is the HBM that the compiler gives to a program, `vmem` the bytes of VMEM of a core and
-    `scoped_vmem` those that a kernel gets unless it asks for more. `operation_cycles` is the compiler's
-    estimate for the smallest operation; `kinds` are the names that JAX gives its devices. `torus` is the
-    number of ICI axes; an axis wraps around where its size is a multiple of `wraps_at`.
+    `usable` is the HBM that the compiler gives to a program, `vmem` the VMEM of one core in bytes and
+    `scoped_vmem` the part that a kernel gets unless it asks for more. `operation_cycles` is the compiler's
+    estimate for the smallest operation; `kinds` are JAX's `device_kind` names. `torus` is the number of ICI
+    axes; an axis wraps around if its size is a multiple of `wraps_at`.
     """
 
     name: str
@@ -44,11 +49,11 @@ class Chip:
     operation_cycles: int
     kinds: tuple[str, ...]
     devices: int = 1
-    config: str = ""  # libtpu's chip configuration, where its default is not how JAX runs the chip
+    config: str = ""  # libtpu's chip configuration, if JAX does not run the chip in the default one
 
     @property
     def device(self) -> Chip:
-        """What one JAX device has of the chip; the links belong to the chip."""
+        """One JAX device's share of the chip's memory and compute; link figures stay per chip."""
         n = self.devices
         peak = {dtype: flops / n for dtype, flops in self.peak.items()}
         parts = {"hbm": self.hbm // n, "usable": self.usable // n, "hbm_bandwidth": self.hbm_bandwidth / n}
@@ -79,7 +84,7 @@ CHIPS = {
         Chip(
             "v5e",
             hbm=16 * _GIB,  # [docs]
-            usable=int(15.75 * _GIB),  # what XLA's out-of-memory error names
+            usable=int(15.75 * _GIB),  # as named in XLA's out-of-memory error
             hbm_bandwidth=8.19e11,  # [docs]
             peak={"bf16": 197e12, "int8": 394e12, "fp8": 197e12},  # [docs]; no FP8 unit
             link_bandwidth=4.5e10,  # [book]; [docs]: 400 GB/s bidirectional over 4 links
@@ -135,15 +140,20 @@ CHIPS = {
             scoped_vmem=32 * _MIB,  # [compiler]
             operation_cycles=2300,  # [compiler]
             kinds=("TPU7x",),
-            devices=2,  # [docs]: two chiplets, a JAX device each
+            devices=2,  # [docs]: two chiplets, one JAX device each
         ),
     )
 }
 
 
+def chip_of(device_kind: str) -> Chip | None:
+    """Look up a chip by JAX's `device_kind`; None if it is not in CHIPS."""
+    return next((chip for chip in CHIPS.values() if device_kind in chip.kinds), None)
+
+
 @dataclass(frozen=True)
 class Topology:
-    """A slice: a chip and the size of its torus axes, such as v5e:8x8."""
+    """A TPU slice: the chip and the size of each torus axis, such as v5e:8x8."""
 
     chip: Chip
     dims: tuple[int, ...]
@@ -157,12 +167,12 @@ class Topology:
         return math.prod(self.dims) * self.chip.devices
 
     def wraps(self, axis: int) -> bool:
-        """Whether the links of this torus axis close to a ring."""
+        """Return True if the links of this torus axis close into a ring."""
         return self.dims[axis] % self.chip.wraps_at == 0
 
     @classmethod
     def parse(cls, text: str) -> Topology:
-        """From `CHIP:AxB` or `CHIP:AxBxC`. Raises ConfigError."""
+        """Parse `CHIP:AxB` or `CHIP:AxBxC`. Raises ConfigError for an unknown chip or wrong axes."""
         name, _, sizes = text.partition(":")
         name = {"ironwood": "tpu7x", "v5litepod": "v5e"}.get(name, name)
         if name not in CHIPS:

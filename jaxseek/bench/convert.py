@@ -1,6 +1,6 @@
-"""Converting a synthetic checkpoint in DeepSeek-V3's shape, beside `cat` of the same files.
+"""Time the conversion of a synthetic checkpoint in DeepSeek-V3's shape, beside `cat` of the same files.
 
-Every turn reads the files from the disk: what the system's cache has of them is dropped first (Linux). Times
+Every run reads the files from disk: their pages are first dropped from the system's page cache (Linux). Times
 are those of whole processes.
 """
 
@@ -45,9 +45,9 @@ print(peak_memory())
 
 
 def synthetic(folder: Path, gigabytes: float, shards: int) -> int:
-    """Write a bfloat16 checkpoint of about this size in about so many files; returns its bytes."""
+    """Write a bfloat16 checkpoint of about `gigabytes` in about `shards` files; return its size in bytes."""
     specs, experts = {}, 16
-    for experts in range(16, 4096, 2):  # whole groups, each enough for a token
+    for experts in range(16, 4096, 2):  # both groups are equal, and each has enough experts for a token
         raw = _V3 | {"n_routed_experts": experts}
         tensors = hf_tensors(ModelConfig.from_hf(raw))
         specs = {n: (shape, F32 if n.endswith("_bias") else BF16) for n, shape in tensors.items()}
@@ -60,7 +60,7 @@ def synthetic(folder: Path, gigabytes: float, shards: int) -> int:
         writer.write(file, 0, np.frombuffer(header, np.uint8))
     for i, (name, (file, start)) in enumerate(layout.place.items()):
         shape, dtype = specs[name]
-        same = "embed_tokens" in name or "head" in name  # copies in the multi-token module
+        same = "embed_tokens" in name or "head" in name  # the multi-token module has copies of these
         numbers = np.random.default_rng(0 if same else i).standard_normal(shape, np.float32)
         writer.write(file, start, (0.02 * numbers).astype(dtype))
     writer.close()
@@ -70,7 +70,7 @@ def synthetic(folder: Path, gigabytes: float, shards: int) -> int:
 
 
 def forget(folder: Path) -> None:
-    """Drop what the system's cache has of the files."""
+    """Drop the files from the system's page cache."""
     for file in folder.iterdir():
         with file.open("rb") as f:
             os.fsync(f.fileno())
@@ -80,7 +80,7 @@ def forget(folder: Path) -> None:
 def bench(
     gigabytes: float, shards: int, dtype: str | None, repeats: int, transformers: bool, parent: str
 ) -> dict[str, Any]:
-    """Median seconds of each program, and the peak memory in bytes of all but cat."""
+    """Time each program, in turn; return median seconds, and the peak memory in bytes of all but cat."""
     with tempfile.TemporaryDirectory(prefix="jaxseek-bench-", dir=parent) as scratch:
         source, out = Path(scratch) / "hf", Path(scratch) / "out"
         size = synthetic(source, gigabytes, shards)

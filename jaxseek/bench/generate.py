@@ -1,7 +1,7 @@
 """Prefill and decode speed of a model on this machine, beside its memory bandwidth and, on CPU, transformers.
 
-Runs of both programs take turns in one process with the same weights, prompts and number of threads, and
-medians are compared, so that a drift of the machine's speed touches both.
+Both programs run in turn in one process, with the same weights, prompts and number of threads, and medians
+are compared, so that a drift in the machine's speed affects both.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from jaxseek.config.model import ConfigError, ModelConfig
 
 
 def memory_bandwidth(seconds: float = 2.0) -> float:
-    """Bytes per second that all of this process's CPUs together read from memory (best of the runs)."""
+    """Measure the bytes per second that this process's CPUs read from memory together (best of the runs)."""
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parts = [np.ones(2**27 // threads, np.float32) for _ in range(threads)]  # 512 MiB: past every cache
+    parts = [np.ones(2**27 // threads, np.float32) for _ in range(threads)]  # 512 MiB exceeds every cache
     best, end = 0.0, time.perf_counter() + seconds
     with ThreadPoolExecutor(threads) as pool:
         while time.perf_counter() < end:
@@ -37,7 +37,7 @@ def memory_bandwidth(seconds: float = 2.0) -> float:
 
 
 def bytes_per_step(cfg: ModelConfig, weight_bytes: float, batch: int, slots: float, itemsize: int) -> float:
-    """Bytes that one decode step must read: weights (experts: as many as uniform routing touches), caches."""
+    """Bytes that a decode step must read: caches, and weights with the experts that uniform routing hits."""
     read = cfg.num_params() - (0 if cfg.tie_word_embeddings else cfg.vocab_size * cfg.hidden_size)
     if cfg.n_routed_experts:
         E, K = cfg.n_routed_experts, cfg.num_experts_per_tok
@@ -59,7 +59,10 @@ def bench(
     against: str | None = None,
     as_json: bool = False,
 ) -> list[dict[str, Any]]:
-    """Time greedy generation for each batch size; prints a table or one line of JSON, returns the rows."""
+    """Time greedy generation for each batch size; print a table or one line of JSON, and return the rows.
+
+    Raises ValueError for fewer than two new tokens, ConfigError if the comparison is not possible here.
+    """
     from jaxseek.api import load
     from jaxseek.engine.engine import Engine
     from jaxseek.engine.sampling import Sampling
@@ -91,7 +94,7 @@ def bench(
         for turn in range(repeats + 1):
             for name, run in programs.items():
                 result = run(prompts)
-                if turn:  # the first run compiles and warms up
+                if turn:  # the first run compiles
                     times[name].append(result)
             print(f"batch {batch}: run {turn}/{repeats}", end="\r", file=sys.stderr, flush=True)
         print(" " * 40, end="\r", file=sys.stderr)
@@ -122,7 +125,10 @@ def bench(
 def _transformers(
     source: str, model: Any, tokenizer: Any
 ) -> Callable[[np.ndarray, int], tuple[float, float]]:
-    """Greedy generation of the same weights by transformers in the same dtype: (prefill, decode) seconds."""
+    """Load the same weights into transformers, in the same dtype, for greedy generation.
+
+    The result maps (prompts, new tokens) to (prefill, decode) seconds.
+    """
     try:
         import torch
         from transformers import AutoModelForCausalLM

@@ -1,7 +1,7 @@
-"""A GRPO step on this machine, beside TRL's GRPOTrainer: sampling groups of answers, and learning from them.
+"""Time a GRPO step on this machine, rollout and update, beside TRL's GRPOTrainer.
 
-Both have the same weights, and prompts and answers of equal, fixed lengths; rewards cost nothing, there is no
-KL, and updates are in float32, in as many microbatches as there are prompts.
+Both start from the same weights, with prompts and answers of equal, fixed lengths. Rewards cost nothing,
+there is no KL, and updates are in float32, with one microbatch per prompt.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ RATE = 1e-6
 def bench_grpo(
     source: str, prompts: int, group: int, length: int, repeats: int, against: str | None, as_json: bool
 ) -> list[dict[str, Any]]:
-    """Time steps of `prompts` x `group` answers of `length` tokens to prompts as long; prints and returns."""
+    """Time steps of `prompts` x `group` answers; prompts and answers have `length` tokens each.
+
+    Prints a table or one line of JSON, and returns the rows.
+    """
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}, expected 1 or more")
     shape = {"prompts": prompts, "group": group, "length": length, "steps": repeats + 1}
@@ -41,7 +44,7 @@ def bench_grpo(
         workers = []
         for name in ("jaxseek", *([against] if against else [])):
             workers.append(stack.enter_context(Worker(name, task, MODULE)))
-            workers[-1].ask("load")  # and take a first step
+            workers[-1].ask("load")  # also takes a first step
         take_turns(workers, repeats)
         rows = [{"program": w.program, **_summary(w.ask("finish"))} for w in workers]
     for row in rows[:-1] if against else ():
@@ -83,15 +86,15 @@ def _report(rows: list[dict[str, Any]], title: str, as_json: bool) -> None:
     Console().print(table)
 
 
-# -------------------------------------------------------------------- a program in its process
+# -------------------------------------------------------------------- inside a worker process
 
 
 class _Turns:
-    """Answers words on standard input, a step at a time."""
+    """Worker side of the protocol: reports every step, then waits for the next command on standard input."""
 
     def __init__(self) -> None:
         self._answers = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)  # what libraries print is no answer
+        os.dup2(2, 1)  # keep the prints of libraries out of the answers
         self.seconds: list[float] = []
         self.rollout: list[float] = []
         listen()
@@ -99,8 +102,8 @@ class _Turns:
     def answer(self, found: dict[str, Any]) -> None:
         print(json.dumps(found), file=self._answers, flush=True)
 
-    def took(self, seconds: float, rollout: float) -> None:
-        """A step is over: say so, and wait for the next word."""
+    def step_done(self, seconds: float, rollout: float) -> None:
+        """Report a finished step, and wait for the next command."""
         self.seconds.append(seconds)
         self.rollout.append(rollout)
         self.answer({})
@@ -120,7 +123,7 @@ def _work(program: str, task: dict[str, Any]) -> None:
         {"jaxseek": _jaxseek, "trl": _trl}[program](task, turns)
         turns.finish()
     except BrokenPipeError:
-        return  # who asked has left
+        return  # the parent process has ended
     except (ConfigError, ValueError, OSError, RuntimeError, ImportError) as e:
         if os.environ.get("JAXSEEK_TRACEBACK"):
             raise
@@ -133,7 +136,7 @@ def _prompts(task: dict[str, Any], vocabulary: int, step: int) -> np.ndarray:
 
 
 def _jaxseek(task: dict[str, Any], turns: _Turns) -> None:
-    """The parts of `train_grpo`, but for tasks and rewards."""
+    """Run the steps of `train_grpo`, without tasks and rewards."""
     import jax
 
     from jaxseek.config.run import RunConfig
@@ -196,11 +199,11 @@ def _jaxseek(task: dict[str, Any], turns: _Turns) -> None:
         with state.model.on_mesh():
             state, _ = update(state, None, batch, np.float32(0), np.float32(0))
         jax.block_until_ready(state)
-        turns.took(time.perf_counter() - begin, rollout)
+        turns.step_done(time.perf_counter() - begin, rollout)
 
 
 def _trl(task: dict[str, Any], turns: _Turns) -> None:
-    """TRL's GRPOTrainer, whose loop waits for its turn before every step."""
+    """Run the steps in TRL's GRPOTrainer, whose loop waits for a command before every step."""
     try:
         import torch
         import transformers
@@ -233,7 +236,7 @@ def _trl(task: dict[str, Any], turns: _Turns) -> None:
             self.begin = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            turns.took(time.perf_counter() - self.begin, spent.pop() if spent else 0.0)
+            turns.step_done(time.perf_counter() - self.begin, spent.pop() if spent else 0.0)
 
     spent: list[float] = []
 

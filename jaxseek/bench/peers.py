@@ -1,7 +1,7 @@
-"""Programs that are compared: each in a process of its own, which acts when it is told to.
+"""Run the programs of a benchmark in processes of their own, which step on command.
 
-They take turns, so that a drift of the machine's speed touches all, and the memory of one is not another's.
-All have as many threads as there are CPUs for this process.
+They take turns, so that a drift in the machine's speed affects all, and each has its own memory. Every
+program has as many threads as this process has CPUs.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import Any
 
 from jaxseek.config.model import ConfigError
 
-QUIET = 0.05  # seconds between turns, in which threads that wait in a loop for work fall asleep
+QUIET = 0.05  # seconds between turns, long enough for spinning worker threads to go to sleep
 
 
 class Worker:
-    """A program of `module` in a process of its own, which answers every word with a line of JSON."""
+    """A program of `module` in a process of its own, which answers every command with a line of JSON."""
 
     def __init__(self, program: str, task: dict[str, Any], module: str):
         self.program = program
-        # A program from the cache would say nothing about the time to compile one.
+        # Without the compilation cache, so that the first step includes compiling.
         environ = {"OMP_NUM_THREADS": str(cpus()), "JAX_ENABLE_COMPILATION_CACHE": "false"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, program, json.dumps(task)],
@@ -34,14 +34,17 @@ class Worker:
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ | environ,
-            start_new_session=True,  # ctrl-C is for us, who then end it
+            start_new_session=True,  # ctrl-C reaches this process alone, which then ends the worker
         )
 
     def ask(self, word: str) -> dict[str, Any]:
-        """Raises ConfigError with the program's words where it failed, ChildProcessError where it died."""
+        """Send a command and return the answer.
+
+        Raises ConfigError with the program's message if it failed, ChildProcessError if it died.
+        """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        with suppress(BrokenPipeError):  # then there is no line either
+        with suppress(BrokenPipeError):  # readline below then returns nothing
             self.process.stdin.write(word + "\n")
             self.process.stdin.flush()
         line = self.process.stdout.readline()
@@ -63,7 +66,7 @@ class Worker:
 
 
 def take_turns(workers: Sequence[Worker], repeats: int) -> None:
-    """A step of each, `repeats` times."""
+    """Step every worker in turn, `repeats` times."""
     for turn in range(repeats):
         for worker in workers:
             time.sleep(QUIET)
@@ -73,7 +76,7 @@ def take_turns(workers: Sequence[Worker], repeats: int) -> None:
 
 
 def listen() -> None:
-    """In a program: wait for the next word. Ends the program where nobody is left to say one."""
+    """Wait in a worker for the next command; exit if the parent has closed the pipe."""
     if not sys.stdin.readline():
         raise SystemExit(1)
 

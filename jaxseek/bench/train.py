@@ -25,7 +25,7 @@ from jaxseek.machine.host_memory import peak_memory
 
 MODULE = "jaxseek.bench.train"
 
-# Of a step, in every program.
+# Every program uses these settings.
 OPTIMIZER = {
     "learning_rate": 1e-4,
     "b1": 0.9,
@@ -49,9 +49,9 @@ def bench_train(
     against: str | None = None,
     as_json: bool = False,
 ) -> list[dict[str, Any]]:
-    """Time training steps on `rows` x `length` random tokens; prints a table or JSON, returns its rows.
+    """Time training steps on `rows` x `length` random tokens; print a table or JSON, and return its rows.
 
-    A program for each of `remat`, then transformers' where asked for; in that case no model has multi-token
+    Runs one program for each of `remat`, then transformers with `against`; no model then has multi-token
     modules, which transformers does not train.
     """
     if repeats < 1:
@@ -74,7 +74,7 @@ def bench_train(
                 worker.ask("load")
             task["model"] = folder
         workers, about = [], []
-        for name, kept in programs:  # one after the other: loading, compiling, the first step
+        for name, kept in programs:  # one at a time load, compile and take the first step
             workers.append(stack.enter_context(Worker(name, task | {"remat": kept}, MODULE)))
             about.append(workers[-1].ask("load"))
             if about[-1]["platform"] != "cpu" and len(programs) > 1:
@@ -93,7 +93,7 @@ def bench_train(
 def _row(
     program: str, remat: str, result: dict[str, Any], about: dict[str, Any], rows: int, length: int
 ) -> dict[str, Any]:
-    """What a program did: medians, and every step's seconds and loss."""
+    """Summarise a program's run: medians, and the seconds and loss of every step."""
     from jaxseek.train.metrics import train_flops
 
     first, *seconds = result["seconds"]
@@ -146,13 +146,13 @@ def _report(
         print(f"losses differ from those of transformers by {max(differences):.1e} at most")
 
 
-# -------------------------------------------------------------------- a program in its process
+# -------------------------------------------------------------------- inside a worker process
 
 
 def _work(program: str, task: dict[str, Any]) -> None:
-    """Answer the words on standard input: load (and take a first step), step, finish."""
+    """Answer the commands on standard input: load (which takes a first step), step, finish."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # keep the prints of libraries out of the answers
 
     def answer(found: dict[str, Any]) -> None:
         print(json.dumps(found), file=answers, flush=True)
@@ -181,7 +181,7 @@ def _work(program: str, task: dict[str, Any]) -> None:
         listen()
         answer({"seconds": seconds, "losses": losses, "peak_memory_bytes": peak_memory()})
     except BrokenPipeError:
-        return  # who asked has left
+        return  # the parent process has ended
     except (ConfigError, ValueError, OSError, RuntimeError, ImportError) as e:
         if os.environ.get("JAXSEEK_TRACEBACK"):
             raise
@@ -189,7 +189,7 @@ def _work(program: str, task: dict[str, Any]) -> None:
 
 
 def _jaxseek(task: dict[str, Any]) -> tuple[Step, dict[str, Any]]:
-    """A step of `jaxseek train`, and what there is to say of it."""
+    """Return the training step of `jaxseek train`, and facts about model and device."""
     import jax
 
     from jaxseek.config.run import RunConfig, at_fraction
@@ -240,7 +240,7 @@ def _jaxseek(task: dict[str, Any]) -> tuple[Step, dict[str, Any]]:
 
 
 def _transformers(task: dict[str, Any]) -> tuple[Step, dict[str, Any]]:
-    """The same step as one writes it in PyTorch. AdamW is the fused one, the default of their Trainer."""
+    """Return the same step written in plain PyTorch, with fused AdamW as in transformers' Trainer."""
     try:
         import torch
         from transformers import AutoModelForCausalLM

@@ -1,1 +1,1 @@
-"""The sharding lab: what a strategy costs on a TPU slice, by compiling for it where there is no TPU."""
+"""The sharding lab: estimate what a strategy costs on a TPU slice by compiling for it, without the TPU."""

@@ -1,7 +1,7 @@
-"""A first estimate of a Job from its config and strategy alone: nothing is traced or compiled.
+"""Estimate a Job from its config and strategy alone, without tracing or compiling.
 
-It says what must fit and what time cannot be less than, and by how much a strategy moves data. Good enough to
-throw out most strategies before the compiler sees them; not to choose between good ones.
+The estimate gives the memory that must fit, a lower bound on time, and the traffic of a strategy. It is good
+enough to discard most strategies before the compiler sees them, but not to choose between good ones.
 """
 
 from __future__ import annotations
@@ -32,10 +32,13 @@ from jaxseek.train.lora import adapt
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one device and one step: bytes that it holds; seconds that reading HBM, multiplying, and moving data
-    between chips take at the least; seconds of a decode step beyond that, of experts (the others wait for the
-    chip that reads the most; few columns leave the matrix unit idle) and of small operations; bytes that the
-    collectives bring."""
+    """Memory and time of one step on one device; sizes in bytes, times in seconds.
+
+    `hbm_seconds`, `flops_seconds` and `collective_seconds` are lower bounds for reading HBM, for arithmetic
+    and for communication; `collective_bytes` are the bytes that collectives receive. A decode step adds two
+    costs beyond the roofline: `expert_seconds` (all devices wait for the one that reads the most experts, and
+    few columns per expert leave the matrix unit idle) and `small_seconds` (small operations).
+    """
 
     weights: float
     cache: float
@@ -49,16 +52,17 @@ class Estimate:
 
     @property
     def held(self) -> float:
+        """Bytes resident on the device: weights, cache and optimizer state."""
         return self.weights + self.cache + self.optimizer
 
     @property
     def limit(self) -> float:
-        """The roofline: no step is shorter."""
+        """Roofline seconds: no step is shorter."""
         return max(self.hbm_seconds, self.flops_seconds)
 
     @property
     def seconds(self) -> float:
-        """With collectives that nothing hides, and what no roofline has."""
+        """Estimated seconds of a step: no overlap of collectives, and the costs beyond the roofline."""
         return self.limit + self.collective_seconds + self.expert_seconds + self.small_seconds
 
 
@@ -92,7 +96,7 @@ def _parameters(cfg: ModelConfig, train: bool, weights: str, lora: int, redundan
 
 
 def first_pass(job: Job) -> Estimate:
-    """The estimate of a job."""
+    """Estimate a job."""
     cfg, strategy, rules, chip = job.cfg, job.strategy, job.rules, job.topology.chip.device
     train, decode = job.trains, job.phase == "decode"
     params = _parameters(cfg, train, job.weights, job.lora, strategy.redundant_experts)
@@ -102,14 +106,18 @@ def first_pass(job: Job) -> Estimate:
     for p in params:
         at_rest, used = (p.bytes / _parts(p, r, strategy) for r in (strategy.weights, rules))
         weights += at_rest
-        if train and p.trained:  # two moments of a float32 parameter
+        if train and p.trained:  # two moments, as large as a float32 parameter
             optimizer += at_rest * (2 if job.float32_moments else 1)
         looked_up = p.name == "embed_VD" and not cfg.tie_word_embeddings
         read += 0 if looked_up else used * (touched if "expert" in p.axes else 1.0)
-        experts += used * (most * _idle(job, p.bits) - touched) if decode and "expert" in p.axes else 0.0
+        experts += (
+            used * (most * _compute_over_read(job, p.bits) - touched)
+            if decode and "expert" in p.axes
+            else 0.0
+        )
         if used > at_rest:
             moved = used * 16 / p.bits if train else used  # cast to bfloat16 before it is gathered
-            times = 3 if train else 1  # forward, backward, and the gradient back
+            times = 3 if train else 1  # gather for forward and backward, then reduce the gradient
             traffic.add(moved * times, round(used / at_rest), times)
     rows, slots = (
         -(-n // strategy.parts(rules, a))
@@ -132,14 +140,16 @@ def first_pass(job: Job) -> Estimate:
 
 
 def _parts(p: _Param, rules: Rules, strategy: Strategy) -> int:
-    """Into how many parts these rules split a parameter; of a scale, axes of size one stay whole."""
+    """Number of parts into which the rules split a parameter; axes of size one (in scales) stay whole."""
     split = {a for name, n in zip(p.axes, p.shape) if n > 1 for a in rules.axes(name)}
     return math.prod(dict(strategy.sizes)[a] for a in split)
 
 
 def touched_experts(job: Job) -> tuple[float, float]:
-    """The share of a device's experts that a step needs, on average and on the device that needs the most, if
-    every token chose at random."""
+    """Share of a device's experts that a step reads: on average, and on the device that reads the most.
+
+    Assumes uniformly random routing.
+    """
     cfg, rules = job.cfg, job.rules
     if not cfg.n_routed_experts:
         return 1.0, 1.0
@@ -153,9 +163,9 @@ def touched_experts(job: Job) -> tuple[float, float]:
 
 @functools.lru_cache(maxsize=64)
 def _most_touched(cfg: ModelConfig, strategy: Strategy, tokens: float, groups: int) -> float:
-    """The share of its experts that the group needs which needs the most: a mean over 200 random layers."""
+    """Share of its experts that the busiest group of devices reads, averaged over 200 random layers."""
     experts, chosen = cfg.n_routed_experts, cfg.num_experts_per_tok
-    if groups == 1 or tokens * chosen > 16 * experts:  # all alike, or all touched
+    if groups == 1 or tokens * chosen > 16 * experts:  # a single group, or every expert is read
         return 0.0
     placement = contiguous(1, experts, groups)
     if strategy.has_slots:
@@ -169,9 +179,11 @@ def _most_touched(cfg: ModelConfig, strategy: Strategy, tokens: float, groups: i
     return float(read_TLD.max(-1).mean() * groups / slots)
 
 
-def _idle(job: Job, bits: int) -> float:
-    """How often longer multiplying an expert's columns on a chip takes than reading them, or 1: padded to the
-    matrix unit, as ops/chosen_experts.py counts it."""
+def _compute_over_read(job: Job, bits: int) -> float:
+    """Ratio (at least 1) of the time to multiply an expert's columns to the time to read them.
+
+    Columns are padded to the matrix unit as in ops/chosen_experts.py.
+    """
     chip = job.topology.chip.device
     columns = job.cfg.moe_intermediate_size / job.strategy.parts(job.rules, "expert_mlp")
     rows, least = (64, 64) if job.tokens <= 16 else (112, 128)
@@ -179,8 +191,11 @@ def _idle(job: Job, bits: int) -> float:
     return max(1.0, seconds * chip.hbm_bandwidth * 8 / bits)
 
 
-def _in_kernels(job: Job) -> tuple[bool, bool]:
-    """Whether a decode step's attention and experts are the few kernels of decode/fused.py, as it says."""
+def _fused(job: Job) -> tuple[bool, bool]:
+    """Return whether a decode step runs (attention, experts) in the fused kernels of decode/fused.py.
+
+    Mirrors the conditions stated there.
+    """
     cfg, rules = job.cfg, job.rules
     whole = job.phase == "decode" and not rules.axes("batch") and not rules.axes("length")
     heads = rules.axes("cache_heads") + rules.axes("cache_batch")
@@ -190,15 +205,18 @@ def _in_kernels(job: Job) -> tuple[bool, bool]:
 
 
 def _small_operations(job: Job) -> int:
-    """Of a decode step: a layer without those kernels is some 70 operations of XLA, most of which take the
-    least that one can (docs/lab.md)."""
+    """Number of small operations in a decode step, 0 in other phases.
+
+    A layer outside the fused kernels is about 70 XLA operations, most of which take the minimum time of an
+    operation (docs/lab.md).
+    """
     if job.phase != "decode":
         return 0
-    return job.cfg.num_hidden_layers * (10 + sum(0 if served else 30 for served in _in_kernels(job)))
+    return job.cfg.num_hidden_layers * (10 + sum(0 if served else 30 for served in _fused(job)))
 
 
 def _flops(job: Job) -> float:
-    """Of the whole step: two per weight that a token uses, and attention; backward is twice as much."""
+    """FLOPs of the step: two per weight that a token uses, plus attention; backward costs twice forward."""
     cfg, n = job.cfg, job.context
     heads = cfg.num_attention_heads
     if not cfg.is_mla:
@@ -209,36 +227,38 @@ def _flops(job: Job) -> float:
         width = cfg.head_dim + cfg.v_head_dim
     seen = n if job.phase == "decode" else n / 2
     per_token = 2 * cfg.num_active_params() + 2 * cfg.num_hidden_layers * heads * width * seen
-    passes = 1 if not job.trains else 2 if job.lora else 3  # gradients of frozen weights are not wanted
+    passes = 1 if not job.trains else 2 if job.lora else 3  # LoRA computes no gradients of frozen weights
     return job.tokens * per_token * passes
 
 
 class _Traffic:
-    """Collectives of a step: bytes that a device receives, and seconds that they take."""
+    """Accumulates the collectives of a step: bytes received by a device, and seconds."""
 
     def __init__(self, topology: Topology):
         self.topology, self.bytes, self.seconds = topology, 0.0, 0.0
 
     def add(self, received: float, n: int, times: float) -> None:
-        """`received` bytes in all, by so many collectives among n devices."""
+        """Add `times` collectives among `n` devices that receive `received` bytes in total."""
         if n > 1:
-            links, hops = self.way(n)
+            links, hops = self.links_and_hops(n)
             self.bytes += received
             self.seconds += (
                 received / (links * self.topology.chip.link_bandwidth) + times * hops * HOP_SECONDS
             )
 
     def all_reduce(self, operand: float, n: int, times: float) -> None:
-        """In two phases, or, where that is sooner, with every operand sent all the way round."""
-        links, hops = self.way(n)
+        """Add all-reduces: in two phases, or by passing every operand round the ring where that is faster."""
+        links, hops = self.links_and_hops(n)
         speed = links * self.topology.chip.link_bandwidth
         two = 2 * operand * (n - 1) / n
         round_ = two + speed * 2 * hops * HOP_SECONDS > operand * (n - 1) + speed * hops * HOP_SECONDS
         self.add(times * (operand * (n - 1) if round_ else two), n, times * (1 if round_ else 2))
 
-    def way(self, n: int) -> tuple[int, int]:
-        """Links that a device has among n that fill one torus axis after the other, and hops of the longest
-        way."""
+    def links_and_hops(self, n: int) -> tuple[int, int]:
+        """Return the links a device can use among `n` devices, and the hops of the longest route.
+
+        The devices fill one torus axis after another.
+        """
         links = hops = 0
         for axis, size in enumerate(self.topology.dims):
             part = min(n, size)
@@ -250,7 +270,7 @@ class _Traffic:
 
 
 def _layer_traffic(job: Job) -> _Traffic:
-    """Of activations in bfloat16, over all layers."""
+    """Collectives on bfloat16 activations, summed over all layers."""
     cfg, strategy, rules, traffic = job.cfg, job.strategy, job.rules, _Traffic(job.topology)
     rows = job.batch / strategy.parts(rules, "batch")
     length = 1 if job.phase == "decode" else job.context / strategy.parts(rules, "length")
@@ -259,7 +279,7 @@ def _layer_traffic(job: Job) -> _Traffic:
     sparse = sum(map(cfg.is_moe_layer, range(cfg.num_hidden_layers)))
     dense = cfg.num_hidden_layers - sparse
     heads = strategy.parts(rules, "heads" if cfg.is_mla else "kv_heads")
-    together = _in_kernels(job)[1]  # shared experts, in one sum with the others
+    together = _fused(job)[1]  # shared and routed experts share one all-reduce
 
     traffic.all_reduce(x, heads, cfg.num_hidden_layers * backward)
     shared = sparse if cfg.n_shared_experts and not together else 0
@@ -274,12 +294,12 @@ def _layer_traffic(job: Job) -> _Traffic:
         gathered = math.prod(dict(strategy.sizes)[a] for a in both)
         traffic.all_reduce(x * gathered, experts * width, sparse * backward)
     if job.phase == "decode" and cfg.is_mla:
-        _to_the_cache(job, rows, traffic)
+        _add_cache_traffic(job, rows, traffic)
     return traffic
 
 
-def _to_the_cache(job: Job, rows: float, traffic: _Traffic) -> None:
-    """What brings queries to where latent caches are, and sums back."""
+def _add_cache_traffic(job: Job, rows: float, traffic: _Traffic) -> None:
+    """Add the collectives that send queries to the shards of the latent cache, and partial sums back."""
     cfg, strategy, rules = job.cfg, job.strategy, job.rules
     layers, head = cfg.num_hidden_layers, (2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim) * 2
     queries = rows * cfg.num_attention_heads / strategy.parts(rules, "heads") * head
@@ -289,14 +309,14 @@ def _to_the_cache(job: Job, rows: float, traffic: _Traffic) -> None:
     traffic.add(layers * rows * (cfg.q_lora_rank or 0) * 2, latents, layers)
     at = cfg.num_attention_heads * job.batch / strategy.parts(rules, "cache_batch")
     at /= strategy.parts(rules, "cache_heads")
-    traffic.all_reduce(at * 4, slots, layers)  # the largest score, then sums of what was found
+    traffic.all_reduce(at * 4, slots, layers)  # the maximum score, then the log-sum-exp combine
     traffic.all_reduce(at * (cfg.kv_lora_rank + 1) * 4, slots, layers)
 
 
 # -------------------------------------------------------------------- sizes
 
 
-# Shipped rule tables whose sizes are free, and the mesh axes that they split.
+# Shipped rule tables with free mesh sizes, and the mesh axes that each uses.
 TABLES = {
     "default": ("fsdp", "expert", "tensor", "context"),
     "spread": ("fsdp", "expert", "tensor", "context"),
@@ -309,7 +329,7 @@ TABLES = {
 def candidates(
     cfg: ModelConfig, topology: Topology, workload: str, batch: int, context: int, weights: str, lora: int = 0
 ) -> Iterator[tuple[str, Job]]:
-    """Jobs of the shipped rule tables and every split of the slice into mesh axes that fits them, by name."""
+    """Yield (name, job) for each shipped rule table and each split of the slice into mesh axes that fits."""
     devices = topology.num_devices
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
     for table, axes in TABLES.items():
@@ -333,8 +353,11 @@ def candidates(
 def sensible(
     cfg: ModelConfig, topology: Topology, workload: str, batch: int, context: int, weights: str, lora: int = 0
 ) -> tuple[str, Job]:
-    """The candidate of the least estimated step that fits; unless it decodes, of the default table, since the
-    others are made for decoding. Raises ConfigError."""
+    """Return the candidate with the shortest estimated step that fits, with its name.
+
+    Only decoding considers tables other than the default one, since those are made for decoding. Raises
+    ConfigError if no mesh sizes fit.
+    """
     found = list(candidates(cfg, topology, workload, batch, context, weights, lora))
     jobs = [(name, j) for name, j in found if j.phase == "decode" or name.split()[0] == "default"]
     if not jobs:

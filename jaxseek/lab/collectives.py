@@ -1,8 +1,8 @@
-"""What a collective costs on a torus: which mesh axes it joins, which links it uses, and for how long.
+"""Cost model of collectives on a torus: the mesh axes they join, the links they use, the seconds they take.
 
-The model is that of the scaling book (jax-ml.github.io/scaling-book/sharding). Along an axis that wraps
-around data flow both ways; without the wrap one way counts. Latency is a hop's time for every hop of the
-longest way. Groups that take every k-th chip of an axis share its links with k - 1 other groups.
+Follows the scaling book (jax-ml.github.io/scaling-book/sharding). Data flow both ways along an axis that
+wraps around, and one way along one that does not. Latency is one hop time for every hop of the longest route.
+Groups that take every k-th chip of an axis share its links with k - 1 other groups.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from jaxseek.hardware import HOP_SECONDS, Topology
 from jaxseek.lab.hlo import Op
 
-Coords = tuple[tuple[int, ...], ...]  # of every partition, in the order of the mesh
+Coords = tuple[tuple[int, ...], ...]  # torus coordinates of every partition, in mesh order
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one turn: seconds on the links' bandwidth, and of latency."""
+    """Seconds of one execution of a collective: at link bandwidth, and of latency."""
 
     bandwidth: float
     latency: float
@@ -29,7 +29,7 @@ class Cost:
 
 
 def mesh_axes(groups: tuple[tuple[int, ...], ...], sizes: tuple[tuple[str, int], ...]) -> str:
-    """The mesh axes that groups of partitions (or pairs) join, such as "expert+tensor"; "?" for no such."""
+    """Name the mesh axes that groups of partitions (or pairs) join, such as "expert+tensor", or "?"."""
     names = [a for a, n in sizes if n > 1]
     dims = [n for _, n in sizes if n > 1]
     if not groups:
@@ -45,7 +45,7 @@ def mesh_axes(groups: tuple[tuple[int, ...], ...], sizes: tuple[tuple[str, int],
 
 
 def cost(op: Op, topology: Topology, coords: Coords) -> Cost:
-    """The time of one turn of a collective; `op.bytes` are those of a device's operand."""
+    """Return the cost of one execution of a collective; `op.bytes` is the operand size on one device."""
     everyone = (tuple(range(len(coords))),)
     group = (op.groups or everyone)[0]
     n, link = len(group), topology.chip.link_bandwidth
@@ -65,14 +65,14 @@ def cost(op: Op, topology: Topology, coords: Coords) -> Cost:
         return Cost(op.bytes * share / speed, latency)
     if op.opcode == "all-reduce":
         two = Cost(2 * op.bytes * share / speed, 2 * latency)
-        one = Cost(op.bytes * (n - 1) / speed, latency)  # every device's part goes all the way round
+        one = Cost(op.bytes * (n - 1) / speed, latency)  # every operand is passed round the whole ring
         return min(two, one, key=lambda c: c.seconds)
-    # all to all: the links in the middle of the longest axis carry a quarter of its length
+    # all-to-all: the middle links of the longest axis limit it, by a quarter of the axis's length
     return Cost(op.bytes * max(1.0, max(h for _, h in axes) / 4) / link, latency)
 
 
 def _axes(group: tuple[int, ...], topology: Topology, coords: Coords) -> list[tuple[float, int]]:
-    """Of every torus axis that a group spans: links that a member may send on, hops of the longest way."""
+    """Return (links that a member can send on, hops of the longest route) for each torus axis spanned."""
     found = []
     for axis, size in enumerate(topology.dims):
         at = sorted({coords[p][axis] for p in group})
@@ -80,7 +80,7 @@ def _axes(group: tuple[int, ...], topology: Topology, coords: Coords) -> list[tu
             continue
         span = at[-1] - at[0] + 1
         ring = topology.wraps(axis) and span + at[1] - at[0] > size
-        ways = (2 if ring else 1) * len(at) / span  # those in between use the same links
+        ways = (2 if ring else 1) * len(at) / span  # interleaved groups use the same links
         found.append((ways, span // 2 if ring else span - 1))
     return found
 

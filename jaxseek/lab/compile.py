@@ -1,4 +1,4 @@
-"""Compiling a Job in a process of its own, and keeping what came of it by the content of what went in."""
+"""Compile a Job in a process of its own, and cache the result under a hash of its inputs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from typing import Any
 from jaxseek.config.model import ConfigError
 from jaxseek.lab.job import Job
 
-# The compiler is to look for no TPU, and for no other process that uses it.
+# Keeps libtpu from looking for a TPU, or for another process that uses it.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -35,7 +35,7 @@ ENVIRONMENT = {
 
 
 class CompileError(ValueError):
-    """The TPU compiler refused a program; `needed` are the bytes of HBM it asked for where that was why."""
+    """The TPU compiler rejected a program; `needed` is the HBM that it asked for in bytes, if known."""
 
     def __init__(self, text: str, needed: float | None = None):
         super().__init__(text)
@@ -44,8 +44,11 @@ class CompileError(ValueError):
 
 @dataclass(frozen=True)
 class Compiled:
-    """Of one device: bytes of the arguments by kind, the compiler's memory statistics; coordinates on the
-    torus of every partition in the mesh's order, seconds of lowering and compiling, the program's text."""
+    """A compiled program: sizes in bytes on one device, coordinates, timings, and the folder of its HLO text.
+
+    `given` has the bytes of the arguments by kind, `memory` the compiler's memory statistics, `coords` the
+    torus coordinates of every partition in mesh order, `seconds` the time of lowering and of compiling.
+    """
 
     given: dict[str, float]
     memory: dict[str, int]
@@ -59,18 +62,18 @@ class Compiled:
 
     @property
     def peak(self) -> int:
-        """Bytes of HBM while it runs: arguments, results that are not arguments', temporaries, code."""
+        """Peak HBM in bytes: arguments, outputs that do not alias them, temporaries and code."""
         m = self.memory
         return m["argument"] + m["output"] - m["alias"] + m["temp"] + m["generated_code"]
 
 
 def cache_dir() -> Path:
-    """Where compiled programs are kept."""
+    """Return the directory of cached compilations."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxseek" / "lab"
 
 
 def key_of(job: Job) -> str:
-    """A name for the content of a job: model, strategy, workload, versions, and our own source."""
+    """Hash a job for the cache: model, strategy, workload, package versions and this package's source."""
     versions = [importlib.metadata.version(p) for p in ("jax", "jaxlib", "flax", "libtpu")]
     package = Path(__file__).parent.parent
     sources = [p for p in sorted(package.rglob("*.py")) if p.parent != Path(__file__).parent]
@@ -82,10 +85,10 @@ def key_of(job: Job) -> str:
 
 
 def compile_job(job: Job, progress: Callable[[str], None] = lambda text: None) -> Compiled:
-    """The job's compiled program, from the cache or by the TPU compiler.
+    """Return the compiled job, from the cache or from the TPU compiler.
 
-    `progress` is told the stage about once a second. Raises ConfigError where libtpu is missing, CompileError
-    where the program cannot be compiled, among others for want of memory.
+    `progress` receives the stage about once a second. Raises ConfigError if libtpu is missing, and
+    CompileError if the program does not compile, for want of memory among other reasons.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
@@ -107,8 +110,8 @@ def _compile(job: Job, folder: Path, progress: Callable[[str], None]) -> None:
     try:
         (partial / "job.pickle").write_bytes(pickle.dumps(job))
         command = [sys.executable, "-m", "jaxseek.lab.compiler", str(partial / "job.pickle"), str(partial)]
-        # the cache of compiled programs is for CPU; XLA's flags are, too, and libtpu dies of those it does
-        # not know (its own are LIBTPU_INIT_ARGS)
+        # The compilation cache and XLA_FLAGS are meant for CPU, and libtpu aborts on flags it does not know
+        # (its own are in LIBTPU_INIT_ARGS).
         kept = {k: v for k, v in os.environ.items() if k not in ("JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS")}
         start = time.monotonic()
         with (partial / "log").open("wb") as log:
@@ -125,7 +128,7 @@ def _compile(job: Job, folder: Path, progress: Callable[[str], None]) -> None:
         if worker.returncode:
             error = explain((partial / "log").read_text(encoding="utf-8", errors="replace"))
             error["text"] += largest_buffers(partial / "dump")
-            if error["needed"] is None:  # for another reason than memory: not kept
+            if error["needed"] is None:  # only out-of-memory errors are cached
                 raise CompileError(**error)
             (partial / "error.json").write_text(json.dumps(error), encoding="utf-8")
         shutil.rmtree(partial / "dump", ignore_errors=True)
@@ -138,7 +141,7 @@ def _compile(job: Job, folder: Path, progress: Callable[[str], None]) -> None:
 
 
 def explain(log: str) -> dict[str, Any]:
-    """The compiler's reason in a worker's log: {"text", "needed"}, with bytes where memory was it."""
+    """Extract the compiler's error from a worker's log as {"text", "needed"}; `needed` is bytes or None."""
     units = {"K": 2**10, "M": 2**20, "G": 2**30}
     size = r"([\d.]+)([KMG])"
     found = re.search(rf"Used {size} of {size} hbm", log)
@@ -149,17 +152,15 @@ def explain(log: str) -> dict[str, Any]:
         return {"text": text, "needed": used}
     if found := re.search(r"VmemError: (.*)", log):
         return {"text": found[1], "needed": None}
-    kinds = (
-        r"^[\w.]*Error: ",
-        r"^[\w.]*(Error|Exception|Unimplemented)\b",
-    )  # the compiler's notes come later
+    # in order of preference: the compiler's notes come last
+    kinds = (r"^[\w.]*Error: ", r"^[\w.]*(Error|Exception|Unimplemented)\b")
     lines = [line for kind in kinds for line in log.splitlines() if re.match(kind, line)]
     text = lines[0] if lines else "\n".join(log.splitlines()[-5:])
     return {"text": f"the TPU compiler failed: {text[:1000]}", "needed": None}
 
 
 def largest_buffers(dump: Path, count: int = 8) -> str:
-    """The compiler's own list of what takes the most memory, largest first; "" where it wrote none."""
+    """Format the compiler's list of its largest buffers, largest first; "" if it wrote none."""
     reports = sorted(dump.glob("*memory-usage-report.txt"))
     rows = re.findall(
         r"\(\s*\d+%\);\s*([\d.]+[KMG]iB);[^;]*;[^;]*; (.*)", reports[-1].read_text() if reports else ""

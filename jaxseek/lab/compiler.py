@@ -1,6 +1,7 @@
-"""The process that has the TPU compiler: reads a pickled Job, writes what it compiled to.
+"""Worker process of compile.py: read a pickled Job, compile it for TPU and write the result to a folder.
 
-Started by compile.py as `python -m jaxseek.lab.compiler JOB DIR`; libtpu prints much, and may abort.
+Started as `python -m jaxseek.lab.compiler JOB DIR`. It is a process of its own because libtpu prints a lot
+and may abort.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def main(job_file: str, out: str) -> None:
         "memory": {name: getattr(found, f"{name}_size_in_bytes") for name in sizes},
         "coords": [list(d.coords) for d in mesh.devices.flat],
     }
-    # not compiled.as_text(): jaxlib may be older than libtpu, and refuse what it does not know
+    # Not compiled.as_text(): a jaxlib older than libtpu fails on HLO that it does not know.
     text = next((folder / "dump").glob("*.after_codegen.txt")).read_bytes()
     (folder / "program.hlo.gz").write_bytes(gzip.compress(text, 3))
     (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")

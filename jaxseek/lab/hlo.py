@@ -1,11 +1,12 @@
-"""What a compiled TPU program does, read from its text: cycles, kernels, collectives and copies, by scope.
+"""Read a compiled TPU program from its text: cycles, kernels, collectives and copies, by scope.
 
-Pure functions on the text of an optimised HLO module. A loop's body stands once in it, so what it holds
-counts as often as the loop turns; a loop whose turns depend on data counts once and is listed. Only what runs
-is counted: what a fusion calls is part of the fusion (collectives inside it are listed all the same).
+Pure functions on the text of an optimised HLO module. A loop's body appears once in the text, so its
+operations are multiplied by the trip count; a loop whose trip count depends on data is counted once and
+listed. Only what executes is counted: operations inside a fusion are part of the fusion, except that
+collectives inside it are listed too.
 
-Compilers up to libtpu 0.0.42 take an element of a tuple by an instruction, `get-tuple-element(%x), index=1`;
-later ones name it where it is used, `%x#1`. `parse` turns the second form into the first.
+Compilers up to libtpu 0.0.42 take an element of a tuple with an instruction, `get-tuple-element(%x),
+index=1`; later ones name it where it is used, `%x#1`. `parse` turns the second form into the first.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-# estimated_cycles beyond this are the compiler's mark for "unknown" (sums of 1e20 with them)
+# The compiler marks unknown cycles with 1e20; estimated_cycles beyond this contain such a mark.
 SENTINEL = 10**12
 COLLECTIVES = (
     "all-gather",
@@ -35,7 +36,7 @@ _NOISE = re.compile(
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line: `%name = shape opcode(operands), attributes`."""
+    """One HLO instruction: `%name = shape opcode(operands), attributes`."""
 
     name: str
     shape: str
@@ -47,11 +48,11 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Op:
-    """What runs `times` times: `cycles` of XLA's code, or flops and bytes of a kernel, collective or copy.
+    """An operation that executes `times` times: cycles of XLA code, or flops and bytes of another kind.
 
-    Everything is of one turn and of one device. `groups` are a collective's replica groups, or its pairs
-    (source, target), and it is `awaited` where the schedule starts nothing beside it; `dispatch` marks what
-    stands outside the loop over steps; `what` is the JAX primitive.
+    All figures are for one execution on one device. `groups` are a collective's replica groups, or its
+    (source, target) pairs; it is `awaited` if the schedule starts nothing beside it. `dispatch` marks
+    operations outside the loop over steps; `what` is the JAX primitive.
     """
 
     name: str
@@ -71,7 +72,7 @@ class Op:
 
 @dataclass
 class Program:
-    """All that runs, what was left out for having no estimate, and loops of unknown length."""
+    """All operations, names of those left out for lack of an estimate, and loops of unknown trip count."""
 
     ops: list[Op] = field(default_factory=list)
     sentinels: list[str] = field(default_factory=list)
@@ -83,7 +84,7 @@ class Program:
 
 
 def shape_bytes(shape: str) -> float:
-    """Bytes of an array's shape, or of all arrays of a tuple's; padding of tiles not counted."""
+    """Bytes of an array shape, or of all arrays in a tuple shape, without tile padding."""
     total = 0.0
     for dtype, dims in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", shape):
         found = re.search(r"\d+", dtype)
@@ -93,7 +94,10 @@ def shape_bytes(shape: str) -> float:
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """Every computation's instructions by its name, and the name of the entry."""
+    """Parse a module into {computation name: instructions} and the name of the entry computation.
+
+    Raises ValueError if there is no entry, or if an operand names an element that its tuple lacks.
+    """
     computations: dict[str, list[Instruction]] = {}
     entry, lines = "", None
     for line in text.splitlines():
@@ -134,7 +138,7 @@ def _with_elements(instructions: list[Instruction]) -> list[Instruction]:
 
 
 def _element(shape: str, index: int) -> str:
-    """The shape of an element of a tuple's shape; "" where it has no such element."""
+    """Return the shape of element `index` of a tuple shape, or "" if there is none."""
     parts, depth, start = [], 0, 1
     for at, char in enumerate(shape):
         depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(char, 0)
@@ -161,7 +165,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` closes."""
+    """Index of the parenthesis that closes the one at `start`."""
     depth = 0
     for at in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[at], 0)
@@ -181,9 +185,9 @@ def _number(instruction: Instruction, key: str) -> float:
 
 
 def scope_of(instruction: Instruction) -> str:
-    """The `named_scope`s of an instruction, outermost first: "mlp/experts"; "" for none.
+    """Return an instruction's `named_scope`s, outermost first, such as "mlp/experts"; "" if it has none.
 
-    What a scan over layers slices out of the stacks has the scope "layer slices".
+    Slices that a scan over layers takes from stacked weights have the scope "layer slices".
     """
     found = re.search(r'op_name="([^"]*)"', instruction.attributes)
     parts = [] if not found else found[1].split("/")[:-1]
@@ -198,13 +202,16 @@ def scope_of(instruction: Instruction) -> str:
 
 
 def primitive_of(instruction: Instruction) -> str:
-    """The JAX primitive that an instruction, or the root of a fusion, came from."""
+    """Return the JAX primitive that an instruction, or the root of a fusion, came from."""
     found = re.search(r'op_name="([^"]*)"', instruction.attributes)
     return found[1].rsplit("/", 1)[-1] if found else ""
 
 
 def trip_count(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
-    """How often a loop turns: as XLA notes it, or `counter < constant` from 0; None where data decide."""
+    """Return a loop's trip count, or None if it depends on data.
+
+    Reads XLA's own note, or recognises the condition `counter < constant`, counting from 0.
+    """
     noted = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
     if noted:
         return int(noted[1])
@@ -226,7 +233,7 @@ def _with_callee(root: Instruction, computations: dict[str, list[Instruction]]) 
 
 
 def replica_groups(attributes: str) -> tuple[tuple[int, ...], ...]:
-    """Groups of partitions in any of XLA's notations, or pairs (source, target); () where all take part."""
+    """Parse groups of partitions in any XLA notation, or (source, target) pairs; () means all partitions."""
     pairs = re.search(r"source_target_pairs=\{([\d,{}]*)\}", attributes)
     listed = re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", attributes)
     if found := pairs or listed:
@@ -245,7 +252,7 @@ def replica_groups(attributes: str) -> tuple[tuple[int, ...], ...]:
 
 
 def _transposed(dims: tuple[int, ...], order: tuple[int, ...]) -> list[int]:
-    """0, 1, ... laid out as `dims`, transposed and flattened."""
+    """Flatten the transpose, by `order`, of 0, 1, ... laid out in the shape `dims`."""
     strides = [math.prod(dims[i + 1 :]) for i in range(len(dims))]
     out = [0]
     for axis in order:
@@ -257,11 +264,11 @@ def _chunks(values: list[int], n: int) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(values[i : i + n]) for i in range(0, len(values), n))
 
 
-# -------------------------------------------------------------------- the program
+# -------------------------------------------------------------------- program
 
 
 def read_program(text: str) -> Program:
-    """Everything that one call of the program runs."""
+    """List every operation that one call of the program executes."""
     computations, entry = parse(text)
     program = Program()
 
@@ -291,24 +298,24 @@ def read_program(text: str) -> Program:
 
 
 def _ops(i, here, computations, times, dispatch, program, chains) -> Iterator[Op]:
-    """What one instruction other than a loop or a call amounts to."""
+    """Yield the operations of one instruction that is not a loop, call or conditional."""
     common = {"name": i.name, "scope": scope_of(i), "what": primitive_of(i), "times": times}
     common["dispatch"] = dispatch
     inner = computations.get(_called(i, "calls"), []) if i.opcode in ("fusion", "async-start") else []
     for found, scope in [(i, here), *((j, {k.name: k for k in inner}) for j in inner)]:
         opcode = found.opcode.removesuffix("-start")
         if opcode in COLLECTIVES:
-            # one that runs beside several fusions stands in each of them, with the same chain_id
+            # a collective that overlaps several fusions appears in each of them, with the same chain_id
             started = found.opcode.endswith("-start") or i.opcode == "async-start"
             if chain := re.search(r'chain_id="(\d+)"', found.attributes):
                 if chain[1] in chains:
                     continue
                 chains.add(chain[1])
             operands = [scope[o].shape for o in found.operands if o in scope]
-            if opcode == "ragged-all-to-all":  # what is sent fits into either buffer
+            if opcode == "ragged-all-to-all":  # the payload fits into the smaller of its two buffers
                 operands = [min(operands[:2], key=shape_bytes)]
-            if opcode == "all-reduce" and "AllReduceScatterFusion" in i.attributes:  # so it is emitted
-                opcode = "reduce-scatter"
+            if opcode == "all-reduce" and "AllReduceScatterFusion" in i.attributes:
+                opcode = "reduce-scatter"  # what the compiler emits for this fusion
             groups = replica_groups(found.attributes)
             algorithm = re.search(r'"emitter":"(\w+)"', found.attributes)
             yield Op(
@@ -322,27 +329,25 @@ def _ops(i, here, computations, times, dispatch, program, chains) -> Iterator[Op
             )
     if i.opcode == "custom-call" and '"tpu_custom_call"' in i.attributes:
         flops, moved = _number(i, "flops"), _number(i, "bytes_accessed")
-        if (
-            not flops and not moved
-        ):  # no estimate of its own: at least its operands are read and its result written
+        if not flops and not moved:  # no cost estimate: count reading its operands and writing its result
             moved = shape_bytes(i.shape) + sum(shape_bytes(here[o].shape) for o in i.operands if o in here)
             program.kernels_without_estimate.append(i.name)
         yield Op(**common, opcode="custom-call", kind="pallas", flops=flops, bytes=moved)
     elif i.opcode in ("copy-start", "slice-start"):
         yield Op(**common, opcode=i.opcode, kind="copy", bytes=shape_bytes(_first(i.shape)))
-    elif i.opcode == "async-done" and _on_sparse_core(i, here):  # gathers of rows: read, and written
+    elif i.opcode == "async-done" and _on_sparse_core(i, here):  # gathered rows are read and written
         yield Op(**common, opcode="gather", kind="copy", bytes=2 * shape_bytes(i.shape))
     elif cycles := _number(i, "estimated_cycles"):
         if cycles > SENTINEL or cycles < 0:
             program.sentinels.append(i.name)
         else:
             yield Op(**common, opcode=i.opcode, kind="xla", cycles=int(cycles), bytes=shape_bytes(i.shape))
-    elif any(j.opcode == "gather" for j in inner):  # of rows, by a kernel without an estimate
+    elif any(j.opcode == "gather" for j in inner):  # rows gathered by a kernel without an estimate
         yield Op(**common, opcode="gather", kind="pallas", bytes=2 * shape_bytes(i.shape))
 
 
 def _on_sparse_core(done: Instruction, here: dict[str, Instruction]) -> bool:
-    """Whether what ends here was started on a sparse core, which has no estimate."""
+    """Return True if this async operation was started on a sparse core, which has no cycle estimate."""
     started = done
     while (
         started.opcode in ("async-done", "async-update", "get-tuple-element") and started.operands[0] in here
@@ -352,6 +357,6 @@ def _on_sparse_core(done: Instruction, here: dict[str, Instruction]) -> bool:
 
 
 def _first(shape: str) -> str:
-    """The first array of a tuple's shape."""
+    """Return the first array shape of a tuple shape, or ""."""
     found = re.search(r"[a-z]\w*\[[\d,]*\]", shape)
     return found[0] if found else ""

@@ -1,4 +1,4 @@
-"""What a model is and what it takes: parameters, cache, and bytes per chip on a mesh; nothing is loaded."""
+"""Describe a model without loading it: parameters, cache, and bytes per chip on a mesh."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from jaxseek.storage.hub import hub_hint, model_place
 
 
 def read_config(model: str) -> ModelConfig:
-    """The config of a preset name, a checkpoint or Hugging Face directory, or a config.json."""
+    """Read the config of a preset, a checkpoint or Hugging Face directory, or a config.json.
+
+    Raises ConfigError if `model` is none of these.
+    """
     path = model_place(model, weights=False)
     if path.exists():
         return ModelConfig.from_hf(path)
@@ -31,7 +34,7 @@ def read_config(model: str) -> ModelConfig:
 
 
 def read_quantization(model: str) -> dict[str, Spec]:
-    """How the parameters of a checkpoint directory are quantised; empty where they are not."""
+    """Return how the parameters of a checkpoint directory are quantised; empty if they are not."""
     path = model_place(model, weights=False)
     if models.kind_of(path) != "jaxseek":
         return {}
@@ -46,7 +49,10 @@ def describe(
     batch: int = 1,
     quantization: Mapping[str, Spec] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Counts and bytes of a model in `dtype`, where not quantised, and what one chip of a mesh holds."""
+    """Return counts and bytes of a model, and the bytes that one chip of a mesh holds.
+
+    `dtype` applies to parameters that `quantization` does not name.
+    """
     strategy = Strategy.parse(mesh)
     model = quantized(DeepSeek.abstract(cfg, strategy, jnp.dtype(dtype)), quantization)
     place_experts(model)
@@ -79,7 +85,7 @@ def describe(
 
 
 def budget_rows(proposal: dict[str, Any]) -> dict[str, str]:
-    """A proposal of `jaxseek.train.scaling.propose`, as lines to read."""
+    """Format a proposal of `jaxseek.train.scaling.propose` as {label: text}."""
     scale, found = proposal["model_flops_per_token"], proposal["nearest_preset_flops_per_token"]
     rows = {
         "learning rate": f"{proposal['learning_rate']:.2e}",
@@ -94,7 +100,7 @@ def budget_rows(proposal: dict[str, Any]) -> dict[str, str]:
 
 
 def _short(n: float) -> str:
-    """Three digits and a letter: 1.02M, 19.0B, 858B."""
+    """Format a number with three digits and a suffix: 1.02M, 19.0B, 858B."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if n >= size:
             return f"{n / size:#.3g}".rstrip(".") + letter

@@ -1,7 +1,7 @@
-"""What the lab compiles: a step of ours for a slice, and the shapes that it is called with.
+"""Steps that the lab compiles for a slice, and the abstract arguments they are called with.
 
-The step is the one that runs: the engine's prefill and decode, the trainer's optimizer step. Nothing of it is
-modelled here, and nothing is allocated.
+Each step is the one that runs in production: the engine's prefill and decode, the trainer's optimizer step.
+Nothing is remodelled here, and nothing is allocated.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from jaxseek.train.optimizer import decays, make_optimizer
 from jaxseek.train.step import State, make_step, trained
 
 WORKLOADS = ("decode", "prefill", "train", "rollout", "grpo")
-# What else a GRPO step runs: it lays the policy out for decoding, reads prompts, gives their answers slots,
-# and computes log-probabilities.
+# The other programs of a GRPO step: lay the policy out for decoding, prefill prompts, give their answers
+# batch slots, and compute log-probs.
 OF_GRPO = ("lay out", "read", "seat", "log-probs")
 WEIGHTS = ("bf16", "int8", "int4", "fp8")
 TOKENS_PER_DISPATCH = 32  # the engine's default
@@ -50,13 +50,14 @@ TOKENS_PER_DISPATCH = 32  # the engine's default
 
 @dataclass(frozen=True)
 class Job:
-    """One thing to compile: `batch` sequences of `context` tokens, in the cache (decode, rollout) or read.
+    """One program to compile for `batch` sequences of `context` tokens, in the cache or as input.
 
-    Training rests in float32 (its moments in bfloat16) and computes in bfloat16, as the trainer does with
-    DeepSeek-V3's run file; `grpo` is the update on sampled answers, a row of `context` tokens each. With
-    `lora` only adapters of that rank are trained, on bfloat16 weights. A `run` says all of this itself, and
-    `batch` is then the rows of a microbatch. All workloads but `train` leave the multi-token module out, as
-    `convert --no-mtp` does.
+    The cache holds them for decode and rollout. Training keeps weights in float32 and moments in bfloat16 and
+    computes in bfloat16, as the trainer does with DeepSeek-V3's run file. `grpo` is the update on sampled
+    answers, one row of `context` tokens each. With `lora` only adapters of that rank are trained, on bfloat16
+    weights. A `run` states all of this itself, and `batch` is then the rows of a microbatch. All workloads
+    but `train` drop the multi-token-prediction module, as `convert --no-mtp` does. Raises ConfigError for
+    settings that do not go together.
     """
 
     cfg: ModelConfig
@@ -108,7 +109,7 @@ class Job:
 
     @property
     def phase(self) -> str:
-        """The table of the strategy that lays this workload out."""
+        """Name of the strategy's rule table that lays this workload out."""
         return {
             "rollout": "decode", "grpo": "train", "log-probs": "train",
             "lay out": "decode", "read": "prefill", "seat": "decode",
@@ -116,7 +117,7 @@ class Job:
 
     @property
     def trains(self) -> bool:
-        """Whether it computes as training does, with the trainer's weights."""
+        """True for workloads that use the trainer's weights and rules."""
         return self.phase == "train"
 
     @property
@@ -130,17 +131,17 @@ class Job:
 
     @property
     def float32_moments(self) -> bool:
-        """Whether the optimizer's moments rest in float32: those of adapters do."""
+        """True if the optimizer's moments are stored in float32, as those of adapters are."""
         return self.run.optimizer.moments == "float32" if self.run else bool(self.lora)
 
     @property
     def tokens(self) -> int:
-        """Tokens that a step makes or reads."""
+        """Tokens processed per step."""
         return self.microbatches * self.batch * (1 if self.phase == "decode" else self.context)
 
 
 def abstract_model(job: Job) -> DeepSeek:
-    """The model's shapes and shardings, in the dtype that its weights rest in."""
+    """Return the model's shapes and shardings, in the dtype in which its weights are stored."""
     dtype = jnp.dtype((job.run.compute_dtype if job.run else "") or "bfloat16")
     if (job.trains or job.run) and not job.lora:
         dtype = jnp.dtype("float32")
@@ -150,7 +151,7 @@ def abstract_model(job: Job) -> DeepSeek:
 
 
 def job_weights(model: DeepSeek, weights: str) -> DeepSeek:
-    """An abstract model with its weights as the job has them: the one place that knows of quantised ones."""
+    """Give an abstract model the job's kind of weights. Only this function knows the quantised kinds."""
     if weights == "bf16":
         return model
     return quantize_abstract(model, weights)
@@ -160,8 +161,10 @@ def job_weights(model: DeepSeek, weights: str) -> DeepSeek:
 
 
 def abstract_step(job: Job, mesh: Mesh) -> tuple[Any, tuple, dict[str, int]]:
-    """The jitted step, the abstract arguments it is called with, and their bytes per device by kind. The
-    mesh must be set."""
+    """Return the jitted step, its abstract arguments, and their bytes per device by kind.
+
+    The mesh must be the current one (`jax.set_mesh`).
+    """
 
     def array(shape: Any, dtype: Any, spec: P) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
@@ -174,7 +177,7 @@ def abstract_step(job: Job, mesh: Mesh) -> tuple[Any, tuple, dict[str, int]]:
 
     model, run = fill(abstract_model(job), mesh, value), train_run(job)
     model = lora.adapt(model, run.lora, 0) if job.lora else model
-    if job.run and job.workload in ("read", "seat", "rollout"):  # by the sampler's copy of the policy
+    if job.run and job.workload in ("read", "seat", "rollout"):  # these use the sampler's copy of the policy
         layout = functools.partial(in_decode, dtype=sampling_dtype(run))
         model = placed(jax.eval_shape(layout, model))
     reference = 0
@@ -206,7 +209,7 @@ def abstract_step(job: Job, mesh: Mesh) -> tuple[Any, tuple, dict[str, int]]:
 
 
 def _state(job: Job, model: DeepSeek, dtype: str, array: Any, placed: Any) -> engine.State:
-    """The engine's state between dispatches, for `batch` sequences of `context` tokens."""
+    """Abstract engine state between dispatches, for `batch` sequences of `context` tokens."""
     B, rules = job.batch, job.rules
     caches = placed(jax.eval_shape(lambda: model.init_caches(B, job.context, dtype, rules)))
     kinds = (jnp.int32, jnp.int32, jnp.bool)
@@ -234,8 +237,11 @@ def _prefill(job: Job, model: DeepSeek) -> tuple[Any, tuple]:
 
 
 def train_run(job: Job) -> RunConfig:
-    """The run that a training job is a step of, unless it has one: DeepSeek-V3's pretraining as run_config.py
-    has it, or GRPO as R1-Zero's, with a context that prompts and answers share evenly."""
+    """Return the run that a training job is one step of.
+
+    A job without a run gets DeepSeek-V3's pretraining as the defaults of config/run.py have it, or GRPO as
+    for R1-Zero with prompts and answers sharing the context evenly.
+    """
     if job.run is not None:
         return job.run
     raw: dict[str, Any] = {
@@ -272,10 +278,10 @@ def _objective(job: Job, run: RunConfig) -> Objective:
 
 
 def _batch(job: Job, run: RunConfig, array: Any) -> Batch:
-    """All microbatches of a step, on the devices."""
-    rows = np.zeros((job.microbatches * job.batch, 2), np.int8)  # of any length: only the fields are wanted
+    """Abstract batch on the mesh with all microbatches of a step."""
+    rows = np.zeros((job.microbatches * job.batch, 2), np.int8)  # any length: only the fields are used
     fields = make_batch(rows, rows, rows, job.cfg.num_nextn_predict_layers, job.microbatches)
-    if run.objective == "grpo":  # with the log-probabilities that a rollout records, and others as wanted
+    if run.objective == "grpo":  # sampling log-probs, and the others that the run needs
         known = {"mask", "advantage", "sampled"} | ({"reference"} if run.grpo.beta else set())
         known |= {"drawn"} if run.grpo.importance_cap else set()
         known |= {"old"} if run.grpo.old_logprobs == "trainer" else set()
@@ -296,21 +302,21 @@ def _batch(job: Job, run: RunConfig, array: Any) -> Batch:
     return placed
 
 
-# -------------------------------------------------------------------- what else a GRPO step runs
+# -------------------------------------------------------------------- the other programs of a GRPO step
 
 
 def sampling_dtype(run: RunConfig) -> str:
-    """The dtype of a rollout's weights and caches."""
+    """Dtype of a rollout's weights and caches."""
     return run.rollout.dtype or run.compute_dtype or "bfloat16"
 
 
 def room(run: RunConfig, strategy: Strategy) -> groups.Room:
-    """Shapes of a rollout and of an evaluation, whichever are larger: that has a prompt for every answer."""
-    rollout, held_out = run.rollout, at_a_time(run)
+    """Return array shapes that hold both a rollout and an evaluation, which has one answer per prompt."""
+    rollout, eval_prompts = run.rollout, at_a_time(run)
     need = rollout.max_prompt_tokens + rollout.max_new_tokens
     sizes = (rollout.max_prompt_tokens, need, rollout.slots)
     one = groups.Room.of(strategy, rollout.prompts, run.grpo.group_size, *sizes)
-    other = groups.Room.of(strategy, held_out, 1, *sizes)
+    other = groups.Room.of(strategy, eval_prompts, 1, *sizes)
     return dataclasses.replace(
         one, prompts=max(one.prompts, other.prompts), slots=max(one.slots, other.slots)
     )
@@ -326,7 +332,7 @@ def _records_experts(run: RunConfig) -> bool:
 
 
 def _reference(run: RunConfig, model: DeepSeek) -> DeepSeek:
-    """The policy that KL is measured against, as ReferencePolicy has it."""
+    """Return the policy that KL is measured against, laid out as ReferencePolicy does."""
     if run.reference.kind == "base":
         return lora.base(model)
     return cast(lora.merged(model) if is_adapted(model) else model, run.compute_dtype or "bfloat16")

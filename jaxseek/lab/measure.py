@@ -1,6 +1,6 @@
-"""Running what the lab compiles where its devices are: arguments made on them, and the median of a few steps.
+"""Run a job's step on its devices: make the arguments there, and take the median of a few timed steps.
 
-Nothing here knows which devices they are; `devices_of` does, and refuses others than the job's slice.
+Everything here is independent of the devices, except `devices_of`, which rejects any but the job's slice.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from jaxseek.storage.place import Mirror, writable
 from jaxseek.train import step as train
 from jaxseek.train.batch import Batch
 
-WARM_UP = 3  # calls: the first compiles, the second may still move data
+WARM_UP = 3  # calls; the first compiles, the second may still move data
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of each timed call, a decode step's share of its dispatch; the device as it calls itself."""
+    """Seconds of each timed call (per decode step, where a call is a dispatch), and JAX's device kind."""
 
     seconds: tuple[float, ...]
     device: str
@@ -49,7 +49,7 @@ class Measured:
 
 
 def devices_of(topology: Topology, devices: Sequence[Any]) -> list[Any]:
-    """These devices, if they are the slice. Raises ConfigError: what was found, and what is needed."""
+    """Return `devices` if they are the slice; raise ConfigError that names those found and those needed."""
     chip, n = topology.chip, topology.num_devices
     kinds = sorted({f"{d.device_kind} ({d.platform})" for d in devices})
     found = f"{len(devices)} x {', '.join(kinds)}" if devices else "no devices"
@@ -65,8 +65,11 @@ def devices_of(topology: Topology, devices: Sequence[Any]) -> list[Any]:
 
 
 def measure(job: Job, mesh: Mesh, repeats: int, trace: str | None = None) -> Measured:
-    """Run the job's step on a mesh: WARM_UP calls, then `repeats` that are timed, then with `trace` one more
-    whose profile is written there. Weights are random numbers, made on the devices, in the job's dtype."""
+    """Run the job's step on a mesh: WARM_UP calls, then `repeats` timed ones.
+
+    With `trace`, one more call is profiled and the profile written there. Weights are random numbers in the
+    job's dtype, made on the devices.
+    """
     with jax.set_mesh(mesh):
         step, args, _ = abstract_step(job, mesh)
         call = _Calls(job, step, args)
@@ -84,12 +87,12 @@ def measure(job: Job, mesh: Mesh, repeats: int, trace: str | None = None) -> Mea
 
 
 class _Calls:
-    """Calls of a step, each until its results are there, with the state that the last one gave back."""
+    """A step and its arguments; each call blocks on the results and carries the state over to the next."""
 
     def __init__(self, job: Job, step: Any, args: Sequence[Any]):
         self.job, self.step, self.decodes = job, step, job.phase == "decode"
         self.args = [realise(a, job) for a in args]
-        if self.decodes:  # in layouts of the compiler's choice
+        if self.decodes:  # the compiler chooses the layouts
             self.step = step.lower(*args).compile()
             weights, self.cached, *_ = self.step.input_formats[0]
             self.args[0] = in_formats(self.args[0], weights, donate=True)
@@ -99,8 +102,8 @@ class _Calls:
             self.args[1] = in_formats(self.args[1], self.cached)
         out = jax.block_until_ready(self.step(*self.args))
         for i, a in enumerate(self.args):
-            if isinstance(a, engine.State):  # goes on at the same length
-                again = {"position_B": _position(self.job, a.position_B.sharding)}
+            if isinstance(a, engine.State):  # every call decodes from the same cache length
+                again = {"position_B": _last_position(self.job, a.position_B.sharding)}
                 again["done_B"] = constant(out[0].done_B, False)
                 self.args[i] = dataclasses.replace(out[0], **again)
             elif isinstance(a, train.State):
@@ -112,8 +115,7 @@ class _Calls:
 
 
 def realise(arg: Any, job: Job) -> Any:
-    """An abstract argument of a job's step with values: weights and caches of random numbers, random tokens;
-    what has values already is as it was."""
+    """Fill an abstract argument of a job's step with random weights, caches and tokens; keep the rest."""
     vocab = job.cfg.vocab_size
     if isinstance(arg, DeepSeek):
         return fill(arg, jax.sharding.get_mesh(), _weight(job))
@@ -122,7 +124,7 @@ def realise(arg: Any, job: Job) -> Any:
         return engine.State(
             caches,
             tokens(arg.token_B, vocab),
-            _position(job, arg.position_B.sharding),
+            _last_position(job, arg.position_B.sharding),
             constant(arg.done_B, False),
         )
     if isinstance(arg, train.State):
@@ -148,32 +150,35 @@ def _weight(job: Job) -> Callable[[str, Any, NamedSharding], jax.Array]:
         value, std = param.get_value(), job.cfg.initializer_range
         if (given := param.get_metadata("fill")) is not None:
             return constant(value, given)
-        if path.endswith(".scale"):  # of a quantised matrix
+        if path.endswith(".scale"):  # scale of a quantised matrix
             return constant(value, std / 64)
         return uniform(value, 64.0 if job.weights != "bf16" and value.dtype.itemsize == 1 else std)
 
     return make
 
 
-def _position(job: Job, sharding: Any) -> jax.Array:
-    """Of the last token of every row, so that a dispatch fills the cache to its last slot."""
+def _last_position(job: Job, sharding: Any) -> jax.Array:
+    """Position of the last token of every row, such that a dispatch fills the cache to its last slot."""
     start = max(0, job.context - TOKENS_PER_DISPATCH - 1)
     return constant(jax.ShapeDtypeStruct((job.batch,), jnp.int32, sharding=sharding), start)
 
 
 def constant(a: Any, value: Any) -> jax.Array:
-    """An array like the abstract `a`, of one value."""
+    """Make an array like the abstract `a`, filled with one value."""
     return _made(a, _constant, value)
 
 
 def tokens(a: Any, vocab: int) -> jax.Array:
-    """An array like the abstract `a`, of numbers from 0 to below `vocab`."""
+    """Make an array like the abstract `a`, of pseudo-random ints in [0, vocab)."""
     return _made(a, _tokens, vocab)
 
 
 def uniform(a: Any, std: float) -> jax.Array:
-    """An array like the abstract `a`, of mean 0 and this standard deviation; whole numbers keep to their
-    dtype's range. A hash of every number's place: no buffer of random bits beside the array."""
+    """Make an array like the abstract `a`, uniform with mean 0 and standard deviation `std`.
+
+    Integer dtypes are rounded and kept in range. Values are hashes of each element's index, so that no buffer
+    of random bits exists beside the array.
+    """
     return _made(a, _uniform, std)
 
 
@@ -197,7 +202,7 @@ def _uniform(a: Any, std: float) -> jax.Array:
 
 
 def _hash(a: Any) -> jax.Array:
-    """Of every place of an array, 32 bits that look random (murmur3's finaliser on the linear index)."""
+    """Hash each element's linear index to 32 pseudo-random bits (murmur3's finaliser)."""
     bits = jnp.uint32(math.prod(a.shape) % 2**32)
     for axis in range(a.ndim):
         stride = math.prod(a.shape[axis + 1 :]) % 2**32
@@ -216,6 +221,6 @@ def _made(a: Any, make: Callable[[Any, Any], jax.Array], given: Any) -> jax.Arra
 def _program(
     make: Callable[[Any, Any], jax.Array], given: Any, shape: tuple[int, ...], dtype: Any, sharding: Any
 ) -> Callable[[], jax.Array]:
-    """Compiled once for all arrays that are alike, and not within every timed call."""
+    """Compile one program for all arrays that are alike, ahead of the timed calls."""
     a = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
     return jax.jit(lambda: make(a, given), out_shardings=sharding)

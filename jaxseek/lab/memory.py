@@ -1,9 +1,9 @@
-"""Memory of one device at each point of a GRPO step: its programs compiled, and their bytes added up.
+"""Sum the memory of one device at each point of a GRPO step from its compiled programs.
 
-The trainer's state stays on the devices throughout. A rollout adds its copy of the weights, which is made
-before the step and let go before log-probabilities are computed (rl/rollout.py); the caches of the prompts
-that were read, and those of the sequences that decode. A reference on the devices stays as well, one in the
-hosts' memory is brought for its log-probabilities alone (rl/reference.py).
+The trainer's state stays on the devices throughout. A rollout adds its copy of the weights, made before it
+and freed before log-probs are computed (rl/rollout.py), the caches of the prefilled prompts and those of the
+decoding sequences. A reference on the devices stays too; one in host memory is copied to the devices only for
+its log-probs (rl/reference.py).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Point:
-    """A point of the step, and bytes of a device by what they are for, as COLUMNS names them."""
+    """A point of the step, and its bytes per device by COLUMNS."""
 
     name: str
     parts: dict[str, float]
@@ -43,7 +43,7 @@ class Point:
 
 
 def programs(job: Job) -> dict[str, Job]:
-    """The programs of the step whose update `job` is, by workload, in the order in which they run."""
+    """Return the programs of the GRPO step whose update is `job`, by workload, in execution order."""
     run = train_run(job)
     job, found = dataclasses.replace(job, run=run), room(run, job.strategy)
     decoding = {"batch": found.slots, "context": found.capacity}
@@ -61,15 +61,15 @@ def programs(job: Job) -> dict[str, Job]:
 
 
 def points(job: Job, compiled: Mapping[str, Compiled]) -> list[Point]:
-    """The sums, given all that `programs` names, compiled."""
+    """Sum the memory at every point, given all the `programs`, compiled."""
     given, rollout = compiled["grpo"].given, compiled["rollout"]
     trainer = {"weights": given["weights"], "moments": given["optimizer"]}
-    trainer["padding"] = compiled["grpo"].memory["argument"] - sum(trainer.values())  # and the batch
+    trainer["padding"] = compiled["grpo"].memory["argument"] - sum(trainer.values())  # includes the batch
     kind, reference = train_run(job).reference.kind, 0.0
     if "log-probs" in compiled:
         reference = compiled["log-probs"].given["reference"]
-    copy = _made(compiled["lay out"])  # without the arrays that it shares with the policy
-    prompts = _made(compiled["read"])
+    copy = _new_outputs(compiled["lay out"])  # arrays shared with the policy alias it
+    prompts = _new_outputs(compiled["read"])
     cache = rollout.memory["argument"] - rollout.given["weights"]
     more: dict[str, dict[str, float]] = {
         "lay out": {"rollout": copy},
@@ -84,18 +84,18 @@ def points(job: Job, compiled: Mapping[str, Compiled]) -> list[Point]:
         parts = dict.fromkeys(COLUMNS, 0.0) | trainer | more[name]
         parts["reference"] = reference if kind == "device" else parts["reference"]
         own = program.memory["temp"] + program.memory["generated_code"]
-        parts["temp"] = own + (_made(program) if name in ("rollout", "log-probs", "grpo") else 0.0)
+        parts["temp"] = own + (_new_outputs(program) if name in ("rollout", "log-probs", "grpo") else 0.0)
         found.append(Point(NAMES[name], parts))
     return found
 
 
-def _made(program: Compiled) -> float:
-    """Bytes of results that do not take an argument's place."""
+def _new_outputs(program: Compiled) -> float:
+    """Bytes of results that do not alias an argument."""
     return program.memory["output"] - program.memory["alias"]
 
 
 def table(found: list[Point], usable: float) -> list[str]:
-    """The sums as text, GiB."""
+    """Format the points as a text table in GiB."""
     columns = [c for c in COLUMNS if any(p.parts[c] > 2**20 for p in found)]
     most = max(found, key=lambda p: p.total)
     out = [

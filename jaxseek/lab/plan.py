@@ -1,4 +1,4 @@
-"""`jaxseek plan`: one strategy on one slice, compiled and reported."""
+"""`jaxseek plan`: compile one strategy on one slice and report its cost."""
 
 from __future__ import annotations
 
@@ -42,14 +42,17 @@ def plan(
     repeats: int = 0,
     trace: str | None = None,
 ) -> int:
-    """Compile the step and print what it costs; with `repeats`, run it here too, that often, and with `trace`
-    write a profile of it. `model` may be a run file, which then says all else but the slice. Returns 1 for a
-    program that does not fit."""
+    """Compile the step and print its cost.
+
+    `model` may be a run file, which then states everything but the slice. With `repeats`, the step also runs
+    here that many times, and `trace` writes a profile of it. Returns 1 if a program does not fit. Raises
+    ConfigError.
+    """
     outputs = {"as_json": as_json, "hlo": hlo, "plot": plot, "repeats": repeats, "trace": trace}
     if not is_run_file(model):
         raise_near_run_file(model)
         workload, context = workload or "decode", context or 2048
-        if batch is None:  # training needs a row for every device
+        if batch is None:  # training needs at least one row per device
             trains = workload in ("train", "grpo")
             batch = max(8, Topology.parse(topology).num_devices if trains else 0)
         shape = (workload, batch, context, weights or "bf16", lora or 0, remat or "full")
@@ -82,7 +85,7 @@ def _plan(
     repeats: int,
     trace: str | None,
 ) -> int:
-    """`plan` of one job."""
+    """Plan one job."""
     devices = devices_of(job.topology, jax.devices()) if repeats else []
     writes = not devices or jax.process_index() == 0
     console = Console(stderr=True)
@@ -123,7 +126,7 @@ def _plan(
 
 
 def _compiled(job: Job, which: str, console: Console) -> Compiled:
-    """A program of the plan, with a note of its progress; `which` one of several it is, if it is."""
+    """Compile one program of the plan, showing progress; `which` names it if there are several."""
     held = first_pass(job).held / 2**30
     if which and not console.is_terminal:
         console.print(f"{which}compiling", highlight=False)
@@ -132,7 +135,7 @@ def _compiled(job: Job, which: str, console: Console) -> Compiled:
 
 
 def beside(r: Report, measured: Measured) -> str:
-    """What was measured, and what of it the estimate had said."""
+    """Format the measured time, and the estimate and roofline as fractions of it."""
     ms, share = measured.median * 1e3, r.dispatch / TOKENS_PER_DISPATCH if r.job.phase == "decode" else 0.0
     low, high = ((t + share) / measured.median for t in (r.lower, r.upper))
     return (
@@ -164,7 +167,7 @@ def make_job(
     lora: int = 0,
     remat: str = "full",
 ) -> tuple[Job, str]:
-    """The job, and in words where its layout comes from. Raises ConfigError."""
+    """Return the job, and a phrase that says where its layout comes from. Raises ConfigError."""
     slice_, shape = Topology.parse(topology), (workload, batch, context, weights, lora, remat)
     if mesh is not None:
         return Job(cfg, Strategy.parse(mesh), slice_, *shape), mesh
@@ -184,9 +187,9 @@ def make_job(
 
 
 def shipped(cfg: ModelConfig, topology: Topology, workload: str) -> list[Path]:
-    """Shipped layouts for a model of these shapes: configs/meshes/PRESET.CHIP-AxB.WORKLOAD[.NOTE].toml.
+    """Find shipped layouts for a model of these shapes: configs/meshes/PRESET.CHIP-AxB.WORKLOAD[.NOTE].toml.
 
-    Rollouts take those for decoding; GRPO those of its own first, then those for training.
+    A rollout uses those for decoding; GRPO prefers its own to those for training.
     """
     wanted = {"rollout": ("decode",), "grpo": ("grpo", "train")}.get(workload, (workload,))
     found = []

@@ -1,4 +1,4 @@
-"""A run file as the lab compiles it: the job that `jaxseek train RUN.toml` would run on a slice."""
+"""Turn a run file into the job that `jaxseek train RUN.toml` would run on a slice."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from jaxseek.storage.hub import model_place
 from jaxseek.storage.place import place
 from jaxseek.train import start
 
-WORKLOAD = {"pretrain": "train", "sft": "train", "grpo": "grpo"}  # of an objective
+WORKLOAD = {"pretrain": "train", "sft": "train", "grpo": "grpo"}  # by objective
 
 
 def read_runs(path: str, overrides: Sequence[str] = ()) -> dict[str, tuple[RunConfig, str]]:
-    """The runs of a file that can be planned, with their models, by name: one, or a pipeline's stages.
+    """Read the plannable runs of a file as {name: (run, model)}: one run, or a pipeline's stages.
 
-    A stage's model may be what another leaves: then it has the shapes of the one that that began with. Raises
-    ConfigError where no stage can be planned.
+    A stage that starts from another stage's output has the shapes of the model that the first one started
+    from. Raises ConfigError if no stage can be planned.
     """
     if "stages" not in read_toml(path, list(overrides)):
         run = RunConfig.from_toml(path, list(overrides))
@@ -47,7 +47,7 @@ def read_runs(path: str, overrides: Sequence[str] = ()) -> dict[str, tuple[RunCo
 
 
 def job_of(run: RunConfig, model: str, topology: str) -> Job:
-    """A step of the run on a slice. Raises ConfigError where they do not go together."""
+    """Return the job of one step of the run on a slice. Raises ConfigError if run and slice do not match."""
     slice_, cfg = Topology.parse(topology), start.with_changes(run, config_of(model))
     strategy = Strategy.parse(run.mesh or {"fsdp": slice_.num_devices})
     workload = WORKLOAD[run.objective]
@@ -61,7 +61,10 @@ def job_of(run: RunConfig, model: str, topology: str) -> Job:
 
 
 def config_of(model: str) -> ModelConfig:
-    """The config of a run's model, which need not be here: a directory may have a preset's name."""
+    """Return the config of a run's model. The model need not exist here if its directory has a preset's name.
+
+    Raises ConfigError otherwise.
+    """
     at = model_place(model, weights=False)
     if models.kind_of(at) is not None:
         return ModelConfig.from_hf(at)
@@ -75,7 +78,7 @@ def config_of(model: str) -> ModelConfig:
 
 
 def check_agrees(path: str, job: Job, given: Mapping[str, Any]) -> None:
-    """Raise ConfigError for arguments of the command line that say otherwise than the run file."""
+    """Raise ConfigError for command-line arguments that contradict the run file."""
     assert job.run is not None
     said = {
         "mesh": job.run.mesh, "workload": job.workload, "batch": job.batch, "context": job.context,

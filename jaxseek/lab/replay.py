@@ -1,4 +1,4 @@
-"""`jaxseek placement`: a recorded trace of routed experts, served under several placements of the experts."""
+"""`jaxseek placement`: replay a trace of routed experts under several placements of the experts."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ from jaxseek.storage import place as places
 
 @dataclass(frozen=True)
 class Load:
-    """How many tokens chose each expert: `load_TLE` [steps, sparse layers, experts]; the groups that experts
-    are in."""
+    """Tokens per expert, `load_TLE` [steps, sparse layers, experts], and the number of expert groups."""
 
     load_TLE: np.ndarray
     groups: int = 1
 
 
 def counts(ids: np.ndarray, experts: int) -> np.ndarray:
-    """Tokens of every expert [T, L, E] from routed ids [T, L, tokens, K]; -1 stands for no token. Raises
-    ConfigError for others."""
+    """Count tokens per expert [T, L, E] from routed ids [T, L, tokens, K], where -1 marks no token.
+
+    Raises ConfigError for other shapes or ids out of range.
+    """
     if ids.ndim != 4 or ids.max(initial=-1) >= experts or ids.min(initial=0) < -1:
         raise ConfigError(
             f"routed ids have shape {list(ids.shape)} and go from {ids.min(initial=0)} to "
@@ -50,8 +51,11 @@ def counts(ids: np.ndarray, experts: int) -> np.ndarray:
 
 
 def read_load(path: str | Path) -> Load:
-    """From `.npz` with `ids` [steps, layers, tokens, K] and `experts`, or `load` [steps, layers, experts],
-    each with `groups` or without; or `.npy` of loads, also [layers, experts]. Raises ConfigError."""
+    """Read a trace. Raises ConfigError for any other content.
+
+    A `.npz` has `ids` [steps, layers, tokens, K] and `experts`, or `load` [steps, layers, experts], and
+    optionally `groups`; a `.npy` has loads, also of shape [layers, experts].
+    """
     try:
         raw: Any = np.load(io.BytesIO(places.place(path).read_bytes()))
         found = {name: raw[name] for name in raw.files} if hasattr(raw, "files") else {"load": raw}
@@ -71,8 +75,10 @@ def read_load(path: str | Path) -> Load:
 def record(
     model: DeepSeek, prompts: Sequence[Sequence[int]], sampling: Sampling, path: str | None = None
 ) -> Load:
-    """Decode all prompts side by side, and count the experts of every step; with `path` the ids are written
-    there. Rows that have ended leave -1. Raises ConfigError for a model without experts."""
+    """Decode all prompts side by side and count the experts of every step; `path` receives the ids.
+
+    Finished rows have id -1. Raises ConfigError for a model without experts, or if there is no decode step.
+    """
     cfg = model.cfg
     if not cfg.n_routed_experts:
         raise ConfigError(f"a {cfg.model_type} model without experts has no routing to record")
@@ -86,16 +92,15 @@ def record(
     for b, ids_LTK in enumerate(own):
         ids[: ids_LTK.shape[1], :, b] = ids_LTK.swapaxes(0, 1)
     if path:
-        held = io.BytesIO()
-        np.savez_compressed(held, ids=ids, experts=cfg.n_routed_experts, groups=cfg.n_group)
-        places.write_bytes(places.writable(path), held.getvalue())
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, ids=ids, experts=cfg.n_routed_experts, groups=cfg.n_group)
+        places.write_bytes(places.writable(path), buffer.getvalue())
     return Load(counts(ids, cfg.n_routed_experts), cfg.n_group)
 
 
 @dataclass(frozen=True)
 class Served:
-    """A placement and what it makes of a trace: of every step, layer and device the tokens it serves and the
-    experts it reads [T, L, devices]."""
+    """A trace served under one placement: tokens served and experts read, each [steps, layers, devices]."""
 
     name: str
     placement: Placement
@@ -103,7 +108,7 @@ class Served:
     read_TLD: np.ndarray
 
     def to_dict(self) -> dict[str, Any]:
-        """Means over steps and layers; of the busiest device in each, and of all."""
+        """Summarise as means over steps and layers, for the busiest device of each and over all devices."""
         return {
             "placement": self.name,
             "slots_per_device": self.placement.expert_LS.shape[1] // self.tokens_TLD.shape[2],
@@ -117,9 +122,11 @@ class Served:
 
 
 def compare(load: Load, devices: int, redundant: int, nodes: int = 1) -> list[Served]:
-    """The second half of a trace under: experts in their order, EPLB by the loads of the first half, and that
-    with `redundant` more slots (where not 0). A trace of one step is both. Raises ConfigError for numbers
-    that do not divide."""
+    """Serve the second half of a trace in expert order, by EPLB, and by EPLB with `redundant` more slots.
+
+    EPLB places experts by the loads of the first half; a trace of one step serves as both halves. The last
+    placement is left out if `redundant` is 0. Raises ConfigError if the sizes do not divide.
+    """
     load_TLE = load.load_TLE
     T, L, E = load_TLE.shape
     if T == 0 or not load_TLE.any():
@@ -136,16 +143,16 @@ def compare(load: Load, devices: int, redundant: int, nodes: int = 1) -> list[Se
 
 
 def keep(load: Load, devices: int, redundant: int, nodes: int, path: str) -> None:
-    """Write the load balancer's placement by a whole trace, for a strategy that serves."""
+    """Write the EPLB placement for a whole trace to `path`, for a strategy used in serving."""
     load_LE = load.load_TLE.sum(axis=0).astype(float)
     balance.write(path, place(load_LE, load_LE.shape[1] + redundant, load.groups, nodes, devices))
 
 
-# -------------------------------------------------------------------- to read
+# -------------------------------------------------------------------- output
 
 
 def show(load: Load, served: list[Served], as_json: bool = False, plot: str | None = None) -> None:
-    """Print the comparison, and draw it."""
+    """Print the comparison, as a table or as JSON, and plot it to `plot`."""
     T, L, E = load.load_TLE.shape
     if plot:
         draw(served, plot)
@@ -185,7 +192,7 @@ def show(load: Load, served: list[Served], as_json: bool = False, plot: str | No
 
 
 def draw(served: list[Served], path: str) -> None:
-    """A picture: tokens and experts read of the devices, busiest first in every step and layer."""
+    """Plot tokens and experts read per device, ranked from the busiest in every step and layer."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""A compiled step as figures: time by kind and scope, limits, rates, dearest operations, collectives."""
+"""Report a compiled step: time by kind and scope, bounds, rates, costliest operations, collectives."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS: tuple[str, ...] = ("xla", "pallas", "collective", "copy")
 
 @dataclass(frozen=True)
 class Timed:
-    """An operation with the seconds of all its turns."""
+    """An operation with the seconds of all its executions and, for a collective, its mesh axes."""
 
     op: Op
     seconds: float
@@ -30,11 +30,11 @@ class Timed:
 
 @dataclass(frozen=True)
 class Report:
-    """A step on one device. `seconds` by kind; `lower` overlaps everything, `upper` nothing.
+    """One step on one device. `lower` overlaps all kinds of work, `upper` none; both in seconds.
 
-    `xla` and `pallas` share the core and add up; prefetches from HBM (`copy`) and collectives that the
-    schedule starts ahead may run beside them. The core waits for all other collectives, `awaited` seconds:
-    where there are such, `lower` is out of reach, and `expected` adds them. `dispatch` are seconds outside
+    `xla` and `pallas` share the core, so their `seconds` add up; prefetches from HBM (`copy`) and collectives
+    that the schedule starts ahead may overlap with them. The core waits `awaited` seconds for all other
+    collectives: with those, `lower` is out of reach, and `expected` adds them. `dispatch` is the time outside
     the loop over decode steps, once per dispatch.
     """
 
@@ -69,12 +69,12 @@ class Report:
 
     @property
     def kernel_calls(self) -> int:
-        """Pallas calls of a step."""
+        """Pallas calls per step."""
         return sum(t.op.times for t in self.operations if t.op.kind == "pallas")
 
     @property
     def warnings(self) -> list[str]:
-        """Why the figures may be far too low."""
+        """Reasons why the figures may be far too low."""
         loops = self.left_out["loops_counted_once"]
         if not loops:
             return []
@@ -85,11 +85,11 @@ class Report:
 
     @property
     def core_cycles(self) -> float:
-        """XLA's cycles, and the kernels' by their cost estimates in cycles."""
+        """Cycles of XLA code plus the kernels' cost estimates in cycles."""
         return self.cycles + self.seconds["pallas"] * self.job.topology.chip.clock
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON has it; rates are [at the upper bound of time, at the lower]."""
+        """Return everything as JSON values; rates are pairs [at `upper`, at `lower`]."""
         job, e, chips = self.job, self.estimate, math.prod(self.job.topology.dims)
         rates = [job.tokens / t for t in (self.upper, self.lower)]
         return {
@@ -135,13 +135,13 @@ def _row(t: Timed) -> dict[str, Any]:
 
 
 def report(job: Job, compiled: Compiled) -> Report:
-    """What a compiled job costs."""
+    """Report the cost of a compiled job."""
     given, m = compiled.given, compiled.memory
     memory = {
         "weights": given["weights"],
         "cache": given.get("cache", 0.0),
         "optimizer": given.get("optimizer", 0.0),
-        "padding": m["argument"] - sum(given.values()),  # of tiles, and small inputs
+        "padding": m["argument"] - sum(given.values()),  # tile padding and small inputs
         "new_outputs": float(m["output"] - m["alias"]),
         "temp": float(m["temp"]),
         "code": float(m["generated_code"]),
@@ -154,7 +154,7 @@ def report(job: Job, compiled: Compiled) -> Report:
 def summarise(
     job: Job, program: Program, memory: dict[str, float], coords: Coords, compile_seconds: float = 0.0
 ) -> Report:
-    """The report of a program that has been read."""
+    """Report on a program that has been parsed."""
     decoding = job.phase == "decode"
     timed = [_time(op, job.topology, coords, job) for op in program.ops]
     step = [t for t in timed if not (decoding and t.op.dispatch)]
@@ -192,7 +192,7 @@ def _time(op: Op, topology: Topology, coords: Coords, job: Job) -> Timed:
     seconds = max(op.flops / chip.peak["bf16"], op.bytes / chip.hbm_bandwidth)
     if op.kind == "pallas":
         seconds *= filled(job) if re.match(r"t?gmm\b", op.name) else 1.0
-        if re.match(r"chosen_experts\b", op.name):  # which counts what a chip reads on average
+        if re.match(r"chosen_experts\b", op.name):  # its own estimate is for the average chip
             mean, most = touched_experts(job)
             seconds *= most / mean
         seconds = max(seconds, chip.operation_cycles / chip.clock)  # a call takes no less than any operation
@@ -200,14 +200,16 @@ def _time(op: Op, topology: Topology, coords: Coords, job: Job) -> Timed:
 
 
 def filled(job: Job) -> float:
-    """The share of the rows that a chip has room for that is its even share: megablox counts all of them, and
-    multiplies only what is there."""
+    """Share of a chip's padded rows that hold tokens when the load is even.
+
+    megablox's cost estimate counts all rows, but it multiplies only those with tokens.
+    """
     rules, cfg = job.rules, job.cfg
     parts = job.strategy.parts(rules, "expert")
     if rules.dispatch != "all_to_all" or parts == 1:
-        return 1 / parts  # all tokens' rows, of which those for experts elsewhere come last
+        return 1 / parts  # rows of all tokens; those for other chips' experts come last
     K, S = cfg.num_experts_per_tok, cfg.n_routed_experts + job.strategy.redundant_experts
-    room = parts * min(K, S // parts) / K  # in even shares
+    room = parts * min(K, S // parts) / K  # in units of the even share
     if rules.room_factor is not None:
         room = min(room, rules.room_factor)
     if rules.capacity_factor is not None:
@@ -215,11 +217,11 @@ def filled(job: Job) -> float:
     return min(1.0, 1 / room)
 
 
-# -------------------------------------------------------------------- to read
+# -------------------------------------------------------------------- output
 
 
 def lines(title: str, r: Report, memory: list[str] | None = None) -> str:
-    """The report as text; `memory` are lines in place of what the program alone takes."""
+    """Format the report as text; `memory` replaces the lines on the program's own memory."""
     s, e = {k: v * 1e3 for k, v in r.seconds.items()}, r.estimate
     reached = [e.limit / r.upper, e.limit / r.lower]
     chips = math.prod(r.job.topology.dims)
@@ -259,13 +261,13 @@ def lines(title: str, r: Report, memory: list[str] | None = None) -> str:
         size = f"{o.bytes / 1024:.1f} KiB over {t.axes}"
         out.append(f"    {t.seconds * count * 1e6:10.1f} {each:>12s} {o.opcode:18s} {size:34s} {o.scope}")
     for what, names in r.left_out.items():
-        if names and what != "loops_counted_once":  # which the warning under the step names
+        if names and what != "loops_counted_once":  # the warning above names those loops
             out.append(f"  {what.replace('_', ' ')}: {len(names)} ({', '.join(names[:5])})")
     return "\n".join(out)
 
 
 def _memory(r: Report) -> str:
-    """What the program takes of a device's memory."""
+    """Format the program's memory on one device."""
     gib, m, usable = 2**30, r.memory, r.job.topology.chip.device.usable
     parts = ", ".join(f"{k} {m[k] / gib:.2f}" for k in ("weights", "cache", "optimizer", "temp") if m[k])
     fits = "fits" if r.fits else "DOES NOT FIT"
@@ -273,7 +275,7 @@ def _memory(r: Report) -> str:
 
 
 def _alike(operations: list[Timed]) -> list[tuple[Timed, int]]:
-    """One of each kind of collective, and how many there are, dearest first."""
+    """Group equal collectives as (one of them, their number), costliest first."""
     kinds: dict[tuple, list[Timed]] = defaultdict(list)
     for t in operations:
         if t.op.kind == "collective":
@@ -286,7 +288,7 @@ def _range(values: list[float]) -> str:
 
 
 def draw(title: str, r: Report, path: str) -> None:
-    """A picture: what memory holds, and where the time goes by scope."""
+    """Plot memory by kind, and time by scope."""
     import matplotlib
 
     matplotlib.use("Agg")

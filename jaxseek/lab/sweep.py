@@ -1,4 +1,4 @@
-"""`jaxseek sweep`: many layouts of a step, pruned by a first estimate, compiled, and compared."""
+"""`jaxseek sweep`: prune layouts of a step by a first estimate, compile the rest, and compare them."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from jaxseek.lab.report import Report, report
 from jaxseek.sharding.strategy import Strategy
 from jaxseek.storage.place import save_figure
 
-COMPILE_BYTES = 3 * 2**30  # what one compilation of a 671B step takes at most, and more
+COMPILE_BYTES = 3 * 2**30  # upper bound on the memory of compiling one 671B step
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A layout with what came of it: a report, or why there is none."""
+    """A layout with its report, or the reason why it has none."""
 
     name: str
     job: Job
@@ -51,8 +51,10 @@ def layouts(
     weights: str,
     meshes: Sequence[str],
 ) -> list[Entry]:
-    """The jobs of these meshes, or else of the shipped rule tables with every split of the slice; one of
-    those that are the same layout by other names."""
+    """Return the jobs of `meshes`, or else of the shipped rule tables with every split of the slice.
+
+    Layouts that differ only in the names of mesh axes appear once.
+    """
     shape = (topology, workload, batch, context, weights)
     given = ((m, Job(cfg, Strategy.parse(m), *shape)) for m in meshes)
     found: dict[Any, Entry] = {}
@@ -62,7 +64,7 @@ def layouts(
 
 
 def _signature(job: Job) -> Any:
-    """What a layout is but for the names of its axes: neighbours that only ever split together are one."""
+    """Describe a layout up to the names of its axes, with neighbours that always split together merged."""
     axes = [(a, n) for a, n in job.strategy.sizes if n > 1]
     without = ("kv_heads", "q_groups") if job.cfg.is_mla else ("heads", "latent", "q_lora")
     rules = [job.strategy.weights, job.rules] + ([job.strategy.decode] if job.phase == "prefill" else [])
@@ -82,8 +84,10 @@ def _signature(job: Job) -> Any:
 
 
 def prune(entries: list[Entry], keep: int) -> tuple[list[Entry], list[Entry]]:
-    """The `keep` layouts of the least estimated time that can fit, among them the best of every rule table,
-    and the others with the reason."""
+    """Split into the `keep` layouts to compile, fastest estimate first, and the rest with the reason.
+
+    Layouts that cannot fit are dropped; the best layout of every rule table comes before any second one.
+    """
     usable, fitting, out = entries[0].job.topology.chip.device.usable if entries else 0, [], []
     for e in entries:
         estimate = first_pass(e.job)
@@ -104,13 +108,13 @@ def prune(entries: list[Entry], keep: int) -> tuple[list[Entry], list[Entry]]:
 
 
 def workers() -> int:
-    """Compilations at a time: within the memory that is free, and a core each."""
+    """Number of parallel compilations that free memory and the cores allow."""
     pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(1, min(os.cpu_count() or 1, int(pages // COMPILE_BYTES)))
 
 
 def run(entries: list[Entry], advance: Callable[[Entry], None]) -> list[Entry]:
-    """Every entry compiled and reported; what was compiled before is there at once."""
+    """Compile and report every entry in parallel; those compiled before come from the cache."""
 
     def one(e: Entry) -> Entry:
         try:
@@ -125,7 +129,7 @@ def run(entries: list[Entry], advance: Callable[[Entry], None]) -> list[Entry]:
 
 
 def pareto(entries: list[Entry]) -> list[Entry]:
-    """Those that fit and that none of the same batch beats in both bounds of time, fastest first."""
+    """Return the fitting entries that no other of their batch beats in both time bounds, fastest first."""
 
     def bounds(e: Entry) -> tuple[float, float]:
         assert e.report is not None
@@ -142,18 +146,18 @@ def pareto(entries: list[Entry]) -> list[Entry]:
 
 
 def fits(e: Entry) -> bool:
-    """Whether it was compiled, and fits."""
+    """Return True if the entry was compiled and fits in memory."""
     return e.report is not None and e.report.fits
 
 
 def _rates(e: Entry) -> tuple[float, float]:
-    """Seconds of a step with nothing overlapped, and tokens per second and device."""
+    """Return seconds per step with nothing overlapped, and tokens per second and device."""
     assert e.report is not None
     return e.report.upper, e.job.tokens / e.report.upper / e.job.topology.num_devices
 
 
 def verdict(entries: list[Entry]) -> str:
-    """The winner for each batch, and in words where the next best loses."""
+    """Describe the winner for each batch, and the scope in which each rival loses the most time."""
     out = []
     for batch in sorted({e.job.batch for e in entries}):
         done = [e for e in entries if e.job.batch == batch and fits(e)]
@@ -174,10 +178,8 @@ def verdict(entries: list[Entry]) -> str:
         first: dict[str, Entry] = {}
         for e in done:
             first.setdefault(_table(e), e)
-        rivals = [
-            *done[1:2],
-            *(e for e in [*first.values()][1:] if e is not done[1]),
-        ]  # next, and other tables'
+        # the runner-up, and the best of every other rule table
+        rivals = [*done[1:2], *(e for e in [*first.values()][1:] if e is not done[1])]
         for other in (e.report for e in rivals):
             assert other is not None
             losses = {
@@ -202,7 +204,7 @@ def sweep(
     as_json: bool = False,
     plot: str | None = None,
 ) -> int:
-    """Compare layouts and print the table. Returns 1 where nothing fits."""
+    """Compare layouts and print the table. Returns 1 if nothing fits; raises ConfigError if nothing can."""
     cfg, slice_, console = read_config(model), Topology.parse(topology), Console(stderr=True)
     chosen, left = [], []
     for batch in batches:
@@ -228,7 +230,7 @@ def sweep(
 
 
 def table(entries: list[Entry]) -> Table:
-    """One row for each layout, the fastest first; * marks those that none beats in both bounds of time."""
+    """Build a table with one row per layout, fastest first; * marks the Pareto front of both time bounds."""
     t, best = Table(), {id(e) for e in pareto(entries)}
     for name in (
         "",
@@ -266,8 +268,10 @@ MARKERS = "osD^vP*X"
 
 
 def draw(title: str, entries: list[Entry], path: str | Path) -> None:
-    """For each batch, both bounds of a step's time, memory as colour and rule tables as markers; those that
-    none beats in both bounds are joined, the best are named, and the winner is ringed."""
+    """Plot both bounds of a step's time, one panel per batch: memory as colour, rule tables as markers.
+
+    A line joins the Pareto front, numbers name the best layouts, and a ring marks the winner.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -349,8 +353,11 @@ def _near(interval: Any) -> bool:
 
 
 def _named(entries: list[Entry], batch: int) -> list[Entry]:
-    """The front of a batch and the best of every rule table, without those that differ by less than 2 % from
-    one before: numbers beside them would overlap."""
+    """Return the entries to number in a batch: its Pareto front and the best of every rule table.
+
+    An entry that is within 2 % of one before it is left out, since their numbers would overlap, as is one
+    more than six times slower than the best.
+    """
     done = [e for e in entries if e.job.batch == batch and fits(e)]
     first: dict[str, Entry] = {}
     for e in sorted(done, key=lambda e: _bounds(e)[1]):
@@ -365,5 +372,5 @@ def _named(entries: list[Entry], batch: int) -> list[Entry]:
 
 
 def _table(e: Entry) -> str:
-    """The rule table of an entry's name; sizes or a file given by hand have none."""
+    """Name of the rule table in an entry's name; "given" for sizes or a file given by hand."""
     return e.name.split()[0] if " " in e.name else "given"

@@ -1,8 +1,8 @@
-"""What the Pallas kernels of a traced step want of a core's VMEM, counted before anything is compiled.
+"""Check that the Pallas kernels of a traced step fit in a core's VMEM, before anything is compiled.
 
-The compiler refuses a kernel that is too large too, but in a large program only after minutes. Counted are
-the blocks that the grid's pipeline brings, twice unless they stay the same all along, and the scratch
-buffers; what a kernel allocates on its own is not, so that the compiler may still want more, never less.
+The compiler rejects a kernel that is too large too, but for a large program only after minutes. The count has
+the blocks that the grid's pipeline brings in, doubled unless they are the same at every step, and the scratch
+buffers. Memory that a kernel allocates itself is not counted, so the compiler may need more, never less.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from jaxseek.hardware import Chip
 
 
 class VmemError(ValueError):
-    """A kernel whose blocks and scratch do not fit VMEM."""
+    """The blocks and scratch of a kernel do not fit in VMEM."""
 
 
 def kernels(jaxpr: Any) -> Iterator[Any]:
-    """Every pallas_call equation of a (closed) jaxpr, in loops and calls too."""
+    """Yield every pallas_call equation of a (closed) jaxpr, also inside loops and calls."""
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         if eqn.primitive.name == "pallas_call":
             yield eqn
@@ -34,7 +34,7 @@ def kernels(jaxpr: Any) -> Iterator[Any]:
 
 
 def needed(eqn: Any) -> int:
-    """Bytes of VMEM that a pallas_call's blocks and scratch take, padding of tiles not counted."""
+    """Bytes of VMEM that a pallas_call's blocks and scratch take, without tile padding."""
     grid = eqn.params["grid_mapping"]
     steps = [n for n in grid.grid if isinstance(n, int)]
     once = len(steps) == len(grid.grid) and math.prod(steps) == 1
@@ -48,7 +48,7 @@ def needed(eqn: Any) -> int:
 
 
 def check(jaxpr: Any, chip: Chip) -> None:
-    """Raise VmemError for the first kernel of a traced step that cannot fit what the chip gives it."""
+    """Raise VmemError for the first kernel of a traced step that does not fit in the chip's VMEM."""
     for eqn in kernels(jaxpr):
         asked = getattr(eqn.params["compiler_params"], "vmem_limit_bytes", None)
         limit = min(asked or chip.scoped_vmem, chip.vmem)
@@ -72,7 +72,7 @@ def _name(eqn: Any) -> str:
 
 
 def _in_vmem(ref: Any) -> bool:
-    """Blocks without a memory space are brought to VMEM; semaphores, SMEM and what stays in HBM are not."""
+    """Return True for refs in VMEM, the default space of a block; not for semaphores, SMEM or HBM."""
     return str(ref.memory_space).split(".")[-1].lower() in ("vmem", "default", "none")
 
 
@@ -82,5 +82,5 @@ def _bytes(ref: Any) -> int:
 
 
 def _constant(index_map: Any) -> bool:
-    """Whether an index map gives the same block at every step of the grid."""
+    """Return True if an index map gives the same block at every step of the grid."""
     return all(isinstance(v, Literal) for v in index_map.outvars)

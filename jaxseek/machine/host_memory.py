@@ -1,4 +1,4 @@
-"""Memory of the host: what a process has and had, what is left, and keeping it between training steps."""
+"""Host memory: how much a process uses and used, how much is free, and reuse of it between training steps."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# <malloc.h> of glibc; a threshold of -1 is none
+# option numbers of mallopt, from glibc's <malloc.h>; a threshold of -1 means never
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
-_COMPILED = "/jax/core/compile/backend_compile_duration"  # what JAX says after every compilation
-_LONG = 1.0  # seconds of a compilation that leaves much memory behind
-_MORE = 32 << 20  # bytes that are worth it
-_most = 0
+_COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's monitoring event after a compilation
+_LONG = 1.0  # seconds; a compilation this long leaves much freed memory behind
+_MIN_GROWTH = 32 << 20  # bytes; below this growth, trimming is not worth its time
+_largest = 0  # bytes resident just before the last trim
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed for the next step; for a process that trains, before JAX starts threads.
+    """Make glibc keep freed memory for the next training step. Call it before JAX starts threads.
 
-    XLA:CPU allocates its temporary memory for every step. Returned to the kernel in between, it comes back as
-    pages to be zeroed: a sixth of a small model's step. Only one arena can keep blocks this large. What the
-    compiler leaves, in pieces, is not kept. Elsewhere than under glibc, and where there is a TPU, this does
-    nothing.
+    XLA:CPU allocates its temporary memory anew for every step. If it goes back to the kernel in between, it
+    returns as pages to be zeroed, which takes a sixth of a small model's step. Only one arena can keep blocks
+    this large. Memory that the compiler leaves in fragments is released. Does nothing without glibc, or with
+    a TPU.
     """
     if (libc := _glibc()) is None:
         return
@@ -40,27 +40,27 @@ def keep_freed_memory() -> None:
 
 
 def release_freed_memory() -> None:
-    """Give freed memory back to the kernel after all, where the process has more than at any call before.
+    """Return freed memory to the kernel if the process has more than at any call before.
 
-    For between two programs that take turns: each wants its memory in one block, and once anything small came
-    to lie in the block of the last turn there are two. To have pages back costs time, so they are kept again
-    when all has its place.
+    Call it between two programs that take turns. Each wants its memory in one block, and a small allocation
+    inside the block of the last turn would split it. Getting pages back costs time, so freed memory is kept
+    again once everything has its place.
     """
-    global _most
-    if (libc := _glibc()) is not None and (now := resident()) > _most + _MORE:
+    global _largest
+    if (libc := _glibc()) is not None and (now := resident()) > _largest + _MIN_GROWTH:
         libc.malloc_trim(0)
-        _most = now
+        _largest = now
 
 
 def _glibc() -> Any:
-    """The C library, where it is glibc and computation is on the CPU."""
+    """Return the C library if it is glibc and JAX computes on the CPU, else None."""
     on_cpu = os.environ.get("JAX_PLATFORMS") == "cpu" or importlib.util.find_spec("libtpu") is None
     libc = ctypes.CDLL(None) if on_cpu and sys.platform == "linux" else None
     return libc if hasattr(libc, "malloc_trim") else None
 
 
 def resident() -> int:
-    """Bytes of memory that this process has now; a guess outside Linux."""
+    """Return the resident memory of this process in bytes; a guess outside Linux."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
@@ -68,9 +68,9 @@ def resident() -> int:
 
 
 def peak_memory() -> int:
-    """The most memory that this process has held, in bytes, loading and compiling included.
+    """Return the peak resident memory of this process in bytes, loading and compiling included.
 
-    Not by getrusage where Linux has better: that figure starts at what the parent held.
+    Linux's VmHWM is preferred to getrusage, whose figure starts from the parent's peak.
     """
     if peak := _kib("/proc/self/status", "VmHWM"):
         return peak << 10
@@ -81,17 +81,17 @@ def peak_memory() -> int:
 
 
 def free_memory() -> int:
-    """Bytes that this machine can still give; a guess outside Linux."""
+    """Return the memory still available on this machine in bytes; a guess outside Linux."""
     return (_kib("/proc/meminfo", "MemAvailable") << 10) or 4 << 30
 
 
 def total_memory() -> int:
-    """Bytes of memory of this machine; 0 outside Linux."""
+    """Return the memory of this machine in bytes; 0 outside Linux."""
     return _kib("/proc/meminfo", "MemTotal") << 10
 
 
 def _kib(path: str, field: str) -> int:
-    """A figure of the kernel's, 0 where there is none."""
+    """Read a field in KiB from a /proc file; 0 if it is missing."""
     try:
         lines = Path(path).read_text().splitlines()
     except OSError:

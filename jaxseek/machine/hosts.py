@@ -1,7 +1,7 @@
-"""Several hosts as one: every worker of a slice runs the same command, and the processes join.
+"""Join several hosts: every worker of a slice runs the same command, and the processes find each other.
 
-JAX knows a slice on Google Cloud (by the metadata server), GKE, multislice, SLURM, Open MPI and Kubernetes;
-elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say where to meet.
+JAX detects the cluster on Google Cloud (by the metadata server), GKE, multislice, SLURM, Open MPI and
+Kubernetes; elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from jaxseek.config.model import ConfigError
 
 T = TypeVar("T")
 TIMEOUT = "JAXSEEK_HOSTS_TIMEOUT"  # seconds to wait for all hosts
-TOKEN = ".jaxseek-host-"  # begins the name of a file that lives for as long as hosts look for it
-PATIENCE = 35.0  # seconds to look for it: an NFS client may remember for 30 that a directory is not there
+TOKEN = ".jaxseek-host-"  # prefix of the file that hosts look for in check_shared
+PATIENCE = 35.0  # seconds to look for it: an NFS client may cache for 30 s that a directory does not exist
 _ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _INDICES = (_INDEX, "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID", "MEGASCALE_SLICE_ID")
-_CHIP_BOUNDS = {1: "1,1,1", 2: "1,2,1", 4: "2,2,1", 8: "2,4,1"}  # of a host's chips, by their number
+_CHIP_BOUNDS = {1: "1,1,1", 2: "1,2,1", 4: "2,2,1", 8: "2,4,1"}  # libtpu's bounds by chips of a host
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The number of hosts, and which of them this is."""
+    """The number of hosts, and the index of this one."""
 
     count: int
     index: int
@@ -44,9 +44,9 @@ class Cluster:
 
 
 def cluster() -> Cluster | None:
-    """The cluster that this process belongs to; None on a single host. May ask the metadata server.
+    """Return the cluster that this process belongs to, or None on a single host.
 
-    Raises ConfigError where the variables that say so do not go together.
+    May ask the metadata server. Raises ConfigError if the environment variables contradict each other.
     """
     given = {name: value for name in (_ADDRESS, _COUNT, _INDEX) if (value := os.environ.get(name))}
     if given.get(_COUNT) == "1":
@@ -78,8 +78,8 @@ def cluster() -> Cluster | None:
 def join() -> Cluster | None:
     """Join the other hosts, before anything touches a device. Does nothing on a single host.
 
-    Where some do not come, the process ends with a message and exit code 1 after JAXSEEK_HOSTS_TIMEOUT
-    seconds (300): JAX, which waits in C++, would abort it with a stack trace. Raises ConfigError.
+    If some are missing after JAXSEEK_HOSTS_TIMEOUT seconds (300), the process ends with a message and exit
+    code 1; JAX itself waits in C++ and would abort with a stack trace. Raises ConfigError.
     """
     import jax
 
@@ -103,9 +103,10 @@ def join() -> Cluster | None:
 
 
 def runs_here(verb: str, devices: bool) -> bool:
-    """Return whether a command for one host runs on this one, host 0; say so where there are more.
+    """Return whether a single-host command runs on this host (host 0), with a note if there are more.
 
-    With `devices`, it keeps to this host's chips. Without, the environment alone tells which host this is.
+    With `devices`, the command keeps to this host's chips. Without, only environment variables are read to
+    find out which host this is.
     """
     if devices:
         found = cluster()
@@ -123,7 +124,7 @@ def runs_here(verb: str, devices: bool) -> bool:
 
 @contextlib.contextmanager
 def quiet(silent: bool) -> Iterator[None]:
-    """Print nothing where `silent`: answers and progress come from one host."""
+    """Suppress all output if `silent`, so that answers and progress come from one host."""
     if not silent:
         yield
         return
@@ -133,10 +134,10 @@ def quiet(silent: bool) -> Iterator[None]:
 
 
 def leave_failed(index: int, code: int) -> None:
-    """End this process after its error: the regular end would wait for hosts that wait for this one.
+    """Exit after an error without JAX's regular shutdown, which would wait for hosts that wait for this one.
 
-    JAX ends the others: at once where host 0 left, and else when its heartbeats are missed, after 100 s. So
-    host 0 stays for a moment, in which others can tell the same error.
+    JAX ends the others: at once if host 0 has left, otherwise after 100 s of missed heartbeats. Host 0
+    therefore stays for a moment, in which the others can report the same error.
     """
     time.sleep(0 if index else 2)
     sys.stdout.flush()
@@ -152,7 +153,7 @@ def _seconds() -> int:
 
 
 def _check_port(address: str) -> None:
-    """Raise ConfigError where another process has the port of host 0: JAX may crash on it."""
+    """Raise ConfigError if another process has host 0's port; JAX may crash on it."""
     port = address.rpartition(":")[2]
     with socket.socket() as own:
         own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -166,7 +167,7 @@ def _check_port(address: str) -> None:
 
 
 def _watch(found: Cluster, seconds: int, all_here: threading.Event) -> None:
-    """Tell the user what is waited for, and end the process when it has not come in time."""
+    """Tell the user which hosts are awaited, and end the process if they do not come in time."""
     name, soon = f"jaxseek: host {found.index} of {found.count}", min(10, seconds)
     if all_here.wait(soon):
         return
@@ -187,12 +188,12 @@ def _watch(found: Cluster, seconds: int, all_here: threading.Event) -> None:
         file=sys.stderr,
         flush=True,
     )
-    time.sleep(0 if found.index else 3)  # so that others still find host 0
+    time.sleep(0 if found.index else 3)  # the others can still find host 0
     os._exit(1)
 
 
 def _connections(address: str) -> int:
-    """Number of established connections to a port of this machine: one for each host, this one included."""
+    """Count established connections to a port of this machine: one per host, this one included."""
     port, count = int(address.rpartition(":")[2] or 0), 0
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError), open(table) as lines:
@@ -202,6 +203,7 @@ def _connections(address: str) -> int:
 
 
 def _answers(address: str) -> bool:
+    """Return True if something accepts connections at HOST:PORT."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), 5).close()
@@ -210,24 +212,24 @@ def _answers(address: str) -> bool:
     return True
 
 
-# -------------------------------------------------------------------- what only JAX's private modules know
+# -------------------------------------------------------------------- JAX's private modules
 
 
 def _detected() -> Cluster | None:
-    """The cluster by JAX's own detection. JAX has no public way to ask without joining."""
+    """Return the cluster that JAX detects. JAX has no public way to ask without joining."""
     workers = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES", "")
     if _chips() and workers and "," not in workers and "MEGASCALE_COORDINATOR_ADDRESS" not in os.environ:
-        return None  # of which JAX would first ask a metadata server that Colab and Kaggle have not
+        return None  # one host; JAX would ask a metadata server first, which Colab and Kaggle lack
     import jax  # noqa: F401 - finds out whether this is a TPU VM
     from jax._src.clusters import ClusterEnv
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # JAX's own, of re.split
-            # with an address, it does not wait for that of host 0 to be known
+            # given an address, JAX does not wait until it knows host 0's
             found = ClusterEnv.auto_detect_unset_distributed_params("", None, None, None, None, 1)
         _, count, index, _ = found
-    except Exception as e:  # of the network, Kubernetes, or variables that are not numbers
+    except Exception as e:  # network or Kubernetes errors, or variables that are not numbers
         print(
             f"jaxseek: JAX cannot tell whether there are other hosts ({type(e).__name__}: {str(e)[:200]}), "
             f"so this one runs alone; if there are, set {_ADDRESS}, {_COUNT} and {_INDEX}",
@@ -238,7 +240,7 @@ def _detected() -> Cluster | None:
 
 
 def _own_address() -> str:
-    """Address and port of this host, host 0, as JAX detects it; empty where it cannot be resolved."""
+    """Return this host's address and port as JAX detects it on host 0; "" if it cannot be resolved."""
     from jax._src.clusters import ClusterEnv
 
     with contextlib.suppress(RuntimeError):
@@ -247,7 +249,7 @@ def _own_address() -> str:
 
 
 def _meeting_place() -> str:
-    """Address and port of host 0 while joining; empty as long as JAX has not found it."""
+    """Return host 0's address and port while joining; "" until JAX has found it."""
     from jax._src import distributed
 
     return distributed.global_state.coordinator_address or ""
@@ -257,12 +259,12 @@ def _meeting_place() -> str:
 
 
 def _chips() -> int:
-    """Number of TPU chips of this host, without loading libtpu."""
+    """Count this host's TPU chips without loading libtpu."""
     return len(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))
 
 
 def _keep_to_own_chips() -> None:
-    """Have libtpu take this host's chips for the whole slice; else it would wait for the other hosts."""
+    """Make libtpu treat this host's chips as the whole slice; it would wait for the other hosts otherwise."""
     chips = _chips()
     if chips not in _CHIP_BOUNDS or "TPU_PROCESS_BOUNDS" in os.environ:
         return
@@ -277,11 +279,11 @@ def _keep_to_own_chips() -> None:
     }
 
 
-# -------------------------------------------------------------------- agreeing
+# -------------------------------------------------------------------- agreement
 
 
 def most(n: int) -> int:
-    """The largest n of any host."""
+    """Return the maximum of `n` over all hosts."""
     import jax
     import numpy as np
     from jax.experimental import multihost_utils
@@ -292,7 +294,7 @@ def most(n: int) -> int:
 
 
 def meet(where: str) -> None:
-    """Wait until every host is here."""
+    """Wait until every host has reached this barrier."""
     import jax
     from jax.experimental import multihost_utils
 
@@ -301,7 +303,7 @@ def meet(where: str) -> None:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """Call `make` on host 0, and return what it returns, or raise what it raises, on every host."""
+    """Call `make` on host 0; return its result, or raise its exception, on every host."""
     import jax
     import numpy as np
     from jax.experimental import multihost_utils
@@ -324,7 +326,7 @@ def from_first(make: Callable[[], T]) -> T:
 
 
 def _pickled(answer: tuple[Any, Exception | None]) -> bytes:
-    """Pickle an answer; of an error that cannot be sent, the text."""
+    """Pickle an answer; an exception that cannot be pickled becomes a ValueError with its text."""
     try:
         blob = pickle.dumps(answer)
         pickle.loads(blob)
@@ -335,7 +337,7 @@ def _pickled(answer: tuple[Any, Exception | None]) -> bytes:
 
 
 def gather(value: Any) -> list[Any]:
-    """Return the value of every host, in their order; it has to be JSON."""
+    """Return the JSON value of every host, in host order."""
     import jax
     import numpy as np
     from jax.experimental import multihost_utils
@@ -348,9 +350,9 @@ def gather(value: Any) -> list[Any]:
 
 
 def check_shared(place: Any) -> None:
-    """Raise ConfigError, on every host, unless all hosts see what host 0 writes into the directory `place`.
+    """Raise ConfigError, on every host, unless all hosts see a file that host 0 writes into `place`.
 
-    `place` is a path, or what has `/`, `exists`, `write_text` and `unlink` as paths do.
+    `place` is a directory: a path, or an object with the `/`, `exists`, `write_text` and `unlink` of one.
     """
     import jax
     import numpy as np

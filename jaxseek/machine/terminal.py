@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def table(title: str, rows: dict[str, str]) -> None:
-    """Print names and values."""
+    """Print names and values as a two-column table."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,16 +1,16 @@
-"""Several runs, one after the other, from one file: the stages of R1's training, or of any other recipe.
+"""Run several stages, one after the other, from one file: those of R1's training, or of any other recipe.
 
     out = "runs/mine"
-    [common]                       what all stages share, as in a run file
+    [common]                       settings that all stages share, as in a run file
     [stages.cold-start]            a run; its directory is OUT/cold-start
     objective = "sft"
     model = "tiny-r1"
     [stages.reason]
     objective = "grpo"
-    model = "stage:cold-start"     what that stage left; so in data.train, distill.teacher
-    [evaluation]                   task, rollout and rewards: every stage's model is measured by them
+    model = "stage:cold-start"     that stage's output; also in data.train and distill.teacher
+    [evaluation]                   task, rollout and rewards that evaluate every stage's model
 
-`only = "reason"` runs a stage alone. Started again, a pipeline goes on where it was, also within a stage.
+`only = "reason"` runs one stage alone. A pipeline that is started again resumes, also within a stage.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ REFERENCE = "stage:"
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The stages as runs, by name and in order, and what measures their models (None: nothing)."""
+    """Stages as runs, by name and in order, and the evaluation of their models (None: no evaluation)."""
 
     out: Place
     stages: dict[str, RunConfig]
@@ -57,7 +57,7 @@ class Pipeline:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], where: str = "pipeline") -> Pipeline:
-        """From nested tables. Raises ConfigError, naming the stage."""
+        """Build a pipeline from nested tables. Raises ConfigError, naming the stage."""
         if unknown := [key for key in raw if key not in KEYS]:
             raise ConfigError(
                 f"{where}: unknown key(s) {', '.join(unknown)}; a pipeline has {', '.join(KEYS)}"
@@ -94,7 +94,7 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class PipelineResult:
-    """Whether a signal stopped it, and of every stage that is over what it reached."""
+    """The figures that every finished stage reached, and whether a signal stopped the pipeline."""
 
     out: str
     stopped: bool
@@ -110,9 +110,10 @@ def run_pipeline(
     deadlines: Mapping[str, float] | None = None,
     tell: Callable[[str], None] = print,
 ) -> PipelineResult:
-    """Run the stages that are not over. `deadlines` (of time.monotonic) end stages that would take longer.
+    """Run the stages that are not finished; `deadlines` (of time.monotonic) cut stages short.
 
-    OUT/pipeline.json has what every stage reached, OUT/pipeline.md the same as a table. Raises as stages do.
+    Writes the figures of every stage to OUT/pipeline.json, and as a table to OUT/pipeline.md. Raises as
+    stages do.
     """
     deadlines = deadlines or {}
     names = [pipeline.only] if pipeline.only else list(pipeline.stages)
@@ -120,7 +121,7 @@ def run_pipeline(
         run = pipeline.stages[name]
         tell(f"\nstage {number} of {len(names)}: {name} ({run.objective}, up to {run.steps} steps)")
         if name in _reached(pipeline) and start.finished(run) is not None:
-            start.claim(run)  # the settings are still those it ran with
+            start.claim(run)  # raises if the settings have changed
             tell("it is over already")
             _write(pipeline)
             continue
@@ -134,7 +135,7 @@ def run_pipeline(
 
 
 def run_stage(run: RunConfig, deadline: float = float("inf")) -> Result:
-    """A run by its objective. Raises as train, train_grpo and reject do."""
+    """Run one stage by its objective. Raises as train, train_grpo and reject do."""
     if run.objective == "reject":
         return reject(run)
     return train_grpo(run, deadline) if run.objective == "grpo" else train(run, deadline)
@@ -143,7 +144,7 @@ def run_stage(run: RunConfig, deadline: float = float("inf")) -> Result:
 def _measure(
     pipeline: Pipeline, name: str, result: Result, seconds: float, tell: Callable[[str], None]
 ) -> None:
-    """OUT/NAME/stage.json: steps and, of a model that the stage left, how it answers held-out problems."""
+    """Write OUT/NAME/stage.json: steps, and the evaluation of the stage's model on held-out problems."""
     run, path = pipeline.stages[name], place(result.out) / "stage.json"
     if _reached(pipeline).get(name, {}).get("steps") == result.steps:
         return
@@ -170,7 +171,7 @@ def _measure(
 
 
 def _reached(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
-    """Read what the stages that are over have written, as host 0 sees it."""
+    """Read the figures of finished stages, as host 0 sees them."""
     paths = {name: place(run.out) / "stage.json" for name, run in pipeline.stages.items()}
     return from_first(lambda: {n: json.loads(p.read_text("utf-8")) for n, p in paths.items() if p.is_file()})
 
@@ -183,7 +184,7 @@ def _write(pipeline: Pipeline) -> None:
 
 
 def table(reached: Mapping[str, Mapping[str, Any]]) -> str:
-    """What each stage reached, in Markdown."""
+    """Format the figures of every stage as a Markdown table."""
     rewards = dict.fromkeys(key for row in reached.values() for key in row if key.startswith("reward_"))
     columns = {"objective": "", "steps": "", "seconds": ".0f", "accuracy": ".1%", "thinking_tokens": ".1f"}
     columns |= dict.fromkeys(rewards, ".2f")
@@ -197,7 +198,7 @@ def table(reached: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` on top of `base`, table by table."""
+    """Merge `over` into `base`, table by table."""
     out = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(out.get(key), dict)
@@ -206,7 +207,7 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _resolved(value: Any, stages: Mapping[str, RunConfig], key: str = "") -> Any:
-    """`stage:NAME` as a path: to the stage's model, or in lists of sources to its samples."""
+    """Replace `stage:NAME` by a path: to the stage's model, or to the samples of a rejection stage."""
     if isinstance(value, dict):
         return {k: _resolved(v, stages, k) for k, v in value.items()}
     if isinstance(value, list):

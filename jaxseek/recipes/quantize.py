@@ -1,4 +1,4 @@
-"""`jaxseek quantize`: a smaller checkpoint, and what the rounding costs."""
+"""`jaxseek quantize`: measure the rounding error of a quantised checkpoint."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from jaxseek.tokenizer.tokenizer import Tokenizer
 from jaxseek_convert.conversion import opened, source_place
 from jaxseek_convert.verify import float32_model
 
-_WINDOW, _WINDOWS, _BATCH = 256, 16, 4  # tokens, of which so many windows are read, so many at a time
+_WINDOW, _WINDOWS, _BATCH = 256, 16, 4  # tokens of a window, windows to read, windows of a batch
 
 
 def rounding_error(src: str | Path, dst: str | Path, text: str | Path | None = None) -> dict[str, Any]:
-    """How the model `dst` differs from `src`, all that `convert` takes, on the tokens of a text.
+    """Compare the models `dst` and `src` (anything `convert` takes) on the tokens of a text.
 
-    Perplexity of both, KL(src || dst) in nats per token as mean and 99th percentile, and the share of
-    tokens on which the likeliest is the same. Without `text` it is Python's manual; a model with no
-    tokenizer reads random tokens, of which the perplexity says nothing. Where both do not fit into memory,
-    the text is too short, or several hosts have joined, the result is `why`. Raises CheckpointError as
-    `load` does, or OSError.
+    Returns the perplexity of both, KL(src || dst) in nats per token (mean and 99th percentile), and the share
+    of tokens with the same most likely token. The default text is Python's manual; a model without a
+    tokenizer reads random tokens, for which no perplexity is given. Returns {"why": reason} if both models do
+    not fit in memory, the text is too short, or several hosts have joined. Raises CheckpointError as `load`
+    does, or OSError.
     """
     if jax.process_count() > 1:
         return {"why": f"the models are compared on one host, and this ran on {jax.process_count()}"}
@@ -72,7 +72,7 @@ def _tokens(tokenizer: Tokenizer | None, vocabulary: int, text: str | Path | Non
 
 
 def _compare(a: DeepSeek, b: DeepSeek, tokens_BT: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Negative log-likelihoods of both; KL; whether the likeliest token is the same. Each [B, T - 1]."""
+    """Return [B, T - 1] arrays: both negative log-likelihoods, KL, and whether the top tokens agree."""
     return tuple(map(np.asarray, _terms(a(tokens_BT), b(tokens_BT), jnp.asarray(tokens_BT))))
 
 

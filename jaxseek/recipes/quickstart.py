@@ -1,6 +1,6 @@
-"""`quickstart`: a tiny DeepSeek-V3 is trained, learns to think by GRPO and is exported, in minutes.
+"""`jaxseek quickstart`: train a tiny DeepSeek-V3, teach it to think by GRPO and export it, in minutes.
 
-What it does is in configs/runs/quickstart.toml; this runs it and shows what came of it.
+The stages are in configs/runs/quickstart.toml; this runs them and shows the result.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from jaxseek.recipes.pipeline import Pipeline, run_pipeline
 from jaxseek.storage.place import Place, place, write_bytes
 from jaxseek.train.metrics import read_metrics
 
-# Of the time allowed: when a stage ends at the latest.
+# Latest end of each stage, as a share of the time allowed.
 SHARES = {"skill": 0.5, "habit": 0.65, "think": 0.9}
 
 
 @dataclass(frozen=True)
 class Quickstart:
-    """Held-out accuracy and thinking length before and after GRPO, where things are, and three problems."""
+    """Accuracy and thinking length on held-out problems before and after GRPO, paths, and three examples."""
 
     accuracy_before: float
     accuracy_after: float
@@ -71,9 +71,10 @@ def quickstart(
     minutes: float = 5.0,
     tell: Callable[[str], None] = print,
 ) -> Quickstart:
-    """Run it into `out`, going on with what is there. Stages are cut short to end within `minutes`.
+    """Run the quickstart into `out`, resuming what is there; stages are cut short to end within `minutes`.
 
-    Raises ValueError for no time at all, and as the stages do.
+    Raises ValueError if `minutes` is not above 0, KeyboardInterrupt if a signal stopped it, and as the stages
+    do.
     """
     if minutes <= 0:
         raise ValueError(f"minutes is {minutes}, expected above 0")
@@ -98,7 +99,7 @@ def quickstart(
 def _result(thinking: Place, hf: Place, figure: Place, seed: int, seconds: float) -> Quickstart:
     files = sorted((thinking / "answers").glob("*.jsonl"), key=str)
     before, after = (_answers(path) for path in (files[0], files[-1]))
-    # What it got wrong at first tells most; the order is that of the problems.
+    # Prefer problems that were wrong before and are right after; otherwise keep their order.
     chosen = sorted(range(len(before)), key=lambda i: (before[i]["correct"], -after[i]["correct"]))[:3]
     examples = [
         {

@@ -1,4 +1,4 @@
-"""Rejection sampling: a model's own answers, the good ones, become examples for SFT (R1 paper, 2.3.3)."""
+"""Rejection sampling: keep a model's good answers as examples for SFT (R1 paper, 2.3.3)."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ FILE = "samples.jsonl"
 
 
 def reject(run: RunConfig) -> Result:
-    """Write OUT/samples.jsonl as [reject] says, going on where an earlier call was stopped.
+    """Write OUT/samples.jsonl as [reject] describes, resuming an earlier call that was stopped.
 
-    Raises ConfigError where no answer is good enough.
+    Raises ConfigError if no answer is good enough.
     """
     cfg = start.model_config(run)
     strategy = start.open_strategy(run, cfg)
@@ -89,7 +89,7 @@ def reject(run: RunConfig) -> Result:
 
 
 def _good(run: RunConfig, groups: list[list[Episode]], marking: Marking) -> list[dict[str, Any]]:
-    """The records of the answers that are kept."""
+    """Return the records of the answers to keep."""
     if not groups:
         return []
     _, parts = marking([e.answer for group in groups for e in group])
@@ -100,7 +100,7 @@ def _good(run: RunConfig, groups: list[list[Episode]], marking: Marking) -> list
     out = []
     for group, good_G in zip(groups, good_PG):
         fine = [e for e, good in zip(group, good_G) if good and e.answer.finish_reason == "stop"]
-        texts = dict.fromkeys(e.answer.text for e in fine)  # each once
+        texts = dict.fromkeys(e.answer.text for e in fine)  # deduplicated
         out += [_record(run, group[0].answer.problem, text) for text in list(texts)[: run.reject.per_problem]]
     return out
 
@@ -114,7 +114,7 @@ def _record(run: RunConfig, problem: Problem, text: str) -> dict[str, Any]:
 
 
 def _finish(run: RunConfig, kept: list[dict[str, Any]], path: Place) -> None:
-    """Kept answers and what is mixed in, in an order that is always the same, written at once."""
+    """Write kept answers, and the examples mixed in, atomically and in a fixed shuffled order."""
     records = list(kept)
     if run.reject.mix_count:
         others = open_sources(run.reject.mix, "reject.mix")
@@ -124,7 +124,7 @@ def _finish(run: RunConfig, kept: list[dict[str, Any]], path: Place) -> None:
 
 
 def _whole_rounds(partial: Place) -> tuple[list[dict[str, Any]], int]:
-    """What was kept in whole rounds, and how many there are; the rest of the file is cut off."""
+    """Return the answers kept in complete rounds, and the number of those; truncate the file after them."""
     kept: list[dict[str, Any]] = []
     if not partial.is_file():
         return kept, 0

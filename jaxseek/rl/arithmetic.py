@@ -1,9 +1,10 @@
-"""Chains of digits, worked from left to right modulo 10: a task that a tiny model learns from scratch.
+"""Arithmetic problems that are generated: chains of digits modulo 10, and countdown.
 
-`6-2*7*3-2*7=` has the answer 4, by way of 4;8;4;2;4. One pass over the problem does not get there easily and
-a line of thought does, so that accuracy and the length of replies rise together, as in the R1-Zero paper.
-`demonstrations` are what a model is shown before (`python:jaxseek.rl.arithmetic:demonstrations?count=4000`),
-`character_tokenizer` has a token for each character of them.
+A tiny model learns chains of digits from scratch. They are worked from left to right: `6-2*7*3-2*7=` has the
+answer 4, by way of 4;8;4;2;4. One forward pass does not get there easily and a line of thought does, so that
+accuracy and the length of replies rise together, as in the R1-Zero paper. `demonstrations` are SFT examples
+for it (`python:jaxseek.rl.arithmetic:demonstrations?count=4000`), and `character_tokenizer` has a token for
+each of their characters. Countdown is TinyZero's task, in our own words.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from jaxseek.tokenizer.tokenizer import Tokenizer
 
 Language = Literal["digits", "en", "zh"]
 
-SEPARATOR = ";"  # of the steps
+SEPARATOR = ";"  # between steps
 WORDS: dict[Language, tuple[str, ...]] = {
     "digits": tuple("0123456789"),
     "en": ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
@@ -37,12 +38,12 @@ _PAD, _BOS, _EOS, _UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 
 
 def set_apart(key: str) -> bool:
-    """Whether a problem is never trained on: one in eight, by the hash of what makes it the problem it is."""
+    """Return True for problems that are never trained on: one in eight, by the hash of the problem's key."""
     return hashlib.blake2b(key.encode(), digest_size=1).digest()[0] % 8 == 0
 
 
 def draw(rng: random.Random, terms: int) -> Problem:
-    """A problem of `terms` digits, not laid out. record: `problem`, its text, and `steps`, its results."""
+    """Draw a problem of `terms` digits, with its text `problem` and the results `steps` in its record."""
     digits = [rng.randrange(10) for _ in range(terms)]
     signs = [rng.choice("+-*") for _ in digits[1:]]
     steps, text = [], str(digits[0])
@@ -54,9 +55,9 @@ def draw(rng: random.Random, terms: int) -> Problem:
 
 
 def demonstration(problem: Problem, shown: bool, language: Language | Sequence[Language] = "digits") -> str:
-    """The reply to a problem that `draw` made: its steps as thinking, if `shown`, and the answer in digits.
+    """Write the reply to a problem from `draw`: its steps as thinking, if `shown`, and the answer in digits.
 
-    `language` of the steps: one for all, or one for each.
+    `language` is that of the steps: one for all, or a sequence with one for each.
     """
     steps = problem.record["steps"]
     languages: Sequence[Any] = [language] * len(steps) if isinstance(language, str) else language
@@ -67,10 +68,11 @@ def demonstration(problem: Problem, shown: bool, language: Language | Sequence[L
 def demonstrations(
     count: int, shown: float = 1.0, terms: int = 6, seed: int = 0, words: str = "digits"
 ) -> list[dict[str, str]]:
-    """`count` records {prompt, response, answer} of training problems; a share of `shown` has its thinking.
+    """Return `count` records {prompt, response, answer} of training problems; a share `shown` has thinking.
 
-    `words` for the steps: digits (which no language reward counts), en, zh, or mixed: a quarter of the
-    replies is English, a quarter Chinese, and half changes from one to the other on the way.
+    `words` are the numerals of the steps: digits (which no language reward counts), en, zh, or mixed: a
+    quarter of the replies is English, a quarter Chinese, and half switches from one to the other midway.
+    Raises ConfigError.
     """
     if words not in (*WORDS, "mixed"):
         raise ConfigError(f"words is {words!r}, expected one of {', '.join(WORDS)}, mixed")
@@ -99,10 +101,11 @@ def _mixed(rng: random.Random, steps: int) -> list[str]:
 
 
 def character_tokenizer(directory: str | Path) -> Tokenizer:
-    """Writes tokenizer.json and tokenizer_config.json into `directory`, for jaxseek and for transformers.
+    """Write tokenizer.json and tokenizer_config.json into `directory`, for jaxseek and for transformers.
 
-    A token for each digit, sign, space and Chinese numeral, for each English digit word, and for `<think>`
-    and `</think>`; 42 in all. Anything else is `<unk>`. No BOS is put in front; there is no chat template.
+    It has 42 tokens: one for each digit, sign, space and Chinese numeral, for each English digit word, for
+    `<think>` and `</think>`, and four special ones. Anything else is `<unk>`. It adds no BOS and has no chat
+    template.
     """
     marks = [_PAD, _BOS, _EOS, _UNKNOWN, str(chat.THINK), str(chat.THINK_END)]
     pieces = [*marks, *WORDS["digits"], *_OPERATORS, "=", SEPARATOR, " ", *WORDS["zh"], *WORDS["en"]]
@@ -125,3 +128,37 @@ def character_tokenizer(directory: str | Path) -> Tokenizer:
     tokenizer = Tokenizer(files)
     tokenizer.save(directory)
     return tokenizer
+
+
+# -------------------------------------------------------------------- countdown
+
+
+_LARGEST_NUMBER = 99
+_LARGEST_RESULT = 999  # of the target and of intermediate results
+
+
+def draw_countdown(rng: random.Random, terms: int) -> Problem:
+    """Draw a countdown problem of `terms` numbers; its answer is a solution.
+
+    Numbers are joined two by two, by a sign that gives a whole number from 1 to 999, until one is left, the
+    target. The record has `numbers` and `target`.
+    """
+    numbers = [rng.randint(1, _LARGEST_NUMBER) for _ in range(terms)]
+    left = [(number, str(number)) for number in numbers]
+    while len(left) > 1:
+        rng.shuffle(left)
+        (a, first), (b, second) = sorted((left.pop(), left.pop()), key=lambda part: part[0], reverse=True)
+        results = {"+": a + b, "-": a - b, "*": a * b, "/": a // b if a % b == 0 else 0}
+        sign = rng.choice([s for s, result in results.items() if 0 < result <= _LARGEST_RESULT])
+        left.append((results[sign], f"({first} {sign} {second})"))
+    target, solution = left[0]
+    text = (
+        f"Write an expression that equals {target}. It uses each of the numbers "
+        f"{', '.join(map(str, numbers))} exactly once, and nothing else but +, -, *, / and parentheses."
+    )
+    return Problem(text, solution[1:-1], {"problem": text, "numbers": numbers, "target": target})
+
+
+def countdown_key(problem: Problem) -> str:
+    """Return a key that is equal for problems that differ only in the order of their numbers."""
+    return f"{sorted(problem.record['numbers'])} {problem.record['target']}"

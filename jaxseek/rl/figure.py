@@ -1,4 +1,4 @@
-"""rewards.png: what a GRPO run has learnt, from its metrics.jsonl."""
+"""Plot the progress of a GRPO run from its metrics.jsonl, as rewards.png."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ PLOT = "rewards.png"
 
 
 def draw_rewards(axes: Any, records: list[dict[str, Any]]) -> None:
-    """On four axes: reward and held-out accuracy, lengths, distance from the reference, the experts' load."""
+    """Plot on four axes: reward and held-out accuracy, lengths, KL and entropy, expert load.
+
+    Without expert load, the last one shows the gradient norm.
+    """
     reward, length, distance, load = axes
     curve(reward, *series(records, "reward"), "tab:blue", "reward")
     steps, accuracy = series(records, "eval_accuracy")
@@ -44,7 +47,7 @@ def draw_rewards(axes: Any, records: list[dict[str, Any]]) -> None:
 
 
 def plot_rewards(directory: str | Place) -> Place:
-    """Draw rewards.png of a run's directory."""
+    """Write rewards.png into a run's directory, and return its path."""
     from matplotlib.figure import Figure
 
     directory = place(directory)

@@ -1,10 +1,10 @@
-"""GRPO and its relatives as pure functions: advantages on the host, the loss of a token on the devices.
+"""GRPO and its relatives as pure functions: advantages on the host, per-token loss on the devices.
 
 `GrpoConfig` names every choice. A step's loss is the sum over tokens of `policy_loss` times the token's share
-of `sequence_weights`; the shares are those of the whole minibatch, so that neither the loss nor its gradient
-depends on how answers are packed into rows, padded, or split into microbatches.
+from `sequence_weights`. Shares are computed over the whole minibatch, so that neither the loss nor its
+gradient depends on how answers are packed into rows, padded, or split into microbatches.
 
-Suffixes: P problems, G answers of a problem, N = P * G answers, Z sequences in a row.
+Suffixes: P problems, G answers per problem, N = P * G answers, Z sequences in a row.
 
 Papers: DeepSeekMath (arXiv:2402.03300), R1 (2501.12948), DAPO (2503.14476), Dr. GRPO (2503.20783), GSPO
 (2507.18071), CISPO (MiniMax-M1, 2506.13585), dual clip (1912.09729), RLOO (2402.14740), REINFORCE++
@@ -21,19 +21,19 @@ import numpy as np
 
 from jaxseek.config.rl import GrpoConfig
 
-# A log-ratio is exponentiated up to here; beyond, in float32's last stretch, its gradient is zero.
+# Log-ratios are clamped here before exponentiation; the gradient beyond is zero.
 MAX_LOG_RATIO = 20.0
-SAME = 1e-6  # rewards this close are equal: weighted sums of equal terms differ by rounding
+SAME = 1e-6  # tolerance for equal rewards: weighted sums of equal terms differ by rounding
 
 
-# -------------------------------------------------------------------- on the host: rewards to advantages
+# -------------------------------------------------------------------- host: rewards to advantages
 
 
 def overlong_penalty(lengths_N: np.ndarray, max_new_tokens: int, cfg: GrpoConfig) -> np.ndarray:
-    """What a long answer's reward loses, float64 [N]: soft overlong punishment (DAPO, eq. 13).
+    """Return the soft overlong punishment of each answer (DAPO, eq. 13), float64 [N], to add to its reward.
 
-    0 up to max_new_tokens less the buffer, from there in a straight line to -cfg.overlong_penalty at
-    max_new_tokens. Lengths in tokens.
+    It is 0 up to max_new_tokens minus the buffer, and falls linearly from there to -cfg.overlong_penalty at
+    max_new_tokens. Lengths are in tokens.
     """
     lengths_N = np.asarray(lengths_N, np.float64)
     buffer = cfg.overlong_buffer * max_new_tokens
@@ -44,7 +44,7 @@ def overlong_penalty(lengths_N: np.ndarray, max_new_tokens: int, cfg: GrpoConfig
 
 
 def flat_groups(rewards_PG: np.ndarray, valid_PG: np.ndarray | None = None) -> np.ndarray:
-    """Groups that teach nothing, bool [P]: all rewards equal, or fewer than two that are valid."""
+    """Mark groups without a learning signal, bool [P]: all rewards equal, or fewer than two valid ones."""
     rewards_PG, valid_PG = _checked(rewards_PG, valid_PG)
     high_P = np.where(valid_PG, rewards_PG, -np.inf).max(axis=1)
     low_P = np.where(valid_PG, rewards_PG, np.inf).min(axis=1)
@@ -52,13 +52,13 @@ def flat_groups(rewards_PG: np.ndarray, valid_PG: np.ndarray | None = None) -> n
 
 
 def advantages(rewards_PG: np.ndarray, cfg: GrpoConfig, valid_PG: np.ndarray | None = None) -> np.ndarray:
-    """How much better an answer is than expected, float32 [P, G], by cfg.baseline and cfg.scale.
+    """Compute the advantage of each answer, float32 [P, G], by cfg.baseline and cfg.scale.
 
-    An answer whose reward failed is not valid: it gets 0, and enters no mean and no deviation. So does an
-    answer with no other to compare with. Deviations are the population's, without an epsilon: [1, 0, 0, 1]
-    becomes exactly [1, -1, -1, 1]. Where there is no deviation (a flat group, or batch) the advantage is 0.
+    An answer whose reward failed is not valid: its advantage is 0, and it enters no mean and no deviation. An
+    answer with no other to compare with gets 0 too. Deviations are the population's, without an epsilon: [1,
+    0, 0, 1] becomes exactly [1, -1, -1, 1]. A group (or batch) without deviation gets 0.
 
-    Raises ValueError where a valid reward is not finite.
+    Raises ValueError if a valid reward is not finite.
     """
     rewards_PG, valid_PG = _checked(rewards_PG, valid_PG)
     out_PG = _centred(rewards_PG, valid_PG, cfg)
@@ -69,7 +69,7 @@ def advantages(rewards_PG: np.ndarray, cfg: GrpoConfig, valid_PG: np.ndarray | N
         out_PG = np.where(flat_P1, 0, out_PG / np.where(flat_P1, 1, std_P1))
     elif cfg.scale == "batch":
         out_PG = _whiten(out_PG, valid_PG)
-        out_PG = np.where(flat_P1 & (cfg.baseline != "none"), 0, out_PG)  # not the mean's rounding
+        out_PG = np.where(flat_P1 & (cfg.baseline != "none"), 0, out_PG)  # remove the rounding of the mean
     return np.where(valid_PG, out_PG, 0).astype(np.float32)
 
 
@@ -81,17 +81,17 @@ def kl_in_reward(
     cfg: GrpoConfig,
     valid_PG: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Advantages of tokens with KL as a part of the reward (kl_in = "reward"), float32 [N, T].
+    """Compute per-token advantages with KL as part of the reward (kl_in = "reward"), float32 [N, T].
 
-    REINFORCE++: every token earns -beta KL and the last one also the answer's reward, so the return of token
-    t is r - beta sum of KL from t on. KL is cfg.kl of `logprob`, the policy that sampled, against
-    `reference`; both are constants. Answers are in the order of rewards_PG, and their tokens where mask is
-    above 0; the rest is 0.
+    As in REINFORCE++, every token earns -beta KL and the last one also the answer's reward r, so the return
+    of token t is r - beta * (sum of KL from t on). KL is cfg.kl of `logprob`, the policy that sampled,
+    against `reference`; both are constants. Answers are in the order of rewards_PG, and their tokens are
+    those with mask above 0; all others get 0.
 
     The baseline is one of r, as in `advantages`: it does not depend on the answer's own tokens, with or
     without KL in it. (RLOO's own form takes an answer's whole KL into both; the expected gradient is the
-    same.) Scale "group" divides r alone, so that KL also pulls where a group is flat; scale "batch" subtracts
-    the mean and divides by the deviation over all tokens of valid answers, as the paper has it.
+    same.) Scale "group" divides r alone, so that KL also pulls in flat groups; scale "batch" subtracts the
+    mean and divides by the deviation over all tokens of valid answers, as the paper does.
     """
     rewards_PG, valid_PG = _checked(rewards_PG, valid_PG)
     keep_NT = (np.asarray(mask_NT) > 0) & valid_PG.reshape(-1, 1)
@@ -111,13 +111,13 @@ def kl_in_reward(
 def sequence_weights(
     lengths_N: np.ndarray, counted_N: np.ndarray, cfg: GrpoConfig, max_new_tokens: int
 ) -> np.ndarray:
-    """The share of each token of each answer of a minibatch in the loss, float32 [N].
+    """Return the share in the loss of each token of each answer of a minibatch, float32 [N].
 
-    The loss is the sum over tokens of share times `policy_loss`. Answers that are not counted (cut off, with
-    overlong_mask; or without a reward) have share 0. `token` and `sequence` are means over what is counted:
-    by the counted answers' tokens (as TRL; DAPO's eq. 8 has those of a group), by the counted answers (TRL
-    divides by all, which differs by a factor only). `constant` divides by all answers times max_new_tokens
-    (Dr. GRPO).
+    The loss is the sum over tokens of share times `policy_loss`. Answers that do not count (cut off, with
+    overlong_mask; or without a reward) have share 0. `token` and `sequence` are means over the answers that
+    count: `token` divides by their tokens (as TRL; DAPO's eq. 8 takes those of a group), `sequence` by their
+    number (TRL divides by all answers, which differs by a factor only). `constant` divides by all answers
+    times max_new_tokens (Dr. GRPO).
     """
     lengths_N = np.asarray(lengths_N, np.float64)
     counted_N = np.asarray(counted_N, bool)
@@ -131,7 +131,7 @@ def sequence_weights(
 
 
 def _checked(rewards_PG: np.ndarray, valid_PG: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Rewards in float64 with 0 where not valid, and which are valid."""
+    """Return rewards in float64, 0 where not valid, and the validity mask. Raises ValueError."""
     rewards_PG = np.asarray(rewards_PG, np.float64)
     valid_PG = np.ones(rewards_PG.shape, bool) if valid_PG is None else np.asarray(valid_PG, bool)
     if rewards_PG.ndim != 2 or valid_PG.shape != rewards_PG.shape:
@@ -149,40 +149,40 @@ def _checked(rewards_PG: np.ndarray, valid_PG: np.ndarray | None) -> tuple[np.nd
 
 
 def _mean(x: np.ndarray, valid: np.ndarray, axis: int | None = None) -> np.ndarray:
-    """The mean of what is valid, the axis kept; 0 where nothing is."""
+    """Mean over valid entries, with the axis kept; 0 if there are none."""
     total = np.where(valid, x, 0).sum(axis=axis, keepdims=True)
     return total / np.maximum(valid.sum(axis=axis, keepdims=True), 1)
 
 
 def _centred(rewards_PG: np.ndarray, valid_PG: np.ndarray, cfg: GrpoConfig) -> np.ndarray:
-    """Rewards less their baseline, 0 where not valid."""
+    """Subtract the baseline from the rewards; 0 where not valid."""
     if cfg.baseline == "none":
         return np.where(valid_PG, rewards_PG, 0)
     count_P1 = valid_PG.sum(axis=1, keepdims=True)
     out_PG = rewards_PG - _mean(rewards_PG, valid_PG, axis=1)
     if cfg.baseline == "leave_one_out":  # r - (n mean - r) / (n - 1)
         out_PG = out_PG * count_P1 / np.maximum(count_P1 - 1, 1)
-    flat_P1 = flat_groups(rewards_PG, valid_PG)[:, None]  # then the rest is rounding
+    flat_P1 = flat_groups(rewards_PG, valid_PG)[:, None]  # what remains is rounding
     return np.where(valid_PG & ~flat_P1, out_PG, 0)
 
 
 def _whiten(x: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Mean 0 and deviation 1 over what is valid, or 0 where there is no deviation but rounding."""
+    """Scale valid entries to mean 0 and deviation 1, or to 0 if their deviation is only rounding."""
     size = np.abs(np.where(valid, x, 0)).max()
     x = x - _mean(x, valid)
     std = np.sqrt(_mean(x**2, valid))
     return x / std if std.max() > SAME * size else np.zeros_like(x)
 
 
-# -------------------------------------------------------------------- on the devices: the loss
+# -------------------------------------------------------------------- devices: loss
 
 
 def token_kl(logprob: Any, reference: Any, kind: Literal["k1", "k2", "k3"]) -> Any:
-    """An estimate of KL(policy || reference) from each token that the policy sampled, numpy in, numpy out.
+    """Estimate KL(policy || reference) at each token that the policy sampled; numpy in gives numpy out.
 
-    Schulman, Approximating KL Divergence: with x = log(reference / policy), k1 is -x, k2 is x^2 / 2 and k3 is
-    e^x - 1 - x. Expectations: k1's and k3's values are the divergence, k2's and k3's gradients pull towards
-    the reference, and k1's gradient is zero. In k3, x is at most MAX_LOG_RATIO.
+    From Schulman, Approximating KL Divergence: with x = log(reference / policy), k1 is -x, k2 is x^2 / 2 and
+    k3 is e^x - 1 - x. In expectation, the values of k1 and k3 are the divergence, the gradients of k2 and k3
+    pull towards the reference, and the gradient of k1 is zero. In k3, x is at most MAX_LOG_RATIO.
     """
     x = reference - logprob
     if kind == "k1":
@@ -195,9 +195,9 @@ def token_kl(logprob: Any, reference: Any, kind: Literal["k1", "k2", "k3"]) -> A
 
 
 def per_sequence(x_BT: jax.Array, segments_BT: jax.Array, segments: int) -> jax.Array:
-    """The sum of x over a token's sequence, at each of its tokens, [B, T].
+    """Sum x over each token's sequence, broadcast to all tokens of the sequence, [B, T].
 
-    Sequences of a row are numbered 1 to `segments`; 0 is padding, which gets 0.
+    The sequences of a row are numbered 1 to `segments`; 0 is padding, which gets 0.
     """
     hit_BTZ = segments_BT[..., None] == jnp.arange(1, segments + 1, dtype=segments_BT.dtype)[None, None]
     sum_BZ = jnp.where(hit_BTZ, x_BT[..., None], 0).sum(axis=1)
@@ -216,40 +216,41 @@ def policy_loss(
     rollout_BT: jax.Array | None = None,
     drawn_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of each token before weighting, float32 [B, T], and metrics; both 0 where mask is 0.
+    """Compute the loss of each token before weighting, float32 [B, T], and metrics; 0 where mask is 0.
 
-    `logprob` is of the policy that learns, and the only input with a gradient. `old` is pi_old (None: the
-    policy itself, before this update), `rollout` what the sampler recorded, and `drawn` what it drew from
-    where filters (top_p and the like) made that another distribution: importance weights are against it, the
-    gap is not. Values where mask is 0 do not matter, not even infinite ones.
+    `logprob` is the policy log-prob, and the only input with a gradient. `old` is the log-prob under pi_old
+    (None: the policy itself, before this update), `rollout` the sampling log-prob as recorded, and `drawn`
+    the log-prob under the distribution actually drawn from, where filters (such as top_p) changed it:
+    importance weights are against `drawn`, the gap is not. Values where mask is 0 do not matter, not even
+    infinite ones.
 
-    A ratio of sequences stands at each of its tokens, and its gradient reaches all of them, so that with
+    A sequence ratio is repeated at each of its tokens, and its gradient reaches all of them, so that with
     normalization = "sequence" the sum of shares is R1's and GSPO's mean over sequences. With ratio =
-    "sequence" the KL is that of whole sequences too, as R1 prints it; else of tokens. The importance weight
-    min(old / rollout, cap) multiplies the surrogate alone, not the KL (as in TRL). It is 1 where `old` is
-    what the sampler recorded, since the ratio itself corrects then.
+    "sequence" the KL is that of whole sequences too, as R1 prints it; otherwise of tokens. The importance
+    weight min(old / drawn, cap) multiplies the surrogate alone, not the KL (as in TRL). It is 1 where `old`
+    is the recorded log-prob, since the ratio itself corrects then.
 
-    Metrics are sums over the tokens that count, to be divided by `tokens`, but for maxima, `*_max`:
+    Metrics are sums over the tokens that count, to be divided by `tokens`, except for maxima, `*_max`:
 
-        ratio          pi / pi_old, as cfg.ratio has it
-        clip_low       tokens that clipping at 1 - clip_low leaves without gradient, where A < 0 (CISPO: that
-                       it bounds, for any A); `clip_high` likewise, where A > 0
-        clip_dual      tokens that dual_clip leaves without gradient
+        ratio          pi / pi_old, as cfg.ratio defines it
+        clip_low       tokens with A < 0 that lose their gradient to clipping at 1 - clip_low (CISPO: tokens
+                       that it bounds, for any A); `clip_high` likewise, with A > 0
+        clip_dual      tokens that lose their gradient to dual_clip
         kl             cfg.kl of tokens against the reference
         kl_old         KL(pi_old || pi), by k3
-        importance     the weight min(old / rollout, cap), and `importance_capped`, tokens that are capped
-        gap            |log pi - log rollout|, where pi is `old` if the trainer computed that again
+        importance     the weight min(old / drawn, cap), and `importance_capped`, tokens that are capped
+        gap            |log pi - log rollout|, where pi is `old` if the trainer recomputed it
     """
     keep_BT = mask_BT > 0
     dtype = np.promote_types(logprob_BT.dtype, np.float32)  # ratios need more than bfloat16's 8 bits
 
-    def clean(x_BT: jax.Array) -> jax.Array:  # before any exponential: 0 times infinity is no gradient
+    def clean(x_BT: jax.Array) -> jax.Array:  # before any exp: a gradient of 0 times infinity is NaN
         return jnp.where(keep_BT, x_BT.astype(dtype), 0)
 
     def constant(x_BT: jax.Array) -> jax.Array:
         return jax.lax.stop_gradient(clean(x_BT))
 
-    def whole(x_BT: jax.Array) -> jax.Array:
+    def sequence_sum(x_BT: jax.Array) -> jax.Array:
         return per_sequence(x_BT, segments_BT, segments)
 
     logprob_BT, advantage_BT = clean(logprob_BT), constant(advantage_BT)
@@ -257,9 +258,9 @@ def policy_loss(
     old_BT = constant(logprob_BT if old_BT is None else old_BT)
     log_ratio_BT = logprob_BT - old_BT
     if cfg.ratio != "token":
-        log_ratio_BT = whole(log_ratio_BT)
+        log_ratio_BT = sequence_sum(log_ratio_BT)
     if cfg.ratio == "sequence_mean":
-        log_ratio_BT = log_ratio_BT / jnp.maximum(whole(keep_BT.astype(dtype)), 1)
+        log_ratio_BT = log_ratio_BT / jnp.maximum(sequence_sum(keep_BT.astype(dtype)), 1)
     ratio_BT = jnp.exp(jnp.minimum(log_ratio_BT, MAX_LOG_RATIO))
 
     objective_BT, clipped = _surrogate(cfg, ratio_BT, advantage_BT, logprob_BT)
@@ -282,7 +283,7 @@ def policy_loss(
         sums["kl"] = kl_BT = token_kl(logprob_BT, reference_BT, cfg.kl)
         if cfg.beta and cfg.kl_in == "loss":
             if cfg.ratio == "sequence":
-                kl_BT = token_kl(whole(logprob_BT), whole(reference_BT), cfg.kl)
+                kl_BT = token_kl(sequence_sum(logprob_BT), sequence_sum(reference_BT), cfg.kl)
             loss_BT = loss_BT + cfg.beta * kl_BT
 
     metrics = {name: constant(x_BT).sum() for name, x_BT in sums.items()}
@@ -293,7 +294,7 @@ def policy_loss(
 def _surrogate(
     cfg: GrpoConfig, ratio_BT: jax.Array, advantage_BT: jax.Array, logprob_BT: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """What is maximised at each token, [B, T], and where a bound acts."""
+    """Return the objective to maximise at each token, [B, T], and masks of the tokens where a bound acts."""
     low, high = 1 - cfg.clip_low, 1 + cfg.clip_high
     bounded_BT = jnp.clip(ratio_BT, low, high)
     if cfg.surrogate == "cispo":

@@ -1,7 +1,7 @@
-"""Sampled answers as a batch to learn from: packed into rows, every token with its advantage and its share.
+"""Pack sampled answers into a batch of rows to learn from, with an advantage and a share for every token.
 
-Answers to one prompt share it: it stands in the row once, and each of them goes on from it. What is known of
-a token stands where it is predicted, one position before it, as in train/batch.py.
+Answers to one prompt share it: the prompt is in the row once, and each answer continues from it. Values of a
+token are stored where it is predicted, one position earlier, as in train/batch.py.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from jaxseek.train.batch import Batch, make_batch, to_devices, to_mesh
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PolicyBatch(Batch):
-    """Rows of answers. `weights_BJT` are tokens' shares in the loss, `mask_BT` is 1 where they count.
+    """Rows of answers. `weights_BJT` are the tokens' shares in the loss; `mask_BT` is 1 where they count.
 
-    `sampled` are log-probabilities as recorded while sampling, `drawn` of what was drawn from, `old` and
-    `reference` as computed by the trainer (None: not wanted). `experts_BTLK` are those that the rollout used,
-    -1 where it did not say.
+    `sampled` are sampling log-probs as recorded, `drawn` those under the distribution drawn from, `old` and
+    `reference` those that the trainer computed (None: not needed). `experts_BTLK` are the experts that the
+    rollout used, -1 where it did not record them.
     """
 
     mask_BT: Any = None
@@ -39,38 +39,43 @@ class PolicyBatch(Batch):
     experts_BTLK: Any = None
 
 
-MOST_IN_A_ROW = 16  # answers; the cost of ratios of sequences grows with it
+MOST_IN_A_ROW = 16  # answers; the cost of sequence ratios grows with it
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """Of a run's batches, so that one program serves all: microbatches, rows of each, and their length."""
+    """Shapes of a run's batches, constant so that one program serves all."""
 
     microbatches: int
     rows: int
     length: int
-    segments: int = MOST_IN_A_ROW  # answers in a row at most
+    segments: int = MOST_IN_A_ROW  # most answers in a row
 
     @classmethod
     def of(cls, run: RunConfig, rows_multiple: int, length_multiple: int) -> Shapes:
-        """With room for answers that are all of full length. `multiple`s: what the mesh divides."""
+        """Return shapes with room for answers of full length.
+
+        `rows_multiple` and `length_multiple` are the parts into which the mesh splits rows and length.
+        """
         answers = run.rollout.prompts * run.grpo.group_size // run.grpo.minibatches
         answers = -(-answers // run.batch.accumulation)
         prompt, new = run.rollout.max_prompt_tokens, run.rollout.max_new_tokens
-        together = _together(run, answers // rows_multiple)
-        if together > 1:
-            length = prompt - 1 + together * (1 + new)
+        in_a_row = _answers_per_prompt(run, answers // rows_multiple)
+        if in_a_row > 1:
+            length = prompt - 1 + in_a_row * (1 + new)
         else:
-            # of the longest: two pack shorter ones better, unless that leaves parts of the mesh without rows
-            together = 2 if answers % 2 == 0 and answers // 2 >= rows_multiple else 1
-            length = together * (prompt + new)
-        rows, step = -(-answers // together), int(np.lcm(16, length_multiple))
+            # Room for two of the longest packs shorter ones better, unless parts of the mesh get no row.
+            in_a_row = 2 if answers % 2 == 0 and answers // 2 >= rows_multiple else 1
+            length = in_a_row * (prompt + new)
+        rows, step = -(-answers // in_a_row), int(np.lcm(16, length_multiple))
         return cls(run.batch.accumulation, rows + -rows % rows_multiple, length + -length % step)
 
 
-def _together(run: RunConfig, most: int) -> int:
-    """How many answers of a group share a prompt in a row: enough that it is a small part of the row; no more
-    than `most`, which leaves every device a row. One where minibatches tear groups apart."""
+def _answers_per_prompt(run: RunConfig, most: int) -> int:
+    """Return how many answers of a group share a prompt in a row; 1 if minibatches split groups.
+
+    Enough that the prompt is a small part of the row, but at most `most`, which leaves every device a row.
+    """
     if run.grpo.minibatches > 1:
         return 1
     group, enough = run.grpo.group_size, 4 * run.rollout.max_prompt_tokens / (1 + run.rollout.max_new_tokens)
@@ -80,10 +85,10 @@ def _together(run: RunConfig, most: int) -> int:
 
 @dataclass(frozen=True)
 class Place:
-    """Where an answer is: its row, its segment and where that begins, and the same of its prefix.
+    """Position of an answer: its row, its segment and where it begins, and the same for its prefix.
 
-    The last token of the prompt, which predicts the first of the answer, belongs to each answer; the prompt
-    before it is the prefix, which answers to one prompt share. It has no tokens where the prompt has one.
+    The last token of the prompt, which predicts the answer's first, belongs to each answer. The prompt before
+    it is the prefix, which answers to one prompt share; it is empty if the prompt has one token.
     """
 
     row: int
@@ -96,7 +101,7 @@ class Place:
 def pack(
     prompts: list[tuple[int, ...]], news: list[int], length: int, segments: int
 ) -> list[list[list[int]]]:
-    """Which answers share a prompt, and which of these bundles share a row: rows of bundles of answers."""
+    """Group answers that share a prompt into bundles, and bundles into rows: rows of bundles of answers."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, prompt in enumerate(prompts):
         groups.setdefault(prompt, []).append(i)
@@ -111,7 +116,7 @@ def pack(
 
 
 def _best_fit(sizes: list[int], counts: list[int], length: int, most: int) -> list[list[int]]:
-    """Bins of no more than `length` and `most`: largest first, each into the fullest one that has room."""
+    """Fill bins of at most `length` and `most` entries: largest first, each into the fullest with room."""
     bins: list[list[int]] = []
     room: list[int] = []
     left: list[int] = []
@@ -138,10 +143,11 @@ def make_policy_batch(
     model: DeepSeek,
     experts: bool,
 ) -> PolicyBatch:
-    """A minibatch on the model's mesh, of each answer's share in the loss (for each of its tokens).
+    """Build a minibatch on the model's mesh; `shares_N` is each answer's share in the loss, per token.
 
-    `known` may have "advantage", "drawn", "old" and "reference", each with a number or one per token of every
-    answer. An answer whose share is 0 takes no part, nor in the metrics. Every host calls it with all.
+    `known` may have "advantage", "drawn", "old" and "reference", each with one number, or one per token, for
+    every answer. An answer with share 0 does not take part, nor in the metrics. Every host calls this with
+    all answers.
     """
     A, R, T = shapes.microbatches, shapes.rows, shapes.length
     tokens, segments = np.zeros((A * R, T), np.int32), np.zeros((A * R, T), np.int32)
@@ -189,7 +195,7 @@ def make_policy_batch(
 
 
 def answers_of(x_ABT: np.ndarray, episodes: list[Episode], shapes: Shapes) -> list[np.ndarray]:
-    """What a batch of these answers made of each of their tokens, such as log-probabilities."""
+    """Extract the values of each answer's tokens from an array of the batch's shape, such as log-probs."""
     x_BT, out = x_ABT.reshape(-1, shapes.length), []
     for episode, place in zip(episodes, _places(episodes, shapes)):
         out.append(x_BT[place.row, place.begin : place.begin + len(episode.sampled.tokens)])
@@ -197,7 +203,7 @@ def answers_of(x_ABT: np.ndarray, episodes: list[Episode], shapes: Shapes) -> li
 
 
 def _places(episodes: list[Episode], shapes: Shapes) -> list[Place]:
-    """Of each answer. Answers are numbered from 1 in every row, prefixes from `segments` + 1."""
+    """Place each answer. Answers are numbered from 1 in every row, prefixes from `segments` + 1."""
     places: dict[int, Place] = {}
     prompts = [tuple(e.prompt) for e in episodes]
     news = [len(e.sampled.tokens) for e in episodes]
@@ -214,5 +220,5 @@ def _places(episodes: list[Episode], shapes: Shapes) -> list[Place]:
 
 
 def _ahead(x_BT: np.ndarray) -> np.ndarray:
-    """From a token's own position to that where it is predicted."""
+    """Move values from a token's own position to the one that predicts it."""
     return np.pad(x_BT[:, 1:], ((0, 0), (0, 1)))

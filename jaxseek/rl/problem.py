@@ -1,6 +1,6 @@
-"""What passes between tasks, rollouts and rewards: a problem, and an answer that was sampled for it.
+"""A problem, and an answer sampled for it, as they pass between tasks, rollouts and rewards.
 
-Standard library only: the processes that compute rewards read it.
+Standard library only, since the processes that compute rewards import it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ Messages = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt (text, or a chat), the answer it should get, and the record it was made of."""
+    """A prompt (text or a chat), the reference answer, and the record it was made from."""
 
     prompt: str | Messages
     answer: str
@@ -22,10 +22,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Answer:
-    """A sampled reply: its whole text, with `<think>` and `</think>` as written, and how it ended.
+    """A sampled reply: its whole text, including `<think>` and `</think>` as written, and how it ended.
 
-    `thinking` is what stands before `</think>` (None where there is no such mark) and `final` what follows
-    it, else the whole text. `finish_reason` is "stop" or "length".
+    `thinking` is the text before `</think>` (None without that mark), and `final` the text after it, or the
+    whole text. `finish_reason` is "stop" or "length".
     """
 
     problem: Problem

@@ -1,4 +1,4 @@
-"""The reference policy: what KL is measured against, and where it lives between its uses."""
+"""The reference policy that KL is measured against, and where it is stored between uses."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from jaxseek.train import lora
 
 
 class ReferencePolicy:
-    """Gives the model that the policy is held to; `replace` lets the policy take its place.
+    """Provides the reference model; `replace` makes the current policy the new reference.
 
-    A policy that took its place is also written to OUT/reference/STEP, from where a run that goes on has it
-    again; older ones stay as long as a checkpoint needs them.
+    A new reference is also written to OUT/reference/STEP, from where a resumed run reads it. Older ones stay
+    as long as a checkpoint needs them.
     """
 
     def __init__(self, run: RunConfig, strategy: Strategy, dtype: Any):
         self.kind, self.strategy, self.dtype = run.reference.kind, strategy, jnp.dtype(dtype)
         self.directory = place(run.out) / "reference"
         self.since = 0  # the step at which it became the reference
-        self._model: DeepSeek | None = None  # with kind "host" its shapes and layout alone
+        self._model: DeepSeek | None = None  # kind "host": shapes and shardings only
         self._parts: list[dict[str, np.ndarray]] = []
 
     def open(self, since: int, first: Callable[[], DeepSeek]) -> None:
-        """The reference of a run that starts (since 0: `first` gives it), or goes on."""
+        """Load the reference: `first()` for a new run (since 0), otherwise the one saved at step `since`."""
         self.since = since
         if self.kind != "base":
             path = self.directory / str(since)
             self._keep(models.restore(path, self.strategy, self.dtype) if since else first())
 
     def replace(self, policy: DeepSeek, step: int, needed: Collection[int] = ()) -> None:
-        """The policy after `step` steps becomes the reference. Of older ones those in `needed` are kept."""
+        """Make the policy after `step` steps the reference; delete older ones that are not in `needed`."""
         models.save(lora.merge(policy), self.directory / str(step), None, {"step": step}, overwrite=True)
         self._keep(policy)
         self.since = step
@@ -51,7 +51,7 @@ class ReferencePolicy:
                     remove(path)
 
     def of(self, policy: DeepSeek) -> DeepSeek:
-        """The reference on the policy's mesh; from the hosts' memory it is brought for this use."""
+        """Return the reference on the policy's mesh; kind "host" copies it to the devices for this use."""
         if self.kind == "base":
             return lora.base(policy)
         assert self._model is not None, "open comes first"
@@ -65,7 +65,7 @@ class ReferencePolicy:
         return jax.tree.unflatten(structure, placed)
 
     def _keep(self, model: DeepSeek) -> None:
-        """A copy: the policy's own arrays are given away by its next update."""
+        """Store a copy of the model, since the next update donates the policy's own arrays."""
         with model.on_mesh():
             model = _copy(lora.merge(model), self.dtype.name)
         if self.kind == "device":

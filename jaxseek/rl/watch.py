@@ -1,4 +1,4 @@
-"""What a GRPO step tells: means over its updates, seconds of its parts, and alarms."""
+"""Summaries of a GRPO step: means over its updates, seconds of its parts, and alarms."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import numpy as np
 
 
 def of_updates(totals: list[dict[str, float]]) -> dict[str, float]:
-    """Means over the tokens of all updates; what compares sampler and trainer is of the first alone, whose
-    weights are those that sampled."""
+    """Average metrics over the tokens of all updates.
+
+    The gap between sampler and trainer is that of the first update alone, which has the weights that sampled.
+    """
     first, out = totals[0], {}
     tokens = sum(t["tokens"] for t in totals)
     for name in totals[0]:
@@ -32,12 +34,13 @@ def of_updates(totals: list[dict[str, float]]) -> dict[str, float]:
 
 
 class Clock:
-    """Seconds between notes."""
+    """Measures the seconds between notes."""
 
     def __init__(self):
         self.begin = self.last = time.perf_counter()
 
     def note(self, name: str, values: dict[str, float]) -> None:
+        """Add the seconds since the last note to values[name]."""
         now = time.perf_counter()
         values[name] = values.get(name, 0.0) + now - self.last
         self.last = now
@@ -48,7 +51,7 @@ class Clock:
 
 
 class Alarms:
-    """Says, once each, what usually means that a run is going wrong."""
+    """Warns, once each, about signs that a run is going wrong."""
 
     PATIENCE = 20  # steps
 
@@ -58,7 +61,7 @@ class Alarms:
         self.kl_before = 0.0
 
     def of(self, step: int, values: dict[str, float]) -> list[str]:
-        """What to tell the user after this step."""
+        """Return the warnings to show after this step."""
         signs = {
             name: (
                 value == 0,
@@ -85,7 +88,7 @@ class Alarms:
                 told.append(text)
         at_once = {
             "kl": (
-                min(values.get("kl", 0), self.kl_before) > 1,  # k3 of a single step may be one rare token's
+                min(values.get("kl", 0), self.kl_before) > 1,  # one rare token can dominate k3 of one step
                 "KL against the reference stays above 1 per token: the policy has left it; lower "
                 "optimizer.learning_rate or raise grpo.beta",
             ),

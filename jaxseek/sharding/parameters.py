@@ -1,4 +1,4 @@
-"""Parameters of a model: declared with their axes, filled on a mesh, walked by path."""
+"""Declare parameters with their logical axes, fill them on a mesh, and walk them by path."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from jaxseek.sharding.strategy import Strategy
 
 
 class Init:
-    """Declares parameters: shape, logical axes and initial values stand on one line in the layers.
+    """Declares parameters, with shape, logical axes and initial values on one line in the layers.
 
-    Layers are only ever built under `jax.eval_shape`; `fill` then gives every parameter its values, be they
+    Layers are built under `jax.eval_shape` only; `fill` then gives every parameter its values, whether
     random, converted or restored.
     """
 
@@ -37,7 +37,7 @@ class Init:
         dtype: Any = None,
         kind: type[nnx.Variable] | None = None,
     ) -> Any:
-        """A parameter that starts as the constant `fill`, or else normal with `initializer_range`."""
+        """Declare a parameter that starts as the constant `fill`, or else normal with `initializer_range`."""
         if len(shape) != len(axes):
             raise ValueError(f"shape {shape} and axes {axes} differ in length")
         value = jnp.zeros(shape, dtype or self.dtype, out_sharding=self.rules.spec(*axes))
@@ -45,7 +45,7 @@ class Init:
 
 
 def parameters(model: nnx.Module) -> dict[str, nnx.Variable]:
-    """Every parameter by its dotted path, in a fixed order."""
+    """Return every parameter by its dotted path, in a fixed order."""
     flat, _ = jax.tree.flatten_with_path(model, is_leaf=lambda v: isinstance(v, nnx.Variable))
     return {
         ".".join(str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in path): v
@@ -56,17 +56,17 @@ def parameters(model: nnx.Module) -> dict[str, nnx.Variable]:
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class _Form:
-    """Of a tree: its structure, and which of the given arrays each leaf is (None: a new one)."""
+    """Structure of a result tree, and the index of the input array that each leaf is (None: a new one)."""
 
     structure: Any
     given: tuple[int | None, ...]
 
 
 def jit_sharing(f: Callable[..., Any]) -> Callable[..., Any]:
-    """`jax.jit` of a function of a tree of arrays (its other arguments are static), without its copies.
+    """Wrap `jax.jit` so that outputs that are unchanged inputs are returned as the same arrays.
 
-    What `f` returns as it was given is the very array, which jit would copy: weights that need no move, say.
-    `call.new` is the compiled part: the arrays that are new, and where they go.
+    jit would copy them, for example weights that need no resharding. `f` takes one tree of arrays; its other
+    arguments are static. `call.new` is the compiled part: it returns the new arrays, and where they belong.
     """
 
     @functools.partial(jax.jit, static_argnums=1)
@@ -87,7 +87,7 @@ def jit_sharing(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def fill(model: Any, mesh: Mesh, make: Callable[[str, nnx.Variable, NamedSharding], jax.Array]) -> Any:
-    """An abstract model with every parameter's value made by `make(path, abstract parameter, sharding)`."""
+    """Fill an abstract model, each parameter by `make(path, abstract parameter, sharding)`."""
     made = []
     for path, param in parameters(model).items():
         made.append(make(path, param, NamedSharding(mesh, param.get_value().sharding.spec)))
@@ -95,9 +95,10 @@ def fill(model: Any, mesh: Mesh, make: Callable[[str, nnx.Variable, NamedShardin
 
 
 def random_values(seed: int, std: float) -> Callable[[str, nnx.Variable, NamedSharding], jax.Array]:
-    """For `fill`: initial values drawn on the host, each layer's and expert's from a stream of its own.
+    """Return a `make` for `fill` that draws initial values on the host.
 
-    They are the same on every mesh, and a shard draws only the matrices that it holds.
+    Each layer and expert has a random stream of its own. The values are the same on every mesh, and a shard
+    draws only the matrices that it holds.
     """
 
     def make(path: str, param: nnx.Variable, sharding: NamedSharding) -> jax.Array:
@@ -124,9 +125,9 @@ def random_values(seed: int, std: float) -> Callable[[str, nnx.Variable, NamedSh
 
 
 def in_formats(tree: Any, formats: Any, donate: bool = False) -> Any:
-    """Arrays in these layouts; what is in its own already is returned as it is.
+    """Move arrays to these layouts; arrays that have theirs already are returned as they are.
 
-    `jax.device_put` does not take a layout for an array of which other hosts hold parts.
+    Arrays that span hosts go through jit, since `jax.device_put` does not take a layout for them.
     """
 
     def moved(a: Any, wanted: Format) -> jax.Array:
@@ -149,7 +150,7 @@ def _copy_to(wanted: Format) -> Any:
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes of a tree's arrays, abstract or not, on one device; int4 is two to a byte, no tile is padded."""
+    """Bytes per device of a tree's arrays, abstract or not; int4 is two to a byte, without tile padding."""
     total = 0
     for a in jax.tree.leaves(tree):
         bits = 4 if a.dtype.name in ("int4", "uint4") else 8 * a.dtype.itemsize

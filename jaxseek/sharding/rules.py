@@ -1,4 +1,4 @@
-"""Where arrays live: the shape legend, mesh axes, and the tables from logical names to mesh axes.
+"""Sharding rules: the shape legend, the mesh axes, and the tables from logical names to mesh axes.
 
 Shape legend (suffix letters are einsum letters, for arrays and parameters of the whole project):
 
@@ -10,11 +10,11 @@ Shape legend (suffix letters are einsum letters, for arrays and parameters of th
     In the router K is the number of experts that a token chooses; in latent attention H is P + R for queries
     and keys and the value width for values.
 
-A *strategy* is a TOML file: sizes of the mesh axes, where weights rest (`[weights]`), and how each phase
-(`[train]`, `[prefill]`, `[decode]`) lays out its activations and the weights it computes with. For serving,
-`[weights]` may ask for `redundant_experts`, slots beyond one for each expert, and name the `placement` that
-says which expert is in which. Layers know
-logical names only; this file alone knows mesh axes. One sharding mode everywhere: Explicit.
+A *strategy* is a TOML file: sizes of the mesh axes, the layout of stored weights (`[weights]`), and for each
+phase (`[train]`, `[prefill]`, `[decode]`) the layout of its activations and of the weights it computes with.
+For serving, `[weights]` may set `redundant_experts`, slots beyond one for each expert, and name the
+`placement` that says which expert is in which. Layers know logical names only; this module alone knows mesh
+axes. One sharding mode everywhere: Explicit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 DISPATCHES = ("local", "replicated", "all_to_all")
-FACTORS = ("capacity_factor", "room_factor")  # of the rows that a dispatch takes, see model/dispatch.py
+FACTORS = ("capacity_factor", "room_factor")  # limits on the rows of a dispatch, see model/dispatch.py
 PHASES = ("train", "prefill", "decode")
 LOGICAL_AXES = (
     "batch",
@@ -49,16 +49,15 @@ LOGICAL_AXES = (
 )
 
 
-# Where attention against a cache puts rows and heads, unless a table says so: where the rest of the layer
-# has them.
-_SAME = {"cache_batch": "batch", "cache_heads": "heads"}
+# Cache axes default to the activation axes.
+_ACTIVATION_AXIS = {"cache_batch": "batch", "cache_heads": "heads"}
 
 
 @dataclass(frozen=True)
 class Rules:
     """One table of a strategy: logical axis name to mesh axes, and the expert dispatch of the phase.
 
-    The factors limit what an expert or a shard takes to a multiple of its even share (model/dispatch.py).
+    The factors limit the rows of an expert or a shard to a multiple of its even share (model/dispatch.py).
     """
 
     table: tuple[tuple[str, tuple[str, ...]], ...] = ()
@@ -67,27 +66,29 @@ class Rules:
     room_factor: float | None = None
 
     def axes(self, name: str | None) -> tuple[str, ...]:
-        """Mesh axes (of size above one) that this logical axis is split over."""
+        """Return the mesh axes (of size above one) that split this logical axis."""
         table = dict(self.table)
-        return table.get(name, table.get(_SAME.get(name, ""), ())) if name else ()
+        return table.get(name, table.get(_ACTIVATION_AXIS.get(name, ""), ())) if name else ()
 
     def spec(self, *names: str | None) -> P:
-        """The PartitionSpec of an array whose dimensions have these logical names."""
+        """Return the PartitionSpec of an array whose dimensions have these logical names."""
         return P(*(axes if len(axes) > 1 else axes[0] if axes else None for axes in map(self.axes, names)))
 
     def for_cache(self) -> Rules:
-        """These rules where queries meet a cache: rows and heads are where it has them."""
-        moved = {name: self.axes(where) for where, name in _SAME.items()}
+        """Return the rules for attention against the cache, where batch and heads follow the cache axes."""
+        moved = {name: self.axes(cached) for cached, name in _ACTIVATION_AXIS.items()}
         return replace(self, table=tuple((dict(self.table) | moved).items()))
 
     def shard(self, x: jax.Array, *names: str | None) -> jax.Array:
-        """Move `x` to the layout of these logical names; `x` itself where it is there already."""
+        """Reshard `x` to the layout of these logical names; return it unchanged if it has that layout."""
         spec = self.spec(*names)
         there = NamedSharding(jax.sharding.get_abstract_mesh(), spec)
         return x if jax.typeof(x).sharding == there else jax.sharding.reshard(x, spec)
 
     def use(self, param: Any, dtype: Any, *axes: str | None) -> jax.Array:
-        """A parameter as this phase computes with it, or by other `axes` than its own: cast first, so that a
-        gather moves fewer bytes."""
+        """Return a parameter cast to `dtype` and resharded for this phase, by its own axes or by `axes`.
+
+        The cast comes first, so that a gather moves fewer bytes.
+        """
         value = param[...].astype(dtype)
         return self.shard(value, *(axes or param.get_metadata("axes")))

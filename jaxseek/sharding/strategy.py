@@ -19,15 +19,15 @@ from jaxseek.config.model import ConfigError, ModelConfig, configs_dir
 from jaxseek.sharding.rules import DISPATCHES, FACTORS, LOGICAL_AXES, MESH_AXES, PHASES, Rules
 from jaxseek.storage.place import Place, is_url, place
 
-_MOST_DEVICES = 1 << 14  # beyond which no fitting sizes are looked for
+_MOST_DEVICES = 1 << 14  # check_fits suggests no sizes for larger meshes
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """Mesh sizes and rule tables; hashable, so that compiled functions are keyed by it.
+    """Mesh sizes and rule tables; hashable, so that it can be a key of compiled functions.
 
-    `placement` is a file that `jaxseek placement` writes. `tables` are the rules as written, with axes of any
-    size, from which the same strategy is made in other sizes.
+    `placement` is a file written by `jaxseek placement`. `tables` are the rules as written, from which the
+    same strategy can be built with other sizes.
     """
 
     sizes: tuple[tuple[str, int], ...]
@@ -41,7 +41,7 @@ class Strategy:
 
     @property
     def has_slots(self) -> bool:
-        """Whether experts lie in slots rather than each once and in order."""
+        """True if experts lie in slots, rather than each once and in order."""
         return bool(self.redundant_experts or self.placement)
 
     @property
@@ -49,14 +49,14 @@ class Strategy:
         return math.prod(n for _, n in self.sizes)
 
     def parts(self, rules: Rules, name: str) -> int:
-        """Into how many parts these rules split a logical axis."""
+        """Number of parts into which these rules split a logical axis."""
         return math.prod(dict(self.sizes)[a] for a in rules.axes(name))
 
     def make_mesh(self, devices: list[Any] | None = None) -> Mesh:
-        """A mesh of Explicit axes over the first devices (all hosts' devices, in JAX's topology order).
+        """Make a mesh of Explicit axes over the first devices (of all hosts, in JAX's topology order).
 
-        Raises ConfigError when there are fewer devices than the strategy needs, and when some host has none
-        of those that it takes.
+        Raises ConfigError if there are fewer devices than the strategy needs, or if it takes none of some
+        host.
         """
         available = jax.devices() if devices is None else devices
         if self.num_devices > len(available):
@@ -74,18 +74,21 @@ class Strategy:
             )
         sizes = tuple(n for _, n in self.sizes)
         explicit = (AxisType.Explicit,) * len(sizes)
-        # jax.make_mesh does not cut a torus axis in two: it has no 8 x 16 x 4 for an 8x8x8 slice
+        # jax.make_mesh cannot split a torus axis, as 8 x 16 x 4 on an 8x8x8 slice needs
         placed = mesh_utils.create_device_mesh(sizes, taken, allow_split_physical_axes=True)
         return Mesh(placed, MESH_AXES, axis_types=explicit)
 
     def abstract_mesh(self) -> AbstractMesh:
-        """The same mesh with no devices, for shapes and shardings alone."""
+        """Return the same mesh without devices, for shapes and shardings alone."""
         explicit = (AxisType.Explicit,) * len(MESH_AXES)
         return AbstractMesh(tuple(n for _, n in self.sizes), MESH_AXES, axis_types=explicit)
 
     def check_fits(self, cfg: ModelConfig) -> None:
-        """Raise ConfigError, naming every axis that does not divide what it splits, and the nearest sizes for
-        as many devices that do."""
+        """Raise ConfigError unless the strategy fits the model.
+
+        The message names every axis that does not divide what it splits, and the nearest sizes that fit as
+        many devices.
+        """
         if self.has_slots and not cfg.n_routed_experts:
             raise ConfigError(f"a {cfg.model_type} model has no experts for [weights] redundant_experts")
         if not (problems := self.misfits(cfg)):
@@ -102,10 +105,10 @@ class Strategy:
         )
 
     def nearest(self, cfg: ModelConfig) -> dict[str, int] | None:
-        """Sizes of as many devices with which this strategy fits the model, None where no such are there.
+        """Return the nearest sizes for as many devices with which this strategy fits the model, or None.
 
-        They are the fewest doublings and halvings (by logarithm) away, then split the fewest axes; axes of
-        these sizes come first.
+        Nearest means the fewest doublings and halvings (by logarithm), then the fewest split axes. Axes that
+        this strategy splits come first in the result.
         """
         if self.num_devices > _MOST_DEVICES:
             return None
@@ -127,7 +130,7 @@ class Strategy:
         return None
 
     def misfits(self, cfg: ModelConfig) -> list[str]:
-        """Every axis that does not divide what it splits, or splits two axes of an array, in words."""
+        """Describe every axis that does not divide what it splits, or that splits two axes of one array."""
         size = dict(self.sizes)
         dims = {
             "vocab": cfg.vocab_size,
@@ -154,7 +157,7 @@ class Strategy:
         problems = [f"{text} ([{'], ['.join(where)}])" for text, where in tables.items()]
         for where in PHASES:
             rules = getattr(self, where)
-            for one, other in _together(cfg, where):
+            for one, other in _axes_of_one_array(cfg, where):
                 if both := set(rules.axes(one)) & set(rules.axes(other)):
                     over = " and ".join(sorted(both))
                     problems.append(f"{one} and {other} of an array are both split over {over} ([{where}])")
@@ -164,7 +167,7 @@ class Strategy:
 
     @classmethod
     def from_toml(cls, path: str | Place, **sizes: int) -> Strategy:
-        """Read a strategy file; tables it leaves out come from the default strategy."""
+        """Read a strategy file; what it leaves out comes from the default strategy. Raises ConfigError."""
         path = place(path)
         try:
             raw = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -193,12 +196,15 @@ class Strategy:
 
     @classmethod
     def default(cls, **sizes: int) -> Strategy:
-        """The default rule tables with these mesh sizes, for example `default(fsdp=4, tensor=2)`."""
+        """Build the default rule tables with these mesh sizes, for example `default(fsdp=4, tensor=2)`."""
         return cls._build(sizes, _default_tables())
 
     @classmethod
     def parse(cls, mesh: Strategy | dict[str, int] | str | Path | None) -> Strategy:
-        """A strategy from what a user writes: sizes, `"tensor=4,data=2"`, a TOML path or a shipped name."""
+        """Build a strategy from user input: sizes, `"tensor=4,data=2"`, a TOML path or a shipped name.
+
+        Raises ConfigError.
+        """
         if isinstance(mesh, Strategy):
             return mesh
         if mesh is None:
@@ -230,7 +236,7 @@ class Strategy:
 
 
 def _factorizations(n: int, parts: int) -> Iterator[tuple[int, ...]]:
-    """Every way to write n as a product of so many numbers, in order."""
+    """Yield every ordered way to write n as a product of `parts` numbers."""
     if parts == 1:
         yield (n,)
         return
@@ -239,8 +245,8 @@ def _factorizations(n: int, parts: int) -> Iterator[tuple[int, ...]]:
             yield first, *rest
 
 
-def _together(cfg: ModelConfig, phase: str) -> list[tuple[str, str]]:
-    """Logical axes that are axes of one array."""
+def _axes_of_one_array(cfg: ModelConfig, phase: str) -> list[tuple[str, str]]:
+    """Return the pairs of logical axes that appear together in some array."""
     heads = ("heads",) if cfg.is_mla else ("kv_heads", "q_groups")
     pairs = [("batch", name) for name in ("length", "vocab", *heads)] + [("length", name) for name in heads]
     if phase == "decode":

@@ -25,23 +25,11 @@ from jax.sharding import Mesh
 
 from jaxseek.config.model import ConfigError, ModelConfig
 from jaxseek.config.run import LogConfig
+from jaxseek.hardware import chip_of
 from jaxseek.storage.place import Log, Mirror, Place, place, save_figure, write_text
 from jaxseek.train.scaling import attention_flops_per_token
 
 FILE, PLOT = "metrics.jsonl", "loss.png"
-
-# Peak bfloat16 FLOPs per second of a chip, by JAX's device_kind: docs.cloud.google.com/tpu/docs/v4, v5e, v5p,
-# v6e and tpu7x.
-_TPU_PEAK = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12,
-}
 
 
 def summarize(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -354,10 +342,11 @@ def peak_flops(mesh: Mesh) -> float | None:
     devices = list(mesh.devices.flat)
     if devices[0].platform == "cpu":
         return _measured_peak() * len({d.process_index for d in devices})
-    if devices[0].device_kind not in _TPU_PEAK:
+    chip = chip_of(devices[0].device_kind)
+    if chip is None:
         return None
     chips = {(d.process_index, *d.coords) for d in devices}  # a chip is one device or, by core, two
-    return _TPU_PEAK[devices[0].device_kind] * len(chips)
+    return chip.peak["bf16"] * len(chips)
 
 
 @functools.cache

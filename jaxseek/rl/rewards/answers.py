@@ -1,4 +1,4 @@
-"""What an answer says in the end, and whether it is the reference: as text, or as mathematics."""
+"""Extract the result of an answer, and compare it with the reference as text or as mathematics."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from jaxseek.rl.problem import Answer
 TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 HASHES = re.compile(r"^####[ \t]*(.+)$", re.MULTILINE)
 NUMBER = re.compile(r"[+-]?(\d+|\d{1,3}(,\d{3})+)?(\.\d*)?")
-# Math-verify computes powers when it reads them: 9^{9^9} must not take the host's memory.
+# math-verify evaluates powers while parsing: this keeps 9^{9^9} from taking the host's memory.
 MATH_BYTES = 4 << 30
 
 
 def tagged(answer: Answer) -> str:
-    """What an answer gives as its result: the last `<answer>...</answer>`, else the final part.
+    """Return the last `<answer>...</answer>` of an answer, else its final part.
 
-    Thinking that never ended has no result.
+    An answer whose thinking never ended gives "".
     """
     if answer.thinking is None and "<think>" in answer.text:
         return ""
@@ -25,7 +25,7 @@ def tagged(answer: Answer) -> str:
 
 
 def final_answer(answer: Answer) -> str:
-    r"""The result alone: the last `\boxed{...}` in it, else what follows GSM8K's `####`, else all of it."""
+    r"""Return the result: the last `\boxed{...}`, else the text after GSM8K's `####`, else everything."""
     text = tagged(answer)
     boxed = last_boxed(text)
     if boxed is not None:
@@ -35,12 +35,12 @@ def final_answer(answer: Answer) -> str:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the last `\boxed{...}` or `\fbox{...}` whose braces balance."""
+    r"""Return the content of the last `\boxed{...}` or `\fbox{...}` with balanced braces, or None."""
     for match in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*\{", text))):
         depth, i = 1, match.end()
         while i < len(text) and depth:
             if text[i] == "\\":
-                i += 1  # \{ and \} are text
+                i += 1  # escaped braces do not count
             else:
                 depth += {"{": 1, "}": -1}.get(text[i], 0)
             i += 1
@@ -50,12 +50,12 @@ def last_boxed(text: str) -> str | None:
 
 
 def exact(answer: Answer) -> float:
-    """1 where the final answer is the reference's text, up to white space and the way of writing a number."""
+    """Return 1 if the final answer equals the reference as text, up to whitespace and number formatting."""
     return float(normal(final_answer(answer)) == normal(answer.problem.answer))
 
 
 def normal(text: str) -> str:
-    """Single spaces; numbers without `$`, thousands' commas, a final point and zeros that say nothing."""
+    """Collapse whitespace, and strip a number of `$`, thousands separators, a final point and extra zeros."""
     text = " ".join(text.split())
     number = text.replace("\\$", "").strip("$ ").removesuffix(".").replace("{,}", ",")
     if not NUMBER.fullmatch(number) or not any(c.isdigit() for c in number):
@@ -66,10 +66,10 @@ def normal(text: str) -> str:
 
 
 def math(answer: Answer, seconds: float) -> float:
-    """1 where the final answer equals the reference as mathematics, by math-verify.
+    """Return 1 if the final answer equals the reference as mathematics, by math-verify.
 
-    Called in the main thread of a worker process: math-verify limits its time by SIGALRM, and its memory is
-    limited here. What it cannot read or compare within that is not equal.
+    Call it in the main thread of a worker process: math-verify limits its time by SIGALRM, and this function
+    limits the memory. An answer that cannot be parsed or compared within these limits is not equal.
     """
     if exact(answer):
         return 1.0
@@ -79,7 +79,7 @@ def math(answer: Answer, seconds: float) -> float:
 
     text = final_answer(answer)
     forms = [f"\\boxed{{{text}}}"]
-    if text == answer.final.strip():  # nothing marks the result: math-verify looks for it, too
+    if text == answer.final.strip():  # the result is not marked, so math-verify searches for it as well
         forms = [text] if "\n" in text else [text, *forms]
     limit = -int(-seconds // 3)  # seconds for each step, rounded up
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)

@@ -1,4 +1,4 @@
-"""Whether an answer's code does what is asked: the share of unit tests that it passes in the sandbox."""
+"""Code reward: the share of a problem's unit tests that an answer's code passes in the sandbox."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PLAIN = re.compile(FENCED.format(""), re.MULTILINE | re.DOTALL)
 
 
 def extract(answer: Answer) -> str:
-    """The last block of Python, else the last block of no language, else all of the result."""
+    """Return the last Python code block, else the last block without a language, else the whole result."""
     text = tagged(answer)
     for pattern in (PYTHON, PLAIN):
         if blocks := pattern.findall(text):
@@ -25,20 +25,20 @@ def extract(answer: Answer) -> str:
 
 
 def code(answer: Answer, seconds: float, megabytes: int) -> float:
-    """The share of the problem's tests that the answer's code passes; `seconds` are for all of them together.
+    """Return the share of the problem's tests that the answer's code passes; `seconds` is for all of them.
 
     The problem's record has the tests, in one of these forms:
-    MBPP       test_list: assert statements; test_setup_code: what runs before them.
+    MBPP       test_list: assert statements; test_setup_code: code that runs before them.
     HumanEval  prompt, test (which defines `check`), and entry_point, by default the prompt's last function.
                It counts as one test. An answer may continue the prompt, or define the function again.
-    else       tests: assert statements, or {input, output} of a program; white space at the end of lines and
-               of the output does not matter.
-    Raises ValueError where it has none.
+    else       tests: assert statements, or {input, output} of a program; trailing whitespace of lines and of
+               the output does not matter.
+    Raises ValueError if the record has no tests.
     """
     record, program = answer.problem.record, extract(answer)
     limits: dict[str, Any] = {"seconds": seconds, "megabytes": megabytes}
     if tests := record.get("test_list"):
-        # Of a function that the reference defines, the answer's is meant, be it named as a builtin.
+        # Functions that the reference defines are taken from the answer, even if named like a builtin.
         functions = tuple(re.findall(r"^def (\w+)", record.get("code", ""), re.MULTILINE))
         setup = record.get("test_setup_code") or ""
         verdicts = programs.judge(program, tests, setup=setup, functions=functions, **limits)
@@ -58,7 +58,7 @@ def _human_eval(record: dict[str, Any], program: str, limits: dict[str, Any]) ->
     name, test = record.get("entry_point") or functions[-1], record["test"]
     if not re.search(r"^check\(", test, re.MULTILINE):
         test += f"\ncheck({name})\n"
-    # Helpers that the prompt defines are the problem's in the test, whatever the answer makes of them.
+    # The test uses the prompt's own helpers, even if the answer redefines them.
     trusted = record["prompt"]
     return programs.judge(trusted + program, [test], trusted=trusted, functions=(name,), **limits)
 

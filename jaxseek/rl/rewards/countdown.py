@@ -1,4 +1,4 @@
-"""The countdown game: reach a target with each of the given numbers once, by + - * / and parentheses."""
+"""Countdown reward: reach a target with each of the given numbers once, by + - * / and parentheses."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from jaxseek.rl.rewards.answers import final_answer
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 SIGNS = {"×": "*", "⋅": "*", "·": "*", "÷": "/", "−": "-", r"\times": "*", r"\cdot": "*", r"\div": "/",
          r"\left": "", r"\right": "", "$": ""}  # fmt: skip
-LONGEST = 40  # characters for each number: room for its digits, spaces and parentheses
+LONGEST = 40  # characters of an expression per given number: digits, spaces and parentheses
 
 
 def countdown(answer: Answer) -> float:
-    """1 where the final answer is an expression of record["numbers"], each used once, for record["target"].
+    """Return 1 if the final answer uses each of record["numbers"] once to reach record["target"].
 
-    `expression = target` is fine too. Computed in fractions, from the syntax tree: nothing is executed.
-    Raises ValueError for a problem without numbers and target.
+    `expression = target` is accepted too. The value is computed in fractions from the syntax tree, without
+    executing anything. Raises ValueError for a problem without numbers and target.
     """
     record = answer.problem.record
     if "numbers" not in record or "target" not in record:
@@ -44,7 +44,7 @@ def countdown(answer: Answer) -> float:
 
 
 def _value(node: ast.expr, used: list[int]) -> Fraction:
-    """The value of an expression; the numbers in it are appended to `used`."""
+    """Evaluate an expression, appending the numbers in it to `used`. Raises ValueError for other syntax."""
     if isinstance(node, ast.Constant) and type(node.value) is int:
         used.append(node.value)
         return Fraction(node.value)

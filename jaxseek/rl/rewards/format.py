@@ -1,4 +1,4 @@
-"""What an answer looks like: thinking, then an answer, as R1 rewards it; and how long it is."""
+"""Format and length rewards: thinking followed by an answer, as in R1, and a limit on the tokens."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from jaxseek.rl.problem import Answer
 
 
 def format(answer: Answer, tags: bool) -> float:
-    """1 for `<think>...</think>` around thinking, followed by an answer; neither may be blank.
+    """Return 1 for `<think>...</think>` with thinking inside, followed by an answer, neither of them blank.
 
-    Each mark stands once, and nothing before it. The opening one may be missing, as prompts may end with it.
-    With `tags` the answer is `<answer>...</answer>` and nothing besides (R1-Zero's template).
+    Each mark occurs once, with nothing before the first. The opening mark may be missing, since prompts may
+    end with it. With `tags` the answer is `<answer>...</answer>` and nothing else (R1-Zero's template).
     """
     before, closed, after = answer.text.partition("</think>")
     thinking = before.strip().removeprefix("<think>").strip()
@@ -26,5 +26,5 @@ def format(answer: Answer, tags: bool) -> float:
 
 
 def length(answer: Answer, target: int) -> float:
-    """1 up to `target` tokens, then falling linearly to 0 at twice as many."""
+    """Return 1 up to `target` tokens, falling linearly to 0 at twice as many."""
     return min(1.0, max(0.0, 2.0 - answer.tokens / target))

@@ -1,4 +1,4 @@
-"""Whether the thinking stays in one language, as R1 rewards it against mixing (R1 paper, section 2.3.2)."""
+"""Language reward: rewards thinking in one language, against mixing (R1 paper, section 2.3.2)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Literal
 
 from jaxseek.rl.problem import Answer
 
-# What belongs to no language. A dollar sign opens a formula only if one that ends it follows, not a price.
+# Code, formulas and tags, which belong to no language. A dollar sign opens a formula only if another one
+# closes it, so that prices do not.
 NEUTRAL = re.compile(
     r"```.*?(?:```|$)|`[^`\n]*`"
     r"|\$\$.*?\$\$|\\\[.*?\\\]|\\\(.*?\\\)|\$(?!\s)[^$\n]*(?<!\s)\$(?!\d)"
@@ -20,11 +21,11 @@ WORD = re.compile(rf"(?P<zh>[{HAN}])|(?P<en>[{LATIN}]+(?:['’][{LATIN}]+)*)|(?P
 
 
 def language(answer: Answer, target: Literal["en", "zh"]) -> float:
-    """The share of words of the thinking (or of all, without it) that are in `target`; 1 if there are none.
+    """Return the share of words in the thinking (or the whole text) that are in `target`; 1 without words.
 
-    A word is a run of Latin letters (en: the script decides, not a dictionary), one Chinese character (zh),
-    or a run of other letters (neither). Single Latin letters are names of variables and count for nothing, as
-    do digits, signs, formulas, TeX commands and code.
+    A word is a run of Latin letters (en, by script and not by dictionary), one Chinese character (zh), or a
+    run of other letters (neither). Single Latin letters are names of variables and do not count, nor do
+    digits, signs, formulas, TeX commands and code.
     """
     text = NEUTRAL.sub(" ", answer.text if answer.thinking is None else answer.thinking)
     words = [m for m in WORD.finditer(text) if m.lastgroup != "en" or len(m[0]) > 1]

@@ -1,8 +1,8 @@
 """The reward of an answer: a weighted sum of terms, none of which can stop the run.
 
-Cheap terms are computed here; `math` and `python` in worker processes (pool.py), `code` in a sandbox
-(sandbox.py). A term that raises, takes too long or is no finite number fails for that answer alone. Nothing
-here imports JAX: the workers import this module.
+Cheap terms are computed here, `math` and `python` in worker processes (sandbox/pool.py), `code` in a sandbox
+(sandbox/programs.py). A term that raises, times out or is not a finite number fails for that answer alone.
+Nothing here imports JAX, since the workers import this module.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from jaxseek.rl.sandbox.programs import check_platform
 
 @dataclass(frozen=True)
 class Failure:
-    """No score: which answer (index in the batch), which reward, and why."""
+    """A missing score: the index of the answer in the batch, the name of the reward, and the reason."""
 
     index: int
     reward: str
@@ -42,7 +42,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Scores:
-    """The rewards of N answers: `total` and, by name and unweighted, its terms: float64 [N], NaN for none."""
+    """Rewards of N answers, float64 [N]: `total`, and its unweighted terms by name; NaN marks a failure."""
 
     total: np.ndarray
     parts: dict[str, np.ndarray]
@@ -52,9 +52,9 @@ class Scores:
 class Rewards:
     """The rewards of a run. Close it, or use it as a context manager, to end its processes.
 
-    `model_score(model, answers)` computes rewards of kind `model`; `cpu_workers` processes compute those of
-    kind math, python and code at a time. A function of kind `python` is called with at most 16 answers at a
-    time. Raises ConfigError for rewards that cannot work here.
+    `model_score(model, answers)` computes rewards of kind `model`. `cpu_workers` is the number of processes
+    that compute rewards of kind math, python and code in parallel; a function of kind `python` gets at most
+    16 answers per call. Raises ConfigError for rewards that cannot work here.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Rewards:
 
 
 def _function(config: RewardConfig) -> Callable[[Answer], float]:
-    """The function of a reward that is computed answer by answer in this process, or from it."""
+    """Return the function of a reward that this process computes, one answer at a time."""
     return {
         "exact": exact,
         "countdown": countdown,
@@ -148,7 +148,10 @@ def _attempt(function: Callable[[Answer], float], answer: Answer) -> float | str
 
 
 def numbers(values: Any, count: int) -> list[float | str]:
-    """`values` as floats, with a reason where one is no finite number. ValueError for the wrong count."""
+    """Convert `values` to floats, or to a reason if one is not a finite number.
+
+    Raises ValueError if there are not `count` values.
+    """
     values = list(values)
     if len(values) != count:
         raise ValueError(f"{len(values)} rewards for {count} answers")

@@ -1,13 +1,13 @@
-"""What runs inside the sandbox: a script that locks itself in, and then executes code nobody has vetted.
+"""Script inside the sandbox: it locks itself in, and then executes untrusted code.
 
-Started by sandbox.py as `python -S -P -s -B jail.py FD`, with a job in JSON at file descriptor FD. It gives
+Started by programs.py as `python -S -P -s -B jail.py FD`, with a job in JSON at file descriptor FD. It gives
 up, in this order: resources (setrlimit), files (Landlock: only the Python installation can be read) and
-system calls (seccomp.py). Only then it looks at the code. Three roles:
+system calls (seccomp.py). Only then does it read the code. Three roles:
 
 program    runs the code as `__main__`, with its own standard input and output.
-candidate  runs the code as a module, and then calls its functions when the judge asks for it.
-judge      runs the tests. The candidate's functions are stand-ins that pass plain data to the candidate and
-           back. No code of the model runs in this process: it can return values, and nothing else.
+candidate  runs the code as a module, and then calls its functions on the judge's request.
+judge      runs the tests. Its stand-ins for the candidate's functions pass plain data to the candidate and
+           back. No code of the model runs in this process: the model can only return values.
 
 Standard library only, and no import of jaxseek: this file is a program of its own.
 """
@@ -29,11 +29,11 @@ from typing import Any
 PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 22, 38, 2
 LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446
 READ_FILE, READ_DIR = 1 << 2, 1 << 3
-FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}  # of LANDLOCK_ACCESS_FS_*, how many an ABI has; later ones: 16
-MESSAGE = 1 << 23  # bytes of one value between candidate and judge
-ITEMS = 1 << 18  # of an iterator
+FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}  # number of LANDLOCK_ACCESS_FS_* by ABI; later ones have 16
+MESSAGE = 1 << 23  # largest value between candidate and judge, in bytes
+ITEMS = 1 << 18  # longest iterator that is passed on
 
-# Imported beforehand where no file can be opened afterwards.
+# Modules to import in advance, where no file can be opened afterwards.
 COMMON = [
     "abc", "array", "base64", "bisect", "calendar", "cmath", "collections", "contextlib", "copy",
     "dataclasses", "datetime", "decimal", "enum", "fractions", "functools", "hashlib", "heapq", "io",
@@ -43,7 +43,7 @@ COMMON = [
 ]  # fmt: skip
 
 
-# Locking in
+# Confinement
 
 
 def limit_resources(megabytes, seconds):
@@ -66,7 +66,7 @@ def call(function, *arguments):
 
 
 def restrict_files(libc, abi, paths):
-    """Landlock (landlock(7)): nothing but reading, and that below `paths` alone."""
+    """Allow only reading, and only below `paths`, by Landlock (landlock(7))."""
     handled = ctypes.c_uint64((1 << FILE_RIGHTS.get(abi, 16)) - 1)
     ruleset = call(libc.syscall, LANDLOCK_CREATE_RULESET, ctypes.byref(handled), ctypes.c_size_t(8), 0)
     for path in paths:
@@ -115,7 +115,7 @@ COLLECTIONS = {
 
 
 def encode(value: Any, hold) -> Any:
-    """JSON for plain data, with subclasses as their base; `hold` turns anything else into a number."""
+    """Encode plain data as JSON, subclasses as their base; `hold` replaces any other object by a number."""
     kind = type(value)
     if value is None or kind in (bool, str, float):
         return value
@@ -150,7 +150,7 @@ def encode(value: Any, hold) -> Any:
 
 
 def decode(data: Any, held) -> Any:
-    """The value of JSON that `encode` made; a `held` number goes to that function."""
+    """Decode JSON made by `encode`; `held` returns the object of a number."""
     if isinstance(data, list):
         return [decode(v, held) for v in data]
     if not isinstance(data, dict):
@@ -188,7 +188,7 @@ def run_program(job):
 
 
 def run_candidate(job):
-    """Executes the code, then serves requests: names, call, get and set, as in Link and Remote below."""
+    """Execute the code, then serve the requests of Link and Remote below: names, call, get and set."""
     objects = []
 
     def hold(value):
@@ -220,10 +220,10 @@ def run_candidate(job):
 
 
 class Link:
-    """The judge's end of the line to the candidate, which may send anything: nothing of it is executed."""
+    """The judge's connection to the candidate. The candidate may send anything; none of it is executed."""
 
     def __init__(self, descriptor):
-        self.replies = open(descriptor, "rb")  # noqa: SIM115 - for as long as the process lives
+        self.replies = open(descriptor, "rb")  # noqa: SIM115 - open for the life of the process
         self.requests = open(descriptor, "wb", closefd=False)  # noqa: SIM115
 
     def ask(self, *message):
@@ -249,7 +249,7 @@ class Link:
 
 
 class Remote:
-    """An object of the candidate: it can be called, and has attributes. It is equal to nothing but itself."""
+    """Proxy of an object in the candidate: it can be called, has attributes, and equals only itself."""
 
     def __init__(self, link, number):
         self.__dict__.update(_link=link, _number=number)
@@ -267,10 +267,11 @@ class Remote:
 
 
 def run_judge(job):
-    """Executes the tests one by one, and reports one line for each: whether it ended without an exception.
+    """Execute the tests one by one, and report for each whether it ended without an exception.
 
-    Names come from the builtins, from `trusted` code, from the standard library, and only then from the
-    candidate, so that it cannot put its own `abs` or `math` in their place. `functions` always come from it.
+    Names are resolved from the builtins, then `trusted` code, then the standard library, and only then from
+    the candidate, so that it cannot substitute its own `abs` or `math`. `functions` always come from the
+    candidate.
     """
     namespace: dict[str, Any] = {"__name__": "tests"}
     exec(compile(job["trusted"], "trusted", "exec"), namespace)

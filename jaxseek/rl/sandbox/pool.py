@@ -1,7 +1,7 @@
-"""Workers for rewards that may raise, hang or take their process along.
+"""Worker processes for rewards that may raise, hang or crash their process.
 
-A worker that does not answer within its limit, or ends, is killed with all processes it started, and another
-takes its place; of its answers only those fail that bring a worker down on their own.
+A worker that exceeds its time limit, or exits, is killed with all processes it started, and a new one takes
+its place. Its answers are then scored one by one, so that only those that crash a worker on their own fail.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from typing import Any, TypeVar
 from jaxseek.config.rl import RewardConfig
 from jaxseek.rl.problem import Answer
 
-CHUNK = 16  # answers of one request, at most
-LOADING = 120.0  # seconds for a process to start, and to import the function
+CHUNK = 16  # most answers of one request
+LOADING = 120.0  # seconds for a process to start and to import the function
 T = TypeVar("T")
 
 
 class WorkerError(RuntimeError):
-    """A request came to nothing: the message is the reason."""
+    """A request failed; the message gives the reason."""
 
 
 class Pool:
-    """Up to `size` worker processes, started when they are needed, and as many threads that wait for them."""
+    """Up to `size` worker processes, started on demand, and as many threads that wait for them."""
 
     def __init__(self, size: int):
         self.threads = ThreadPoolExecutor(size, thread_name_prefix="rewards")
@@ -45,15 +45,15 @@ class Pool:
         self.closed = False
 
     def map(self, function: Callable[[Answer], T], answers: list[Answer]) -> list[T]:
-        """`function` of each answer, in this process, `size` at a time."""
+        """Apply `function` to each answer in this process, on `size` threads."""
         return list(self.threads.map(function, answers))
 
     def load(self, config: RewardConfig) -> None:
-        """Raises WorkerError where a worker cannot import what the reward needs."""
+        """Load a reward in a worker. Raises WorkerError if the worker cannot import what it needs."""
         self._request(config, None)
 
     def score(self, config: RewardConfig, answers: list[Answer]) -> list[float | str]:
-        """For each answer the reward, or the reason why there is none."""
+        """Return for each answer the reward, or the reason why there is none."""
         size = max(1, min(CHUNK, -(-len(answers) // (2 * self.size))))
         chunks = [answers[i : i + size] for i in range(0, len(answers), size)]
         return [
@@ -61,7 +61,7 @@ class Pool:
         ]
 
     def close(self) -> None:
-        """Kills the workers, also those that are computing."""
+        """Kill the workers, busy ones included."""
         self.closed = True
         for worker in list(self.workers):
             worker.kill()
@@ -98,7 +98,7 @@ class Pool:
 
 
 class Worker:
-    """One process of worker.py. After a time-out or its end it is not `usable`."""
+    """A process that runs worker.py; no longer `usable` after a time-out or its end."""
 
     def __init__(self):
         requests, self.requests = os.pipe()
@@ -110,7 +110,7 @@ class Worker:
                 [sys.executable, "-m", "jaxseek.rl.sandbox.worker", *map(str, theirs)],
                 stdin=subprocess.DEVNULL,
                 stdout=2,
-                # jaxseek is found as it is here; a reward that imports JAX leaves the trainer its devices.
+                # The worker finds jaxseek where this process does; JAX in a reward stays off the devices.
                 env=os.environ
                 | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                 pass_fds=theirs,
@@ -132,7 +132,7 @@ class Worker:
         return self._ask(("score", config, answers), config.seconds * len(answers))
 
     def kill(self) -> None:
-        """Ends the process and what it started."""
+        """Kill the process and everything it started."""
         if self.usable:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -146,7 +146,10 @@ class Worker:
                 os.close(descriptor)
 
     def _ask(self, message: Any, seconds: float) -> list[float | str]:
-        """The values of the reply. Anything else than a reply, of values or of an exception, is the end."""
+        """Send a message and return the values of the reply.
+
+        The process is closed if it sends no valid reply in time. Raises WorkerError.
+        """
         deadline = time.monotonic() + seconds
         answered = False
         try:
@@ -184,7 +187,7 @@ class Worker:
 
 
 def _wait(descriptor: int, event: int, deadline: float) -> None:
-    """Until the descriptor is ready for `event`, or its other end closed. TimeoutError at the deadline."""
+    """Wait until the descriptor is ready for `event`, or its other end is closed. Raises TimeoutError."""
     poll = select.poll()
     poll.register(descriptor, event)
     if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):

@@ -1,19 +1,19 @@
-"""Runs code nobody has vetted in processes that can compute, and nothing else.
+"""Run untrusted code in processes that can compute, and nothing else.
 
-Each run is a fresh Python process (jail.py) in its own session, an empty folder and an empty environment,
-under limits of memory, processor time and output; a seccomp filter leaves it no sockets, processes, signals
-or changed files, and Landlock no file outside the Python installation. Where the kernel has no Landlock
-(before 5.13) the code cannot open any file, and imports only what jail.py has imported for it. A run ends at
-its time limit at the latest, by SIGKILL.
+Each run is a fresh Python process (jail.py) in its own session, with an empty folder and an empty
+environment, under limits on memory, processor time and output; a seccomp filter denies it sockets, processes,
+signals and changes to files, and Landlock denies any file outside the Python installation. On a kernel
+without Landlock (before 5.13) the code cannot open any file, and can import only the modules that jail.py has
+imported. SIGKILL ends a run at its time limit at the latest.
 
 Verdicts do not come from the process that runs the code. Output is compared here; assertions run in a second
-process (`judge`), which asks the first for the values of function calls and takes plain data only. Code can
-therefore end early, print, patch builtins or answer with objects that equal everything: it passes a test by
-returning the right value. Limits of this: an argument that a function changes in place is not changed for the
-test, a test cannot pass functions of its own, and a value the test merely finds truthy may be any object.
+process (`judge`), which asks the first for the values of function calls and accepts plain data only. Code can
+therefore exit early, print, patch builtins or return objects that equal everything: it passes a test only by
+returning the right value. Limits of this design: a test does not see an argument that a function changes in
+place, cannot pass functions of its own, and accepts any object where it only checks for truth.
 
-What a process can still do: use its share of the processor, read the Python installation, and ask whether a
-file exists. It shares the kernel; this is no virtual machine.
+A process can still use its share of the processor, read the Python installation, and ask whether a file
+exists. It shares the kernel; this is not a virtual machine.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from typing import IO, Any
 from jaxseek.config.model import ConfigError
 from jaxseek.rl.sandbox import seccomp
 
-OUTPUT = 1 << 20  # bytes that are read of what a program prints; one that prints more is ended
+OUTPUT = 1 << 20  # bytes that a program may print; it is ended if it prints more
 JAIL = Path(__file__).with_name("jail.py")
-# Hashes without a seed, so that a program gives the same output each time.
+# PYTHONHASHSEED=0 makes output that depends on hashes reproducible.
 ENVIRONMENT = {"LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}
 LANDLOCK_CREATE_RULESET, LANDLOCK_CREATE_RULESET_VERSION = 444, 1
 
@@ -51,12 +51,12 @@ log = logging.getLogger(__name__)
 
 
 class SandboxError(RuntimeError):
-    """The sandbox itself did not come up; this says nothing about the code."""
+    """The sandbox itself did not start, which says nothing about the code."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a program ended: `ok` is exit status 0 within all limits, `reason` says why not."""
+    """Result of a program: `ok` means exit status 0 within all limits, otherwise `reason` says why not."""
 
     ok: bool
     stdout: str
@@ -64,9 +64,9 @@ class Outcome:
 
 
 def run(code: str, stdin: str = "", seconds: float = 5.0, megabytes: int = 512) -> Outcome:
-    """Runs `code` as a program, for at most `seconds` of wall-clock time in `megabytes` of address space.
+    """Run `code` as a program, for at most `seconds` of wall-clock time in `megabytes` of address space.
 
-    Raises SandboxError where the sandbox did not come up.
+    Raises SandboxError if the sandbox does not start.
     """
     deadline = time.monotonic() + seconds
     with (
@@ -94,12 +94,12 @@ def judge(
     code: str, tests: list[str], *, setup: str = "", trusted: str = "", functions: tuple[str, ...] = (),
     seconds: float = 5.0, megabytes: int = 512,
 ) -> list[bool]:  # fmt: skip
-    """For each of `tests` (statements that raise where the code is wrong), whether it passed.
+    """Return for each of `tests` (statements that raise if the code is wrong) whether it passed.
 
-    `setup` runs before them and, like them, may use what the code defines. `trusted` runs before that,
-    without it; names it defines are not the code's, except `functions`. All of it shares one time limit: a
-    test that is not reached in `seconds` has not passed. Raises SandboxError, and ValueError for tests that
-    do not parse.
+    `setup` runs before them and, like them, may use the names that the code defines. `trusted` runs before
+    that, without access to the code; its names take precedence over the code's, except `functions`. All of it
+    shares one time limit: a test that is not reached in `seconds` has not passed. Raises SandboxError, and
+    ValueError for tests that do not parse.
     """
     deadline = time.monotonic() + seconds
     asked = {"tests": tests, "setup": setup, "trusted": trusted, "functions": [*functions]}
@@ -110,7 +110,7 @@ def judge(
         _jail("candidate", seconds, megabytes, {"code": code}, link=theirs.fileno()) as (_, candidate_report),
         _jail("judge", seconds, megabytes, asked, link=ours.fileno()) as (_, judge_report),
     ):
-        ours.close()  # so that each of the two notices the other's end
+        ours.close()  # so that each of the two processes notices when the other ends
         theirs.close()
         (candidate, lines), reason = _read([candidate_report, judge_report], deadline)
     _check_ready(candidate)
@@ -124,7 +124,7 @@ def judge(
 
 @functools.cache
 def check_platform() -> None:
-    """Raises ConfigError where code cannot be run safely."""
+    """Raise ConfigError if untrusted code cannot run safely on this machine."""
     machine = platform.machine()
     if sys.platform != "linux" or machine not in seccomp.MACHINES:
         raise ConfigError(
@@ -145,7 +145,7 @@ def check_platform() -> None:
 
 @functools.cache
 def _landlock() -> int:
-    """The version of Landlock this kernel has, 0 for none."""
+    """Return the kernel's Landlock version, 0 if it has none."""
     libc = ctypes.CDLL(None, use_errno=True)
     size = ctypes.c_size_t(0)
     return max(0, libc.syscall(LANDLOCK_CREATE_RULESET, None, size, LANDLOCK_CREATE_RULESET_VERSION))
@@ -153,13 +153,13 @@ def _landlock() -> int:
 
 @functools.cache
 def _readable() -> list[str]:
-    """The Python installation and the shared libraries of its extension modules."""
+    """Return the paths of the Python installation and of the shared libraries that extension modules need."""
     installation = [f"{prefix}/{lib}" for prefix in (sys.base_prefix, "/usr", "") for lib in ("lib", "lib64")]
     return [path for path in [*installation, "/etc/ld.so.cache"] if Path(path).exists()]
 
 
 def _file(content: bytes) -> IO[bytes]:
-    """An unnamed file to be read from its beginning."""
+    """Create an unnamed file with this content, positioned at its start."""
     file = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
     file.write(content)
     file.seek(0)
@@ -171,7 +171,7 @@ def _jail(
     role: str, seconds: float, megabytes: int, job: dict[str, Any], *, link: int = -1,
     stdin: IO[bytes] | int = subprocess.DEVNULL, output: int = subprocess.DEVNULL,
 ) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:  # fmt: skip
-    """A running jail.py and the pipe it reports by; killed in the end, with all that belongs to it."""
+    """Start jail.py and yield it with the pipe it reports on; at the end, kill its whole process group."""
     landlock = _landlock()
     with contextlib.ExitStack() as stack:
         home = stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxseek-sandbox-"))
@@ -206,7 +206,7 @@ def _jail(
 
 
 def _read(files: list[Any], deadline: float) -> tuple[list[bytes], str]:
-    """What comes out of each of `files` up to its end, and why that was cut short, if it was."""
+    """Read each of `files` to its end or the deadline; return the contents, and why reading stopped early."""
     parts: dict[Any, bytearray] = {file: bytearray() for file in files}
     with selectors.DefaultSelector() as selector:
         for file in files:

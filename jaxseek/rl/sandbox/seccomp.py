@@ -1,9 +1,9 @@
-"""A seccomp filter that leaves a Python program what computing takes, and no more.
+"""A seccomp filter that leaves a Python program the system calls that computing needs, and no others.
 
-The filter is an allow-list in the kernel's classic BPF (seccomp(2), linux/seccomp.h): a system call that is
+The filter is an allow-list in the kernel's classic BPF (seccomp(2), linux/seccomp.h). A system call that is
 not named here fails with EPERM, so there are no sockets, no processes, no signals to others, no changed
-files, no ptrace and no io_uring, and new kernels add nothing. Files open for reading only; what may be read
-is Landlock's part (jail.py). Standard library only.
+files, no ptrace and no io_uring, and calls of newer kernels are denied too. Files open for reading only;
+Landlock decides which can be read (jail.py). Standard library only.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from __future__ import annotations
 import errno
 import struct
 
-# AUDIT_ARCH_* of linux/audit.h, and the column below that holds the machine's numbers.
+# AUDIT_ARCH_* of linux/audit.h, and the column of the machine's numbers in the tables below.
 MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 
-# Numbers of asm/unistd_64.h (x86_64) and asm-generic/unistd.h (aarch64); None: it has no such call.
+# Numbers of asm/unistd_64.h (x86_64) and asm-generic/unistd.h (aarch64); None: no such call.
 ALLOWED: dict[str, tuple[int, int | None]] = {
-    # files that are open already, and questions about names
+    # open files, and queries about paths
     "read": (0, 63), "write": (1, 64), "readv": (19, 65), "writev": (20, 66), "pread64": (17, 67),
     "close": (3, 57), "lseek": (8, 62), "fstat": (5, 80), "newfstatat": (262, 79), "statx": (332, 291),
     "stat": (4, None), "lstat": (6, None), "access": (21, None), "faccessat": (269, 48),
@@ -29,11 +29,11 @@ ALLOWED: dict[str, tuple[int, int | None]] = {
     # threads of this process
     "futex": (202, 98), "set_robust_list": (273, 99), "rseq": (334, 293), "sched_yield": (24, 124),
     "sched_getaffinity": (204, 123), "set_tid_address": (218, 96), "membarrier": (324, 283),
-    # signals to itself, by timers only
+    # signals to itself, from timers only
     "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139),
     "sigaltstack": (131, 132), "restart_syscall": (219, 128), "alarm": (37, None),
     "setitimer": (38, 103), "getitimer": (36, 102),
-    # time, chance, identity, end
+    # time, randomness, identity, exit
     "nanosleep": (35, 101), "clock_nanosleep": (230, 115), "clock_gettime": (228, 113),
     "clock_getres": (229, 114), "gettimeofday": (96, 169), "time": (201, None), "times": (100, 153),
     "getrusage": (98, 165), "getpid": (39, 172), "gettid": (186, 178), "getppid": (110, 173),
@@ -59,15 +59,15 @@ DENIED = RET_ERRNO | errno.EPERM
 
 
 def program(machine: str, opens: bool) -> bytes:
-    """The filter for `machine` (a key of MACHINES) as an array of struct sock_filter.
+    """Build the filter for `machine` (a key of MACHINES) as an array of struct sock_filter.
 
-    With `opens`, files may be opened for reading. Both machines are little-endian: the low word of an
-    argument comes first, and the arguments that are looked at are 32 bits wide.
+    With `opens`, files may be opened for reading. Both machines are little-endian, so the low word of an
+    argument comes first, and the arguments that are checked are 32 bits wide.
     """
     arch, column = MACHINES[machine]
 
     def argument(call: tuple[int, int | None], index: int, rest: list[Instruction]) -> list[Instruction]:
-        """`rest` decides on argument `index` of `call`; other calls jump past it."""
+        """Apply `rest` to argument `index` of `call`; other calls jump past it."""
         number = call[column]
         if number is None:
             return []
@@ -88,7 +88,7 @@ def program(machine: str, opens: bool) -> bytes:
         *argument(CLONE, 0, thread),
         *argument(IOCTL, 1, one_of([TCGETS])),
         *argument(FCNTL, 1, one_of([F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC])),
-        # glibc tries clone3 first, whose flags a filter cannot see, and then clone.
+        # A filter cannot see the flags of clone3; on ENOSYS glibc falls back to clone.
         (EQUAL, 0, 1, CLONE3[column]),
         (RETURN, 0, 0, RET_ERRNO | errno.ENOSYS),
     ]

@@ -1,9 +1,9 @@
-"""A process that computes rewards: `python -m jaxseek.rl.sandbox.worker REQUESTS REPLIES LIFELINE`.
+"""Process that computes rewards: `python -m jaxseek.rl.sandbox.worker REQUESTS REPLIES LIFELINE`.
 
-The arguments are file descriptors. Requests are pickles behind their length (8 bytes): ("load", config,
+The arguments are file descriptors. Requests are pickles prefixed by their length (8 bytes): ("load", config,
 search path) and ("score", config, answers). A reply is one line of JSON: {"values": [...]} with a number or a
-reason in words for each answer, or {"raised": text}. What a reward prints goes to standard error. The
-lifeline is a pipe nobody writes to: when it closes, the trainer has ended, and so does this process.
+textual reason for each answer, or {"raised": text}. Prints of a reward go to standard error. The lifeline is
+a pipe that nobody writes to: it closes when the trainer ends, and this process then ends too.
 """
 
 from __future__ import annotations
@@ -29,11 +29,9 @@ Function = Callable[[list[Answer]], list[Any]]
 
 
 def load(config: RewardConfig) -> Function:
-    """The function of a reward of kind `math` or `python`."""
+    """Return the function of a reward of kind `math` or `python`."""
     if config.kind == "math":
-        logging.getLogger("math_verify").setLevel(
-            logging.ERROR
-        )  # it tells of every comparison that takes long
+        logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of every slow comparison
         importlib.import_module("math_verify")
         return lambda answers: [of_answers.math(answer, config.seconds) for answer in answers]
     module, _, name = config.function.partition(":")
@@ -67,6 +65,7 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
 
 
 def watch(lifeline: int) -> None:
+    """Kill this process group when the lifeline closes."""
     os.read(lifeline, 1)
     os.killpg(0, signal.SIGKILL)
 
