@@ -89,7 +89,7 @@ def unroll(model: DeepSeek, by_output: bool) -> DeepSeek:
         return jax.tree.map(lambda a: a[None], layer)
 
     def turn(layer: Layer) -> None:
-        for _, module in list(nnx.iter_modules(layer)):
+        for module in (layer.attn, layer.mlp, getattr(layer.mlp, "shared", None)):
             for name in _PRODUCTS:
                 if is_plain(param := getattr(module, name, None)):
                     setattr(module, name, ByOutput(param, len(MATRICES[name])))

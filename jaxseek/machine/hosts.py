@@ -96,7 +96,9 @@ def join() -> Cluster | None:
     threading.Thread(target=_watch, args=(found, seconds, all_here), daemon=True).start()
     try:
         address = os.environ.get(_ADDRESS)
-        jax.distributed.initialize(address, found.count, found.index, initialization_timeout=seconds + 60)
+        timeout = seconds + 60
+        with _without_jax_deprecations():
+            jax.distributed.initialize(address, found.count, found.index, initialization_timeout=timeout)
     finally:
         all_here.set()
     return found
@@ -215,6 +217,14 @@ def _answers(address: str) -> bool:
 # -------------------------------------------------------------------- JAX's private modules
 
 
+@contextlib.contextmanager
+def _without_jax_deprecations() -> Iterator[None]:
+    """Ignore deprecations in JAX's own cluster detection (re.split with positional maxsplit, on Python 3.13)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
+
+
 def _detected() -> Cluster | None:
     """Return the cluster that JAX detects. JAX has no public way to ask without joining."""
     workers = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES", "")
@@ -224,8 +234,7 @@ def _detected() -> Cluster | None:
     from jax._src.clusters import ClusterEnv
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # JAX's own, of re.split
+        with _without_jax_deprecations():
             # given an address, JAX does not wait until it knows host 0's
             found = ClusterEnv.auto_detect_unset_distributed_params("", None, None, None, None, 1)
         _, count, index, _ = found

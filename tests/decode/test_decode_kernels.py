@@ -6,16 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decoding import decode
 from jax.experimental.pallas import tpu as pltpu
 from oracles import slow
 
 from jaxseek.config.model import ModelConfig, configs_dir
-from jaxseek.decode import fused as step
-from jaxseek.decode import kernels
-from jaxseek.engine.engine import Engine
-from jaxseek.engine.sampling import Sampling
+from jaxseek.decode import fused, kernels
 from jaxseek.experts.replicate import place_experts
-from jaxseek.model import cache, dispatch, layer
 from jaxseek.model.deepseek import DeepSeek
 from jaxseek.model.replicas import table as slot_table
 from jaxseek.ops import decode_attention as decode_attention_module
@@ -203,20 +200,17 @@ def test_chosen_experts_are_those_with_a_gate(quantised, rows):
     close(y, want)
 
 
-def tokens_of(model):
-    prompts = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 1]]
-    return Engine(model, unroll=False).generate(prompts, Sampling(temperature=0.0, max_new_tokens=3))
+PROMPTS = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 1]]
 
 
-def tokens_by_kernels(model, monkeypatch):
-    for module in (step, layer, dispatch, cache):  # prompts are written as on TPU too
-        monkeypatch.setattr(module, "platform", lambda: "tpu")
+def decoded_by_kernels(model, monkeypatch):
     called = set()
     for name in ("attention", "experts"):
-        function = getattr(step, name)
-        monkeypatch.setattr(step, name, lambda *a, f=function, n=name: called.add(n) or f(*a))
-    with pltpu.force_tpu_interpret_mode():
-        out = tokens_of(model)
+        function = getattr(fused, name)
+        monkeypatch.setattr(fused, name, lambda *a, f=function, n=name: called.add(n) or f(*a))
+    with monkeypatch.context() as patch, pltpu.force_tpu_interpret_mode():
+        patch.setattr("jaxseek.ops.cache_write.platform", lambda: "tpu")  # prompts are written as there, too
+        out = decode(model, "tpu", PROMPTS, 3)
     assert called == {"attention", "experts"}  # or nothing was shown
     return out
 
@@ -255,12 +249,14 @@ def test_a_step_in_kernels_is_the_step_in_plain_jax(monkeypatch, tmp_path, layou
         many = (configs_dir() / "meshes" / "deepseek-v3.v5e-8x8.decode.many.toml").read_text()
         path = tmp_path / "redundant.toml"
         path.write_text(many.replace("[weights]", "[weights]\nredundant_experts = 4"))
-    want, model = tokens_of(DeepSeek.init(cfg)), DeepSeek.init(cfg, Strategy.from_toml(path, **sizes))
+    (tokens, logits), model = (
+        decode(DeepSeek.init(cfg), "plain", PROMPTS, 3),
+        DeepSeek.init(cfg, Strategy.from_toml(path, **sizes)),
+    )
     place_experts(model)
-    found = tokens_by_kernels(model, monkeypatch)
-    for a, b in zip(found, want):
-        assert a.tokens == b.tokens
-        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+    found, found_logits = decoded_by_kernels(model, monkeypatch)
+    np.testing.assert_array_equal(found, tokens)
+    np.testing.assert_allclose(found_logits, logits, atol=1e-4)
     jax.clear_caches()  # programs compiled as for a TPU
 
 
@@ -268,18 +264,17 @@ def test_a_step_in_kernels_is_the_step_in_plain_jax(monkeypatch, tmp_path, layou
 def test_keys_and_values_are_written_and_read_in_place(monkeypatch, mesh):
     sizes = {"num_hidden_layers": 2, "hidden_size": 64, "vocab_size": 128, "initializer_range": 0.3}
     cfg = dataclasses.replace(ModelConfig.from_preset("tiny-llm"), **sizes)
-    want = tokens_of(DeepSeek.init(cfg))
+    tokens, logits = decode(DeepSeek.init(cfg), "plain", PROMPTS, 3)
     called = []
     attend = decode_attention_module.decode_attention
     monkeypatch.setattr(
         decode_attention_module, "decode_attention", lambda *a: called.append(1) or attend(*a)
     )
-    for module in (decode_attention_module, layer, cache):
-        monkeypatch.setattr(module, "platform", lambda: "tpu")
+    for module in ("attention", "cache_write"):
+        monkeypatch.setattr(f"jaxseek.ops.{module}.platform", lambda: "tpu")
     with pltpu.force_tpu_interpret_mode():
-        found = tokens_of(DeepSeek.init(cfg, mesh))
+        found, found_logits = decode(DeepSeek.init(cfg, mesh), "tpu", PROMPTS, 3)
     assert called
-    for a, b in zip(found, want):
-        assert a.tokens == b.tokens
-        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+    np.testing.assert_array_equal(found, tokens)
+    np.testing.assert_allclose(found_logits, logits, atol=1e-4)
     jax.clear_caches()

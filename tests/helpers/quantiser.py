@@ -14,7 +14,7 @@ from jaxseek.sharding.parameters import fill, parameters
 
 LARGEST = {"int8": 127, "int4": 7, "float8_e4m3fn": 448}
 # Groups of 12 divide 48 and 24 inputs, leave the last of 32 and 16 short, and are longer than 8.
-SPECS = {"int8": Spec("int8", None), "int4": Spec("int4", 12), "float8": Spec("float8_e4m3fn", 12)}
+SPECS = {"int8": Spec("int8", None), "int4": Spec("int4", 12), "fp8": Spec("float8_e4m3fn", 12)}
 
 
 def quantize(name, numbers, spec):

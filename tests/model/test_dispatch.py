@@ -11,6 +11,7 @@ from dense_experts import B, E, K, T, dense_loop, inputs, strategy_of
 from oracles import assert_close, slow
 
 from jaxseek.model.dispatch import dispatch
+from jaxseek.ops.experts import Experts
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -45,7 +46,7 @@ def program(strategy, phase):
             )
             experts = [rules.shard(w, *names) for w, names in zip(experts, wide)]
             x_BTD = rules.shard(x_BTD, "batch", "length", None)
-            y_BTD, load_E, dropped = dispatch(x_BTD, ids_BTK, gates_BTK, valid_BT, experts, rules)
+            y_BTD, load_E, dropped = dispatch(x_BTD, ids_BTK, gates_BTK, valid_BT, Experts(*experts), rules)
             y_BTD = jax.sharding.reshard(y_BTD, jax.P())
             return (y_BTD * dy_BTD).sum(), (y_BTD, load_E, dropped)
 
@@ -128,8 +129,8 @@ def test_sums_gradients_and_loads_equal_the_dense_loop(phase, mesh):
 
 @pytest.mark.parametrize("mesh", ["", *REPLICATED])
 def test_few_rows_on_tpu_are_multiplied_with_every_expert_to_the_same_end(mesh, monkeypatch):
-    monkeypatch.setattr("jaxseek.model.dispatch.platform", lambda: "tpu")
-    monkeypatch.setattr("jaxseek.model.dispatch.grouped_mlp", None)  # the batched products run on CPU too
+    monkeypatch.setattr("jaxseek.ops.experts.platform", lambda: "tpu")
+    monkeypatch.setattr("jaxseek.ops.experts.grouped_mlp", None)  # the batched products run on CPU too
     program.cache_clear()
     for routing in ("random", "skewed", "padded"):
         check(strategy_of(mesh), "decode", routing)

@@ -9,7 +9,9 @@ import pytest
 from oracles import assert_close, forward, random_tokens, tiny_model, tiny_weights
 
 from jaxseek.config.model import ModelConfig
-from jaxseek.model.cache import KVCache, LatentCache, init_cache, split_layers, write_slots
+from jaxseek.model.cache import KVCache, LatentCache, split_layers
+from jaxseek.model.deepseek import DeepSeek
+from jaxseek.ops.cache_write import write_slots
 from jaxseek.sharding.strategy import Strategy
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -78,11 +80,12 @@ def test_the_cache_holds_the_normed_latent_and_the_rotated_shared_key():
 )
 def test_a_token_of_cache_takes_the_published_bytes(preset, elements):
     cfg, strategy = ModelConfig.from_preset(preset), Strategy.default()
+    model = DeepSeek.abstract(cfg, strategy)
     with jax.sharding.use_abstract_mesh(strategy.abstract_mesh()):
-        cache = jax.eval_shape(lambda: init_cache(cfg, 3, 40, jnp.bfloat16, strategy.decode))
-    taken = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(cache))
+        caches = jax.eval_shape(lambda: model.init_caches(3, 40, jnp.bfloat16, strategy.decode))
+    taken = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(caches))
     assert taken == 3 * 40 * 2 * elements == 3 * 40 * cfg.cache_bytes_per_token("bfloat16")
-    assert isinstance(cache, LatentCache if cfg.is_mla else KVCache)
+    assert isinstance(caches[0], LatentCache if cfg.is_mla else KVCache)
 
 
 @pytest.mark.parametrize("mesh", [None, "context=4", "data=2,context=2", "context=2,tensor=2"])

@@ -21,7 +21,8 @@ from oracles import (
 )
 
 from jaxseek.config.model import ConfigError, ModelConfig, RopeConfig, presets
-from jaxseek.model.deepseek import DeepSeek, layer_runs, positions_in_segments
+from jaxseek.model.context import positions_in_segments
+from jaxseek.model.deepseek import DeepSeek, layer_runs
 from jaxseek.sharding.parameters import parameters
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -152,16 +153,6 @@ def test_models_without_the_part_asked_for_say_so():
 
 
 # -------------------------------------------------------------------- forms of one model
-
-
-@pytest.mark.parametrize("name", ["v3", "llama"])
-def test_the_unrolled_model_equals_the_stacked_one(name):
-    model = tiny_model(name)
-    unrolled = model.unrolled()
-    assert len(unrolled.stacks) == model.cfg.num_hidden_layers
-    assert unrolled.embed_VD.get_value() is model.embed_VD.get_value()
-    assert_close(unrolled(TOKENS_BT), model(TOKENS_BT), 2e-6)
-    assert len(model.stacks) == len(layer_runs(model.cfg))
 
 
 def test_layers_of_one_kind_stand_in_one_stack():

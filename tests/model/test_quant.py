@@ -24,15 +24,15 @@ from jaxseek.checkpoint import models
 from jaxseek.checkpoint.models import CheckpointError
 from jaxseek.config.model import ConfigError, ModelConfig, configs_dir
 from jaxseek.config.run import RunConfig
+from jaxseek.decode import cpu
 from jaxseek.engine.engine import Engine
 from jaxseek.engine.sampling import Sampling
 from jaxseek.lab.info import describe, read_quantization
 from jaxseek.model.deepseek import DeepSeek
 from jaxseek.model.weight import (
-    KINDS,
+    FORMATS,
     MATRICES,
     Quantized,
-    matrix,
     quantization,
     quantize_abstract,
     scale_shape,
@@ -114,20 +114,20 @@ def test_experts_compute_with_their_numbers(implementation, rows):
 
 
 def test_in_bfloat16_a_number_is_the_rounded_float32_product():
-    model = quantized_model(tiny_config("llama"), "float8")
-    numbers = arrays_of(model.cfg, SPECS["float8"])[1]["stacks.0.mlp.up_DF"][0]
+    model = quantized_model(tiny_config("llama"), "fp8")
+    numbers = arrays_of(model.cfg, SPECS["fp8"])[1]["stacks.0.mlp.up_DF"][0]
     with model.on_mesh():
         layer = jax.tree.map(lambda a: a[0], model.stacks[0])
-        got = matrix(layer.mlp.up_DF, Rules(), jnp.bfloat16)
+        got = layer.mlp.up_DF.dense(Rules(), jnp.bfloat16)
     assert models.same_bits(np.asarray(got), numbers.astype(jnp.bfloat16))
 
 
 # -------------------------------------------------------------------- models
 
 
-QUICK = {"llama with biases": "int4", "qwen2": "int8", "v1": "float8", "v2-lite": "int4", "v3": "float8"}
+QUICK = {"llama with biases": "int4", "qwen2": "int8", "v1": "fp8", "v2-lite": "int4", "v3": "fp8"}
 QUICK |= {"v3.2": "int8"}
-NAMED = [(name, kind) if kind == QUICK[name] else slow(name, kind) for name in QUICK for kind in KINDS]
+NAMED = [(name, kind) if kind == QUICK[name] else slow(name, kind) for name in QUICK for kind in FORMATS]
 
 
 @pytest.mark.parametrize(("name", "kind"), NAMED)
@@ -144,7 +144,7 @@ def test_logits_equal_the_formula_with_the_numbers(name, kind):
 @pytest.mark.parametrize(
     ("name", "kind", "unroll"),
     [
-        ("v3", "float8", True),
+        ("v3", "fp8", True),
         slow("qwen2", "int4", True),
         slow("v3.2", "int8", False),
         slow("v2-lite", "int8", True),
@@ -172,12 +172,12 @@ def test_greedy_tokens_are_those_of_an_ordinary_model_and_of_whole_passes(name, 
 @pytest.mark.parametrize(
     ("name", "mesh", "kind"),
     [
-        ("v3", "fsdp=2,expert=2,tensor=2", "float8"),
+        ("v3", "fsdp=2,expert=2,tensor=2", "fp8"),
         slow("v3", "attention-data-parallel", "int4"),
         slow("llama", "data=2,tensor=2", "int8"),
         slow("v3", "fsdp=2,expert=2,tensor=2", "int8"),
         slow("v3", "expert=4,context=2", "int4"),
-        slow("v3.2", "fsdp=4,tensor=2", "float8"),
+        slow("v3.2", "fsdp=4,tensor=2", "fp8"),
         slow("llama", "fsdp=8", "int4"),
     ],
 )
@@ -198,7 +198,7 @@ def test_every_mesh_computes_what_one_device_computes(name, mesh, kind):
 # -------------------------------------------------------------------- checkpoints
 
 
-@pytest.mark.parametrize("kind", [slow("int4"), slow("int8"), slow("float8")])
+@pytest.mark.parametrize("kind", [slow("int4"), slow("int8"), slow("fp8")])
 def test_a_checkpoint_is_restored_bit_for_bit_onto_another_mesh(tmp_path, kind):
     cfg = tiny_config(
         "v3", kv_lora_rank=18, moe_intermediate_size=10
@@ -223,7 +223,7 @@ def test_a_checkpoint_is_restored_bit_for_bit_onto_another_mesh(tmp_path, kind):
     without = models.restore(tmp_path / "q", mtp=False)
     assert not any(path.startswith("mtp.") for path in quantization(without))
     with pytest.raises(ValueError, match="other stacks"):
-        models.save(quantized_model(cfg, kind).unrolled(), tmp_path / "unrolled")
+        models.save(cpu.unroll(quantized_model(cfg, kind), False), tmp_path / "unrolled")
 
 
 def test_a_manifest_that_does_not_fit_is_named(tmp_path):
@@ -254,10 +254,10 @@ def test_memory_can_be_planned_with_no_weights(tmp_path):
     cfg = ModelConfig.from_preset("deepseek-r1")
     mesh, share = "expert=16,tensor=4", {}
     model, plain = DeepSeek.abstract(cfg, mesh), describe(cfg, mesh)["weight_bytes_per_chip"]
-    for kind in KINDS:
+    for kind in FORMATS:
         specs = quantization(quantize_abstract(model, kind))
         share[kind] = describe(cfg, mesh, quantization=specs)["weight_bytes_per_chip"] / plain
-    assert share == pytest.approx({"int8": 0.52, "int4": 0.3, "float8": 0.54}, abs=0.01)
+    assert share == pytest.approx({"int8": 0.52, "int4": 0.3, "fp8": 0.54}, abs=0.01)
 
     models.save(quantized_model(tiny_config("llama"), "int4"), tmp_path / "q")
     assert {spec.dtype for spec in read_quantization(str(tmp_path / "q")).values()} == {"int4"}
@@ -274,9 +274,9 @@ def test_training_says_to_convert_first(tmp_path):
         model.context(Rules(), jnp.asarray(TOKENS_BT), fp8=True)
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("int8", "int8"), ("int4", "int8"), ("float8", "float16")])
+@pytest.mark.parametrize(("kind", "dtype"), [("int8", "int8"), ("int4", "int8"), ("fp8", "float16")])
 def test_one_cpu_device_decodes_with_values_that_are_quick_to_read(kind, dtype):
-    decoder = quantized_model(tiny_config("v3"), kind).unrolled()
+    decoder = cpu.prepare(quantized_model(tiny_config("v3"), kind))
     held = [m.value[...].dtype.name for _, m in nnx.iter_modules(decoder.stacks) if isinstance(m, Quantized)]
     assert held
     assert set(held) == {dtype}

@@ -26,8 +26,9 @@ from jaxseek.lab.info import describe
 from jaxseek.lab.job import Job, abstract_model
 from jaxseek.model.dispatch import dispatch
 from jaxseek.model.moe import EXPERTS
-from jaxseek.model.replicas import slots_of, table
-from jaxseek.model.weight import KINDS
+from jaxseek.model.replicas import replicas_of, table
+from jaxseek.model.weight import FORMATS
+from jaxseek.ops.experts import Experts
 from jaxseek.sharding.parameters import parameters
 from jaxseek.sharding.strategy import Strategy
 
@@ -47,7 +48,7 @@ def test_tokens_take_the_copies_of_their_expert_in_turn(first):
     rng = np.random.default_rng(0)
     ids = np.argsort(rng.random((30, E)), axis=-1)[:, :K]
     ids[[3, 17]] = E  # none
-    got = slots_of(jnp.asarray(ids), jnp.asarray(table(np.array([SLOTS]))[0]), E, first)
+    got = replicas_of(jnp.asarray(ids), jnp.asarray(table(np.array([SLOTS]))[0]), E, first)
     turn = dict.fromkeys(range(E), first)
     for n, k in np.ndindex(ids.shape):
         if (e := int(ids[n, k])) == E:
@@ -72,7 +73,7 @@ def test_a_dispatch_to_slots_is_the_dense_loop_over_experts(phase, mesh):
         names = (wide, wide, ("expert", "expert_mlp", None))
         experts = [rules.shard(w, *n) for w, n in zip(experts, names)]
         x = rules.shard(x, "batch", "length", None)
-        y, *counts = dispatch(x, ids, gates, valid, experts, rules, slots=(E, slots_XS))
+        y, *counts = dispatch(x, ids, gates, valid, Experts(*experts), rules, replicas=(E, slots_XS))
         return jax.sharding.reshard(y, jax.P()), *counts
 
     for routing in ("random", "skewed", "padded"):
@@ -135,7 +136,7 @@ def test_every_layer_has_its_own_placement(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FORMATS)
 def test_quantised_experts_are_placed_with_their_scales(tmp_path, kind):
     model = quantized_model(CFG, kind, strategy_file(tmp_path, "redundant_experts = 4"))
     parts = [(name, part) for name in EXPERTS for part in ("value", "scale")]

@@ -10,7 +10,8 @@ import pytest
 from oracles import assert_close, softmax
 
 from jaxseek.ops import attention, causal_attention
-from jaxseek.ops.mask import Mask, attend
+from jaxseek.ops.attention import attend
+from jaxseek.ops.mask import Mask
 from jaxseek.sharding.strategy import Strategy
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

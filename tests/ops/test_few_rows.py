@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from oracles import assert_close
 
-from jaxseek.ops.few_rows import FEW, OPTIONS, ByOutput, product_by_output, product_of_few
-from jaxseek.ops.grouped_mlp import every_expert_mlp_by_output, grouped_mlp
+from jaxseek.ops.few_rows import FEW, OPTIONS, product_by_output, product_of_few
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -61,21 +60,3 @@ def test_a_row_that_is_no_number_leaves_the_others_alone(bad):
 def test_more_rows_have_the_same_product(rows):
     x_MI, w_OI = operands((rows, 24), (10, 24))
     assert_close(product_by_output(x_MI, w_OI), np.float64(x_MI) @ np.float64(w_OI).T, 1e-6)
-
-
-def test_experts_by_output_are_the_same_experts():
-    (N, D), (E, F) = (4, 24), (3, 16)
-    x_ND, gate_EDF, up_EDF, down_EFD = operands((N, D), (E, D, F), (E, D, F), (E, F, D))
-    gates_NE = jnp.array([[1.0, 0, 0], [0, 0.5, 0], [0.25, 0, 2], [0, 0, 0]])
-    by_output = [ByOutput(w.transpose(2, 0, 1)) for w in (gate_EDF, up_EDF, down_EFD)]
-    gate, up = (np.einsum("nd,edf->nef", np.float64(x_ND), np.float64(w)) for w in (gate_EDF, up_EDF))
-    y_NED = np.einsum("nef,efd->ned", gate / (1 + np.exp(-gate)) * up, np.float64(down_EFD))
-    expected = np.einsum("ned,ne->nd", y_NED, np.float64(gates_NE))
-    assert_close(every_expert_mlp_by_output(x_ND, gates_NE, *by_output), expected, 1e-5)
-
-    runs = [(x_ND[:2], [0, 1, 1]), (jnp.tile(x_ND, (5, 1)), [12, 0, 8])]  # tiles of one row, and of several
-    for x_MD, sizes in runs:
-        of_row = np.repeat(np.arange(E), sizes)
-        rows = np.arange(len(x_MD)) % N
-        got = grouped_mlp(x_MD, *by_output, jnp.array(sizes))
-        assert_close(got, y_NED[rows, of_row], 1e-5)

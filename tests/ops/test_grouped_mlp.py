@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from oracles import assert_close, expert
 
 from jaxseek.ops import grouped_mlp as module
-from jaxseek.ops.grouped_mlp import _gmm_mlp, _tiled_mlp, every_expert_mlp, grouped_mlp
+from jaxseek.ops.every_expert import every_expert_mlp
+from jaxseek.ops.grouped_mlp import _gmm_mlp, _tiled_mlp, grouped_mlp
 from jaxseek.ops.scaled import Scaled
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
