@@ -219,7 +219,7 @@ def _answers(address: str) -> bool:
 
 @contextlib.contextmanager
 def _without_jax_deprecations() -> Iterator[None]:
-    """Ignore deprecations in JAX's own cluster detection (re.split with positional maxsplit, on Python 3.13)."""
+    """Ignore deprecations in JAX's own cluster detection: re.split with positional maxsplit, Python 3.13."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         yield
