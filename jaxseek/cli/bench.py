@@ -11,20 +11,20 @@ from __future__ import annotations
 
 import argparse
 
-from jaxseek.cli.shared import WrongUse, add_model
+from jaxseek.cli.shared import WrongUse, add_model, whole
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--batch", type=whole(), nargs="+", default=[1, 8])
+    parser.add_argument("--prompt-tokens", type=whole(), default=64)
+    parser.add_argument("--new-tokens", type=whole(2), default=64)
     parser.add_argument("--train", action="store_true", help="time training steps, not generation")
     parser.add_argument(
         "--grpo", action="store_true", help="time GRPO steps: 8 prompts x 8 answers, 64 + 64 tokens"
     )
-    parser.add_argument("--rows", type=int, default=4, help="with --train: sequences of a step")
-    parser.add_argument("--length", type=int, default=256, help="with --train: tokens of a sequence")
+    parser.add_argument("--rows", type=whole(), default=4, help="with --train: sequences of a step")
+    parser.add_argument("--length", type=whole(), default=256, help="with --train: tokens of a sequence")
     parser.add_argument(
         "--remat",
         nargs="+",
@@ -32,7 +32,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         default=["none"],
         help="with --train: what the backward pass computes again instead of keeping it; each is timed",
     )
-    parser.add_argument("--repeats", type=int, default=5, help="interleaved runs; the median is reported")
+    parser.add_argument("--repeats", type=whole(), default=5, help="interleaved runs; the median is reported")
     parser.add_argument(
         "--against", choices=("transformers", "trl"), help="time this too (needs the parity extra)"
     )

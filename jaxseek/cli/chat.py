@@ -9,17 +9,17 @@ from __future__ import annotations
 import argparse
 import sys
 
-from jaxseek.cli.shared import add_model, add_sampling, load_model, sampling
-from jaxseek.cli.writer import Writer, print_rates
+from jaxseek.cli.shared import add_model, add_sampling, load_model, sampling, unicode
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    parser.add_argument("--system", help="system message")
+    parser.add_argument("--system", type=unicode, help="system message")
     add_sampling(parser, 2048)
 
 
 def run(args: argparse.Namespace) -> None:
+    from jaxseek.cli.writer import Writer, print_rates
     from jaxseek.engine.text import TextStream, encode, engine_for
     from jaxseek.tokenizer.chat import split_reasoning
 

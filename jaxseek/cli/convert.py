@@ -11,7 +11,6 @@ import argparse
 import json
 
 from jaxseek.cli.shared import WrongUse, add_conversion, write_checkpoint
-from jaxseek.machine.terminal import table
 
 ALL_HOSTS = True
 
@@ -51,6 +50,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _rehearse(args: argparse.Namespace) -> None:
+    from jaxseek.machine.terminal import table
     from jaxseek_convert.dry_run import rehearse, summary
 
     plan = rehearse(args.src, args.dst, args.to, args.dtype, not args.no_mtp, args.mesh)

@@ -24,9 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jaxseek.cli.shared import number
 from jaxseek.machine import accelerators
 from jaxseek.machine.host_memory import free_memory, total_memory
-from jaxseek.machine.terminal import table
 
 SHOWN = (
     "jaxseek",
@@ -64,12 +64,18 @@ def add(parser: argparse.ArgumentParser) -> None:
         "buckets", nargs="*", metavar="URL", help="gs://, s3:// or another directory to reach"
     )
     parser.add_argument(
-        "--timeout", type=float, default=60, metavar="S", help="to wait for JAX, for a bucket"
+        "--timeout",
+        type=number(0, 86400, above=True),
+        default=60,
+        metavar="S",
+        help="to wait for JAX, for a bucket",
     )
     parser.add_argument("--json", action="store_true")
 
 
 def run(args: argparse.Namespace) -> int:
+    from jaxseek.machine.terminal import table, visible
+
     report = examine(args.buckets, args.timeout)
     if args.json:
         print(json.dumps({"ok": not report.problems, **vars(report)}))
@@ -78,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     for kind, findings in (("note", report.notes), ("problem", report.problems)):
         for finding in findings:
             mend = f"\n         {finding['mend']}" if finding["mend"] else ""
-            print(f"{kind + ':':8} {finding['what']}{mend}")
+            print(visible(f"{kind + ':':8} {finding['what']}{mend}"))
     if not report.problems:
         print("no problems found")
     return 1 if report.problems else 0

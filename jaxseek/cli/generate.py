@@ -7,11 +7,10 @@ example:
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
-from jaxseek.cli.shared import add_model, add_prompts, add_sampling, load_model, read_prompts, sampling
-from jaxseek.cli.writer import Writer, print_rates
+from jaxseek.cli.prompts import add_prompts, as_chat, encode_prompts, read_prompts
+from jaxseek.cli.shared import add_model, add_sampling, load_model, sampling, unicode, whole
 
 ALL_HOSTS = True
 
@@ -22,29 +21,31 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chat", action="store_true", help="a prompt is a user's message: render the chat template"
     )
-    parser.add_argument("--system", help="system message, with --chat")
+    parser.add_argument("--system", type=unicode, help="system message, with --chat")
     parser.add_argument(
-        "--samples", type=int, default=1, help="replies per prompt, with seeds SEED, SEED+1, ..."
+        "--samples", type=whole(), default=1, help="replies per prompt, with seeds SEED, SEED+1, ..."
     )
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=whole(), default=16)
     parser.add_argument("--json", action="store_true", help="one line of JSON per reply")
     add_sampling(parser, 256)
 
 
 def run(args: argparse.Namespace) -> None:
-    from jaxseek.engine.text import TextStream, encode, engine_for
+    from jaxseek.cli.writer import Writer, print_rates
+    from jaxseek.engine.text import TextStream, engine_for
     from jaxseek.machine.hosts import from_first
     from jaxseek.tokenizer.chat import split_reasoning
 
     prompts = from_first(lambda: read_prompts(args.prompt, args.file))
     if args.chat:
-        system = [{"role": "system", "content": args.system}] if args.system else []
-        prompts = [[*system, {"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+        prompts = as_chat(prompts, args.system)
     model, tokenizer = load_model(args.model, args.mesh, args.dtype, quiet=args.json)
-    thinking = False if args.no_think else None
-    if tokenizer is None:
-        prompts = [[int(i) for i in p.split()] if isinstance(p, str) else p for p in prompts]
-    jobs = [(p, encode(tokenizer, p, thinking), args.seed + s) for p in prompts for s in range(args.samples)]
+    encoded = encode_prompts(prompts, tokenizer, model.cfg.vocab_size, False if args.no_think else None)
+    jobs: list[tuple[Any, list[int], int]] = [
+        (ids if tokenizer is None else prompt.content, ids, args.seed + sample)
+        for prompt, ids in zip(prompts, encoded)
+        for sample in range(args.samples)
+    ]
     engine, out = engine_for(model), Writer()
     for start in range(0, len(jobs), args.batch_size):
         part = jobs[start : start + args.batch_size]
@@ -67,10 +68,10 @@ def run(args: argparse.Namespace) -> None:
                 row = {"prompt": prompt, "text": text, "seed": seed, "finish_reason": reply.finish_reason}
                 if args.chat:
                     row |= {"reasoning": reasoning, "answer": answer}
-                print(json.dumps(row | {"tokens": len(reply.tokens)}, ensure_ascii=False), flush=True)
+                out.json(row | {"tokens": len(reply.tokens)})
             elif not alone:
-                shown: Any = prompt if isinstance(prompt, str) or not args.chat else prompt[-1]
-                print(f"--- {shown['content'] if isinstance(shown, dict) else shown}\n{text}", flush=True)
+                shown = prompt[-1]["content"] if args.chat and isinstance(prompt[-1], dict) else prompt
+                out.plain(f"--- {shown}\n{text}\n")
             elif not tokenizer:
-                print(text)
+                out.plain(f"{text}\n")
         print_rates(engine.timing)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from jaxseek.cli.shared import CONFIG, WrongUse
-from jaxseek.machine.terminal import table
+from jaxseek.cli.shared import CONFIG, WrongUse, number, whole
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -18,11 +17,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="name every preset")
     parser.add_argument("--mesh", help="axis sizes (tensor=4,data=2) or a strategy TOML")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--context", type=int, default=4096, help="tokens per sequence (default 4096)")
-    parser.add_argument("--batch", type=int, default=1, help="sequences in the cache")
+    parser.add_argument("--context", type=whole(), default=4096, help="tokens per sequence (default 4096)")
+    parser.add_argument("--batch", type=whole(), default=1, help="sequences in the cache")
     parser.add_argument(
         "--compute",
-        type=float,
+        type=number(above=True),
         metavar="FLOPS",
         help="instead of MODEL: what to train with this budget, by DeepSeek LLM's scaling laws",
     )
@@ -35,6 +34,7 @@ def uses_devices(args: argparse.Namespace) -> bool:
 
 def run(args: argparse.Namespace) -> int | None:
     from jaxseek.config.model import presets
+    from jaxseek.machine.terminal import table
 
     if args.list:
         print(json.dumps(list(presets())) if args.json else "\n".join(presets()))

@@ -11,7 +11,9 @@ Two more names are optional. ALL_HOSTS runs the verb on every host of a slice in
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -19,6 +21,7 @@ from pathlib import Path
 
 import jaxseek
 from jaxseek.cli.shared import WrongUse, say_unused_accelerator
+from jaxseek.machine import hosts
 
 VERBS = (
     *("quickstart", "convert", "quantize", "verify", "generate", "chat", "train", "info", "bench"),
@@ -27,40 +30,48 @@ VERBS = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a verb. Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong use."""
-    args = parser().parse_args(argv)
-    _set_up_jax()
-    from jaxseek.machine import hosts
+    """Run a verb. Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong use.
 
-    verb = args.module
-    if args.verb != "doctor":  # which says more
-        say_unused_accelerator()
-    joined, about = None, f"jaxseek {args.verb}: error:"
+    With JAXSEEK_TRACEBACK=1 an error is raised in place of the line.
+    """
+    _prepare_streams()
+    verb, about, joined = "", "jaxseek: error:", None
     try:
-        devices = not hasattr(verb, "uses_devices") or verb.uses_devices(args)
-        if devices and getattr(verb, "ALL_HOSTS", False):
+        args = parser().parse_args(argv)
+        verb, about = args.verb, f"jaxseek {args.verb}: error:"
+        _set_up_jax()
+        if verb != "doctor":  # which says more
+            say_unused_accelerator()
+        devices = not hasattr(args.module, "uses_devices") or args.module.uses_devices(args)
+        if devices and getattr(args.module, "ALL_HOSTS", False):
             joined = hosts.join()
-        elif args.verb != "doctor" and not hosts.runs_here(args.verb, devices):  # which tells of each host
+        elif verb != "doctor" and not hosts.runs_here(verb, devices):  # which tells of each host
             return 0
         if joined:
             about = f"{about} host {joined.index}:"
         with hosts.quiet(bool(joined and joined.index)):
-            return verb.run(args) or 0
+            code = args.module.run(args) or 0
+        sys.stdout.flush()  # here, where an error is told like others
+        return code
+    except SystemExit:  # of --help and of arguments that cannot be parsed
+        _drop_unwritable()
+        raise
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        code = 1
+        code, text = 1, "\ninterrupted"
     except WrongUse as e:
-        print(f"{about} {e}; see jaxseek {args.verb} --help", file=sys.stderr)
-        code = 2
-    except BrokenPipeError:  # the reader of our output has left: no error of ours
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        code, text = 2, f"{about} {e}; see jaxseek {verb} --help"
+    except BrokenPipeError as e:
+        left = _drop_unwritable()  # then it was the reader of our output: no error of ours
+        code, text = (0, "") if left else (1, f"{about} {_in_one_line(e)}")
     except Exception as e:
-        text = _in_one_line(e)
-        if text is None and not joined:
-            raise
-        print(f"{about} {text or traceback.format_exc()}", file=sys.stderr)
-        code = 1
+        code, text = 1, f"{about} {_in_one_line(e)}"
+        if os.environ.get("JAXSEEK_TRACEBACK"):
+            if not joined:
+                raise
+            text = f"{about} {traceback.format_exc()}"
+    with contextlib.suppress(OSError):
+        print(text, end="\n" if text else "", file=sys.stderr)
+    _drop_unwritable()
     if joined:
         hosts.leave_failed(joined.index, code)
     return code
@@ -89,18 +100,55 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _in_one_line(e: Exception) -> str | None:
-    """Tell what was wrong; None for an error that is no fault of the user's or the machine's."""
-    if os.environ.get("JAXSEEK_TRACEBACK"):
-        return None
-    if isinstance(e, RuntimeError) and "Unable to initialize backend" in str(e):
-        return f"{e}; jaxseek doctor says more"
-    return str(e) if isinstance(e, ValueError | OSError) else None
+def _in_one_line(e: Exception) -> str:
+    """Describe an error; one that no user and no machine can be the cause of is told to be a fault."""
+    from jaxseek.machine.terminal import visible
+
+    message = str(e)
+    if type(e).__name__ == "JaxRuntimeError":
+        message = message.partition("\n")[0]  # others list every buffer
+    text = visible(" ".join(message.split())) or type(e).__name__
+    if isinstance(e, MemoryError) or (isinstance(e, RuntimeError) and "RESOURCE_EXHAUSTED" in text):
+        return f"out of memory: {text}; a smaller batch or context needs less"
+    if isinstance(e, RuntimeError) and "Unable to initialize backend" in text:
+        return f"{text}; jaxseek doctor says more"
+    if isinstance(e, ImportError):
+        return f"{text}; jaxseek doctor checks what is installed"
+    if isinstance(e, ValueError | OSError | RuntimeError) and not isinstance(e, RecursionError):
+        return text
+    return (
+        f"{type(e).__name__}: {text} (a fault of jaxseek: JAXSEEK_TRACEBACK=1 shows where, please report it)"
+    )
+
+
+def _prepare_streams() -> None:
+    """Make every print succeed: streams may be closed, or of an encoding without the letters of a reply."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_unwritable() -> bool:
+    """Point streams that cannot be written at nothing, so that the interpreter can end; return whether one of
+    them has lost its reader."""
+    left = False
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as e:
+            left |= isinstance(e, BrokenPipeError)
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return left
 
 
 def _set_up_jax() -> None:
-    """Keep compiled programs between runs, unless the user has chosen a place."""
+    """Keep compiled programs between runs, unless the user has chosen a place or has no home."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxseek" / "xla"
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        if not cache.startswith("~"):
+            os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(cache) / "jaxseek" / "xla")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")

@@ -10,21 +10,24 @@ from __future__ import annotations
 
 import argparse
 
-from jaxseek.cli.shared import WrongUse, add_prompts, check_outputs, load_model, read_prompts
+from jaxseek.cli.prompts import add_prompts, encode_prompts, read_prompts
+from jaxseek.cli.shared import WrongUse, check_outputs, load_model, number, whole
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source", metavar="TRACE|MODEL", help="a trace (.npz, .npy), or a model as `generate` takes"
     )
-    parser.add_argument("--devices", type=int, required=True, help="that the experts are spread over")
+    parser.add_argument("--devices", type=whole(), required=True, help="that the experts are spread over")
     parser.add_argument(
-        "--redundant", type=int, default=0, metavar="N", help="slots beyond one for each expert"
+        "--redundant", type=whole(0), default=0, metavar="N", help="slots beyond one for each expert"
     )
-    parser.add_argument("--nodes", type=int, default=1, help="groups of experts stay within one (default 1)")
+    parser.add_argument(
+        "--nodes", type=whole(), default=1, help="groups of experts stay within one (default 1)"
+    )
     add_prompts(parser)
-    parser.add_argument("-n", "--max-new-tokens", type=int, default=64, metavar="N")
-    parser.add_argument("-t", "--temperature", type=float, default=0.6, help="0 is greedy (default 0.6)")
+    parser.add_argument("-n", "--max-new-tokens", type=whole(), default=64, metavar="N")
+    parser.add_argument("-t", "--temperature", type=number(), default=0.6, help="0 is greedy (default 0.6)")
     parser.add_argument("--mesh", help="of the model that is recorded, as `generate` takes it")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"))
     parser.add_argument("--save", metavar="FILE", help="write the recorded trace, .npz")
@@ -48,11 +51,10 @@ def run(args: argparse.Namespace) -> None:
         load = replay.read_load(args.source)
     else:
         from jaxseek.engine.sampling import Sampling
-        from jaxseek.engine.text import encode
 
         prompts = read_prompts(args.prompt, args.file)
         model, tokenizer = load_model(args.source, args.mesh, args.dtype, quiet=args.json)
-        ids = [[int(i) for i in p.split()] if tokenizer is None else encode(tokenizer, p) for p in prompts]
+        ids = encode_prompts(prompts, tokenizer, model.cfg.vocab_size)
         stops = tuple(dict.fromkeys((*model.cfg.eos_ids, *(tokenizer.eos_ids if tokenizer else ()))))
         sampling = Sampling(args.max_new_tokens, args.temperature, stop_ids=stops)
         load = replay.record(model, ids, sampling, args.save)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 
-from jaxseek.cli.shared import CONFIG, WrongUse, add_step, check_outputs
+from jaxseek.cli.shared import CONFIG, WrongUse, add_step, check_outputs, whole
 
 ALL_HOSTS = True
 
@@ -27,9 +27,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         "layout for this model, slice and workload, or else sizes chosen by a first estimate)",
     )
     parser.add_argument(
-        "--batch", type=int, help="sequences (default 8; to train, as many as devices if these are more)"
+        "--batch", type=whole(), help="sequences (default 8; to train, as many as devices if these are more)"
     )
-    parser.add_argument("--lora", type=int, metavar="RANK", help="train and grpo: only adapters learn")
+    parser.add_argument("--lora", type=whole(0), metavar="RANK", help="train and grpo: only adapters learn")
     parser.add_argument(
         "--remat",
         choices=("none", "dots", "costly", "full"),
@@ -40,7 +40,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--run",
         dest="repeats",
         nargs="?",
-        type=int,
+        type=whole(),
         const=10,
         default=0,
         metavar="N",

@@ -11,7 +11,6 @@ import argparse
 import json
 
 from jaxseek.cli.shared import add_conversion, write_checkpoint
-from jaxseek.machine.terminal import table
 from jaxseek.storage.place import place
 
 ALL_HOSTS = True
@@ -25,6 +24,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from jaxseek.machine.terminal import table
+
     if args.text:
         place(args.text).read_text(encoding="utf-8")  # an error now, not after the conversion
     summary = write_checkpoint(args, dtype=args.weights)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from jaxseek.cli.shared import CONFIG, add_step, check_outputs
+from jaxseek.cli.shared import CONFIG, add_step, check_outputs, whole
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -18,8 +18,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mesh", nargs="+", default=[], help="compare these instead, each as `plan` takes it"
     )
-    parser.add_argument("--batch", type=int, nargs="+", default=[8], help="sequences; several are compared")
-    parser.add_argument("--keep", type=int, default=8, metavar="N", help="layouts to compile for each batch")
+    parser.add_argument(
+        "--batch", type=whole(), nargs="+", default=[8], help="sequences; several are compared"
+    )
+    parser.add_argument(
+        "--keep", type=whole(), default=8, metavar="N", help="layouts to compile for each batch"
+    )
 
 
 def uses_devices(args: argparse.Namespace) -> bool:

@@ -10,7 +10,6 @@ import argparse
 import json
 
 from jaxseek.cli.shared import size
-from jaxseek.machine.terminal import table
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -23,12 +22,11 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
+    from jaxseek.machine.terminal import PlainConsole, table
     from jaxseek_convert.conversion import bars
     from jaxseek_convert.verify import verify
 
-    with bars(not args.json, Console(stderr=True)) as stage:
+    with bars(not args.json, PlainConsole(stderr=True)) as stage:
         found = verify(args.checkpoint, args.source, memory=args.memory, stage=stage)
     if args.json:
         print(json.dumps(found))
