@@ -140,6 +140,8 @@ CHIPS = {
     )
 }
 
+LARGEST = 16_384  # chips of a slice; the largest pod has 9,216
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -173,4 +175,7 @@ class Topology:
             raise ConfigError(
                 f"topology {text!r}: a {name} slice has {chip.torus} axes, such as {name}:{example}"
             )
-        return cls(chip, tuple(map(int, parts)))
+        dims = tuple(map(int, parts))
+        if math.prod(dims) > LARGEST:
+            raise ConfigError(f"topology {text!r}: more than {LARGEST:,} chips, and no pod has as many")
+        return cls(chip, dims)

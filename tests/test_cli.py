@@ -7,7 +7,7 @@ import pytest
 from oracles import quick_compilation  # noqa: F401
 
 import jaxseek
-from jaxseek.cli.main import main
+from jaxseek.cli.main import VERBS, main
 from jaxseek.config.model import ModelConfig
 from jaxseek.config.run import find_run_file, shipped_runs
 from jaxseek.engine.engine import Engine
@@ -44,19 +44,7 @@ def tiny(tmp_path_factory):
 
 
 def test_help_of_every_verb_shows_an_example(capsys):
-    for verb in (
-        "convert",
-        "quantize",
-        "verify",
-        "plan",
-        "sweep",
-        "generate",
-        "chat",
-        "train",
-        "info",
-        "bench",
-        "doctor",
-    ):
+    for verb in VERBS:
         with pytest.raises(SystemExit) as stop:
             main([verb, "--help"])
         assert stop.value.code == 0

@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     _prepare_streams()
     verb, about, joined = "", "jaxseek: error:", None
     try:
-        args = parser().parse_args(argv)
+        args = _parsed(sys.argv[1:] if argv is None else argv)
         verb, about = args.verb, f"jaxseek {args.verb}: error:"
         _set_up_jax()
         if verb != "doctor":  # which says more
@@ -98,6 +98,16 @@ def parser() -> argparse.ArgumentParser:
         p.set_defaults(module=verb)
         verb.add(p)
     return top
+
+
+def _parsed(argv: list[str]) -> argparse.Namespace:
+    top = parser()
+    for argument in argv:
+        if argument.startswith("--") and argument.endswith(
+            "=--"
+        ):  # of which argparse would make an empty list
+            top.error(f"argument {argument[:-3]}: is '--', expected a value")
+    return top.parse_args(argv)
 
 
 def _in_one_line(e: Exception) -> str:

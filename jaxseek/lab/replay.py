@@ -37,10 +37,12 @@ class Load:
 def counts(ids: np.ndarray, experts: int) -> np.ndarray:
     """Tokens of every expert [T, L, E] from routed ids [T, L, tokens, K]; -1 stands for no token. Raises
     ConfigError for others."""
-    if ids.ndim != 4 or ids.max(initial=-1) >= experts or ids.min(initial=0) < -1:
+    whole = np.issubdtype(ids.dtype, np.integer)
+    if not whole or ids.ndim != 4 or ids.max(initial=-1) >= experts or ids.min(initial=0) < -1:
+        span = f" from {ids.min(initial=0)} to {ids.max(initial=-1)}" if whole else ""
         raise ConfigError(
-            f"routed ids have shape {list(ids.shape)} and go from {ids.min(initial=0)} to "
-            f"{ids.max(initial=-1)}, expected [steps, layers, tokens, K] below the {experts} experts"
+            f"routed ids are {ids.dtype}{list(ids.shape)}{span}, expected whole numbers [steps, layers, "
+            f"tokens, K] below the {experts} experts"
         )
     T, L, *_ = ids.shape
     each_TLN = ids.reshape(T, L, -1)
@@ -59,6 +61,12 @@ def read_load(path: str | Path) -> Load:
         raise ConfigError(f"{path}: not a trace that numpy can read ({e})") from None
     if "load" not in found and not {"ids", "experts"} <= set(found):
         raise ConfigError(f"{path} has {', '.join(found) or 'nothing'}; expected ids and experts, or load")
+    for name in ("experts", "groups"):
+        value = found.get(name, np.array(1))
+        if value.shape or not np.issubdtype(value.dtype, np.integer) or value < 1:
+            raise ConfigError(
+                f"{path}: {name} is {value.dtype}{list(value.shape)}, expected a whole number, 1 or more"
+            )
     load = found["load"] if "load" in found else counts(found["ids"], int(found["experts"]))
     load = load[None] if load.ndim == 2 else load
     if load.ndim != 3 or not np.issubdtype(load.dtype, np.integer) or load.min(initial=0) < 0:
@@ -124,6 +132,11 @@ def compare(load: Load, devices: int, redundant: int, nodes: int = 1) -> list[Se
     T, L, E = load_TLE.shape
     if T == 0 or not load_TLE.any():
         raise ConfigError("the trace has no tokens")
+    if redundant > E * (devices - 1):
+        raise ConfigError(
+            f"{redundant} redundant slots are more than the {E * (devices - 1)} with which each of {devices} "
+            f"devices has all {E} experts; lower --redundant"
+        )
     known_LE, served_TLE = load_TLE[: max(1, T // 2)].sum(axis=0), load_TLE[T // 2 :]
     try:
         found = {"in order": contiguous(L, E, devices)}
