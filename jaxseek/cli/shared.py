@@ -88,10 +88,12 @@ def _brief(text: str) -> str:
 # -------------------------------------------------------------------- arguments
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser, optional: bool = False) -> None:
     """Declare the model that is loaded: MODEL, --mesh, --dtype."""
     parser.add_argument(
-        "model", help="checkpoint directory, Hugging Face directory, or preset such as tiny-v3"
+        "model",
+        nargs="?" if optional else None,
+        help="checkpoint directory, Hugging Face directory, or preset such as tiny-v3",
     )
     parser.add_argument(
         "--mesh", help="axis sizes (tensor=4,data=2), a strategy TOML, or the name of a shipped one"

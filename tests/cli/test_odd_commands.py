@@ -200,7 +200,7 @@ def test_a_model_that_is_none_is_told_in_one_line(capsys, files, command):
             else [*words, name]
         )
         code, line = run(capsys, verb, *given)
-        assert code == (2 if name == "" and verb in ("info", "train") else 1), (name, line)
+        assert code == (2 if name == "" and verb in ("info", "train", "bench") else 1), (name, line)
 
 
 def test_settings_and_layouts_that_are_none_are_told_in_one_line(capsys, files):
