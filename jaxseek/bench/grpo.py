@@ -122,10 +122,10 @@ def _work(program: str, task: dict[str, Any]) -> None:
         turns.finish()
     except BrokenPipeError:
         return  # who asked has left
-    except (ConfigError, ValueError, OSError, RuntimeError, ImportError) as e:
+    except Exception as e:
         if os.environ.get("JAXSEEK_TRACEBACK"):
             raise
-        turns.answer({"error": f"{program}: {e}"})
+        turns.answer({"error": f"{program}: {str(e) or type(e).__name__}"})
 
 
 def _prompts(task: dict[str, Any], vocabulary: int, step: int) -> np.ndarray:

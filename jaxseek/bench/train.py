@@ -183,10 +183,10 @@ def _work(program: str, task: dict[str, Any]) -> None:
         answer({"seconds": seconds, "losses": losses, "peak_memory_bytes": peak_memory()})
     except BrokenPipeError:
         return  # who asked has left
-    except (ConfigError, ValueError, OSError, RuntimeError, ImportError) as e:
+    except Exception as e:
         if os.environ.get("JAXSEEK_TRACEBACK"):
             raise
-        answer({"error": str(e)})
+        answer({"error": str(e) or type(e).__name__})
 
 
 def _jaxseek(task: dict[str, Any]) -> tuple[Step, dict[str, Any]]:

@@ -265,7 +265,12 @@ def _memory_and_disk(report: Report) -> None:
     gib = 2**30
     report.facts["memory"] = f"{free_memory() / gib:.1f} GiB free of {total_memory() / gib:.1f}"
     cache = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", ""))
-    for name, folder in (("this directory", Path.cwd()), ("compile cache", cache)):
+    folders = {"compile cache": cache}
+    try:
+        folders["this directory"] = Path.cwd()
+    except OSError:
+        report.problem("this directory has been deleted", "cd to one that exists")
+    for name, folder in folders.items():
         if "://" in str(folder):
             report.facts[name] = str(folder)
             continue

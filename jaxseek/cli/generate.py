@@ -23,7 +23,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--system", type=unicode, help="system message, with --chat")
     parser.add_argument(
-        "--samples", type=whole(), default=1, help="replies per prompt, with seeds SEED, SEED+1, ..."
+        "--samples",
+        type=whole(1, 1_000_000),
+        default=1,
+        help="replies per prompt, with seeds SEED, SEED+1, ...",
     )
     parser.add_argument("--batch-size", type=whole(), default=16)
     parser.add_argument("--json", action="store_true", help="one line of JSON per reply")

@@ -15,8 +15,12 @@ import contextlib
 import importlib
 import io
 import os
+import signal
 import sys
+import threading
 import traceback
+import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import jaxseek
@@ -28,7 +32,40 @@ VERBS = (
     *("plan", "sweep", "placement", "doctor"),
 )
 
+_CALLBACKS = ("_xla_gc_callback", "__del__")
 
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let an interrupt wait for a place where it can be raised.
+
+    An extension that is interrupted while it is imported prints a traceback, and Python prints and drops what
+    is raised in a callback of its garbage collector, of which JAX has a slow one.
+    """
+
+    def interrupt(number: int, frame: types.FrameType | None) -> None:
+        while frame is not None:
+            code = frame.f_code
+            if code.co_filename == "<frozen importlib._bootstrap>" or code.co_name in _CALLBACKS:
+                again = threading.Timer(0.1, os.kill, (os.getpid(), number))
+                again.daemon = True
+                again.start()
+                return
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ours &= threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@_interruptible()
 def main(argv: list[str] | None = None) -> int:
     """Run a verb. Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong use.
 
@@ -120,8 +157,11 @@ def _in_one_line(e: Exception) -> str:
     text = visible(" ".join(message.split())) or type(e).__name__
     if isinstance(e, MemoryError) or (isinstance(e, RuntimeError) and "RESOURCE_EXHAUSTED" in text):
         return f"out of memory: {text}; a smaller batch or context needs less"
-    if isinstance(e, RuntimeError) and "Unable to initialize backend" in text:
-        return f"{text}; jaxseek doctor says more"
+    frames = [frame for frame, _ in traceback.walk_tb(e.__traceback__)]
+    if any(frame.f_globals.get("__name__") == "jax._src.xla_bridge" for frame in frames):
+        asked = os.environ.get("JAX_PLATFORMS") or "any backend"
+        found = text if "Unable to initialize backend" in text else f"JAX cannot start on {asked} ({text})"
+        return f"{found}; jaxseek doctor says more"
     if isinstance(e, ImportError):
         return f"{text}; jaxseek doctor checks what is installed"
     if isinstance(e, ValueError | OSError | RuntimeError) and not isinstance(e, RecursionError):

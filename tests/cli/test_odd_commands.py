@@ -1,9 +1,12 @@
 """Odd command lines, files and surroundings: each ends in one line that says what is wrong."""
 
+import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -332,3 +335,30 @@ def test_a_backend_that_is_missing_is_told_in_one_line():
     assert done.returncode == 1
     [line] = done.stderr.splitlines()
     assert "Unable to initialize backend 'nosuch'" in line
+
+
+def test_an_interrupt_waits_for_the_end_of_an_import_and_of_a_callback(capsys, monkeypatch, tmp_path):
+    (tmp_path / "half_made.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n"
+        "except KeyboardInterrupt as e:\n    raise ImportError('half made') from e\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+    class Callback:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def work(args):
+        if args.model == "import":
+            importlib.import_module("half_made")
+        else:
+            Callback()
+        time.sleep(20)
+
+    monkeypatch.setattr(info, "run", work)
+    for where in ("import", "callback"):
+        start = time.monotonic()
+        assert main(["info", where]) == 1
+        assert capsys.readouterr().err == "\ninterrupted\n"
+        assert time.monotonic() - start < 5
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
