@@ -77,20 +77,20 @@ def main(argv: list[str] | None = None) -> int:
         args = _parsed(sys.argv[1:] if argv is None else argv)
         verb, about = args.verb, f"jaxseek {args.verb}: error:"
         _set_up_jax()
-        if verb != "doctor":  # which says more
+        if verb != "doctor":  # doctor says more
             say_unused_accelerator()
         devices = not hasattr(args.module, "uses_devices") or args.module.uses_devices(args)
         if devices and getattr(args.module, "ALL_HOSTS", False):
             joined = hosts.join()
-        elif verb != "doctor" and not hosts.runs_here(verb, devices):  # which tells of each host
+        elif verb != "doctor" and not hosts.runs_here(verb, devices):  # doctor runs on each host
             return 0
         if joined:
             about = f"{about} host {joined.index}:"
         with hosts.quiet(bool(joined and joined.index)):
             code = args.module.run(args) or 0
-        sys.stdout.flush()  # here, where an error is told like others
+        sys.stdout.flush()  # here, where a full disk is an error like others
         return code
-    except SystemExit:  # of --help and of arguments that cannot be parsed
+    except SystemExit:  # from argparse: --help, or wrong use
         _drop_unwritable()
         raise
     except KeyboardInterrupt:
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     except WrongUse as e:
         code, text = 2, f"{about} {e}; see jaxseek {verb} --help"
     except BrokenPipeError as e:
-        left = _drop_unwritable()  # then it was the reader of our output: no error of ours
+        left = _drop_unwritable()  # a reader such as head has left, which is no error
         code, text = (0, "") if left else (1, f"{about} {_in_one_line(e)}")
     except Exception as e:
         code, text = 1, f"{about} {_in_one_line(e)}"
@@ -139,21 +139,19 @@ def parser() -> argparse.ArgumentParser:
 
 def _parsed(argv: list[str]) -> argparse.Namespace:
     top = parser()
-    for argument in argv:
-        if argument.startswith("--") and argument.endswith(
-            "=--"
-        ):  # of which argparse would make an empty list
+    for argument in argv:  # argparse reads --name=-- as an empty list of values
+        if argument.startswith("--") and argument.endswith("=--"):
             top.error(f"argument {argument[:-3]}: is '--', expected a value")
     return top.parse_args(argv)
 
 
 def _in_one_line(e: Exception) -> str:
-    """Describe an error; one that no user and no machine can be the cause of is told to be a fault."""
+    """Describe an error in one line, and say so if neither the user nor the machine can be its cause."""
     from jaxseek.machine.terminal import visible
 
     message = str(e)
     if type(e).__name__ == "JaxRuntimeError":
-        message = message.partition("\n")[0]  # others list every buffer
+        message = message.partition("\n")[0]  # the rest lists every buffer
     text = visible(" ".join(message.split())) or type(e).__name__
     if isinstance(e, MemoryError) or (isinstance(e, RuntimeError) and "RESOURCE_EXHAUSTED" in text):
         return f"out of memory: {text}; a smaller batch or context needs less"
@@ -172,7 +170,7 @@ def _in_one_line(e: Exception) -> str:
 
 
 def _prepare_streams() -> None:
-    """Make every print succeed: streams may be closed, or of an encoding without the letters of a reply."""
+    """Make every print succeed, though streams may be closed or unable to encode the letters of a reply."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -182,8 +180,10 @@ def _prepare_streams() -> None:
 
 
 def _drop_unwritable() -> bool:
-    """Point streams that cannot be written at nothing, so that the interpreter can end; return whether one of
-    them has lost its reader."""
+    """Redirect streams that cannot be written to the null device, or Python reports them when it ends.
+
+    Returns whether one of them is a pipe without a reader.
+    """
     left = False
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -18,7 +18,7 @@ from jaxseek.storage.place import place
 
 @dataclass(frozen=True)
 class Prompt:
-    """Text, token ids, or a chat as a list of messages; and where it was given."""
+    """Text, token ids, or a chat as a list of messages, with the place where it was given."""
 
     content: Any
     where: str
@@ -118,7 +118,9 @@ def _file(file: str) -> Iterator[Prompt]:
         text = place(file).read_text(encoding="utf-8-sig")
     except UnicodeError as e:
         raise ValueError(f"{file}: not a text file in UTF-8 ({e})") from None
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines would also split at U+2028 in a string
+    for number, line in enumerate(
+        text.split("\n"), 1
+    ):  # str.splitlines would split at U+2028, which JSON allows
         if line.strip():
             where = f"{file}, line {number}"
             content = _row(line, where) if file.endswith(".jsonl") else line.removesuffix("\r")
@@ -126,7 +128,7 @@ def _file(file: str) -> Iterator[Prompt]:
 
 
 def _row(line: str, where: str) -> Any:
-    """The prompt or the messages of a line of JSON."""
+    """Return the prompt or the messages of a line of JSON."""
     from jaxseek.tokenizer.chat import check_messages
 
     try:

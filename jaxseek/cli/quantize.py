@@ -27,7 +27,10 @@ def run(args: argparse.Namespace) -> None:
     from jaxseek.machine.terminal import table
 
     if args.text:
-        place(args.text).read_text(encoding="utf-8")  # an error now, not after the conversion
+        try:
+            place(args.text).read_text(encoding="utf-8")  # to fail before the conversion, not after it
+        except UnicodeError as e:
+            raise ValueError(f"{args.text}: not a text file in UTF-8 ({e})") from None
     summary = write_checkpoint(args, dtype=args.weights)
     if not args.no_report:
         from jaxseek.recipes.quantize import rounding_error

@@ -14,7 +14,7 @@ from jaxseek.storage.place import writable
 
 CONFIG = "preset, checkpoint or Hugging Face directory, or config.json"
 
-MOST = 2**31 - 1  # of sizes and counts, which are int32 on the devices
+MOST = 2**31 - 1  # largest size or count: int32 on the devices
 
 _said = False
 
@@ -32,7 +32,7 @@ def whole(least: int = 1, most: int = MOST) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
             found = int(text)
-        except ValueError:  # also for more digits than Python reads
+        except ValueError:  # not a number, or more digits than Python reads
             found = None
         if found is None or not least <= found <= most:
             raise argparse.ArgumentTypeError(
@@ -55,7 +55,7 @@ def number(
             found = float(text)
         except ValueError:
             found = math.nan
-        if not least <= found <= most or (above and found == least):  # also where it is NaN
+        if not least <= found <= most or (above and found == least):  # NaN is not between any bounds
             raise argparse.ArgumentTypeError(f"is {_brief(text)}, expected {expected}")
         return found
 
@@ -183,14 +183,14 @@ def write_checkpoint(args: argparse.Namespace, **choices: Any) -> dict[str, Any]
 
 
 def check_outputs(*names: str | None) -> None:
-    """Raise PlaceError for files that cannot be written: asked before the work that ends with them."""
+    """Raise PlaceError if a file cannot be written; call it before the work that ends with writing it."""
     for name in names:
         if name:
             writable(name)
 
 
 def say_unused_accelerator(backend: str | None = None) -> None:
-    """One line on stderr, once a process, where this machine has an accelerator that JAX does not use.
+    """Print a line on stderr, once a process, if this machine has an accelerator that JAX does not use.
 
     Called before a verb runs, which finds what the installed packages cannot drive, and with JAX's `backend`
     where a verb computes with it.
@@ -203,7 +203,7 @@ def say_unused_accelerator(backend: str | None = None) -> None:
 
 
 def load_model(source: str, mesh: str | None, dtype: str | None, quiet: bool = False) -> tuple[Any, Any]:
-    """A model and its tokenizer or None, which it says unless `quiet`."""
+    """Load a model and its tokenizer; without one, return None for it and say so unless `quiet`."""
     import jax
 
     from jaxseek.api import load
