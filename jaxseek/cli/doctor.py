@@ -5,8 +5,8 @@ example:
   jaxseek doctor gs://my-bucket/checkpoints
 """
 
-# Importing JAX or Flax may fail or hang, so this file imports neither: probe.py does, in a process that can be
-# killed.
+# Importing JAX or Flax may fail or hang, so this file imports neither; probe.py does, in a process of its
+# own.
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def counts(ids: np.ndarray, experts: int) -> np.ndarray:
     ConfigError for others."""
     whole = np.issubdtype(ids.dtype, np.integer)
     if not whole or ids.ndim != 4 or ids.max(initial=-1) >= experts or ids.min(initial=0) < -1:
-        span = f" from {ids.min(initial=0)} to {ids.max(initial=-1)}" if whole else ""
+        span = f" and go from {ids.min(initial=0)} to {ids.max(initial=-1)}" if whole else ""
         raise ConfigError(
             f"routed ids are {ids.dtype}{list(ids.shape)}{span}, expected whole numbers [steps, layers, "
             f"tokens, K] below the {experts} experts"
