@@ -15,6 +15,7 @@ import contextlib
 import importlib
 import io
 import os
+import select
 import signal
 import sys
 import threading
@@ -22,6 +23,7 @@ import traceback
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jaxseek
 from jaxseek.cli.shared import WrongUse, say_unused_accelerator
@@ -187,12 +189,22 @@ def _drop_unwritable() -> bool:
     left = False
     for stream in (sys.stdout, sys.stderr):
         try:
+            left |= _reader_left(stream)
             stream.flush()
-        except OSError as e:
-            left |= isinstance(e, BrokenPipeError)
+        except OSError:
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return left
+
+
+def _reader_left(stream: Any) -> bool:
+    """Ask the system, since an unbuffered stream keeps nothing whose flush would fail again."""
+    try:
+        watch = select.poll()
+        watch.register(stream.fileno(), select.POLLOUT)
+        return any(events & (select.POLLERR | select.POLLHUP) for _, events in watch.poll(0))
+    except OSError:  # in memory
+        return False
 
 
 def _set_up_jax() -> None:

@@ -16,11 +16,13 @@ from jaxseek.machine.terminal import table
 
 def test_a_reader_that_leaves_is_no_error_and_a_full_disk_is_one(capsys, monkeypatch):
     for argv in (["info", "--list"], ["info", "tiny-v3"], ["info", "tiny-v3", "--json"]):
-        reader, writer = os.pipe()
-        os.close(reader)
-        with open(writer, "w") as stream:
-            monkeypatch.setattr(sys, "stdout", stream)
-            assert main(argv) == 0
+        for unbuffered in (False, True):
+            reader, writer = os.pipe()
+            os.close(reader)
+            with open(writer, "w") as stream:
+                stream.reconfigure(write_through=unbuffered)
+                monkeypatch.setattr(sys, "stdout", stream)
+                assert main(argv) == 0
         with open("/dev/full", "w") as stream:
             monkeypatch.setattr(sys, "stdout", stream)
             assert main(argv) == 1
