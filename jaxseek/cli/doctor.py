@@ -1,8 +1,12 @@
-"""`jaxseek doctor`: versions, hardware, what JAX uses of it, and how to mend what does not go together.
+"""Find versions that do not go together, hardware that JAX does not use and why, and faults of memory, disk,
+compile cache and buckets; each problem with the command that mends it. Exit code 1 where there is one.
 
-It says something useful where importing JAX or Flax fails or hangs, so it imports neither:
-`jaxseek.cli.probe` does, in a process with a time limit.
+example:
+  jaxseek doctor gs://my-bucket/checkpoints
 """
+
+# Importing JAX or Flax may fail or hang, so this file imports neither; probe.py does, in a process of its
+# own.
 
 from __future__ import annotations
 
@@ -16,14 +20,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jaxseek.cli.shared import number
 from jaxseek.machine import accelerators
 from jaxseek.machine.host_memory import free_memory, total_memory
-from jaxseek.machine.terminal import table
 
 SHOWN = (
     "jaxseek",
@@ -36,7 +39,7 @@ SHOWN = (
     "orbax-checkpoint",
     "grain",
 )
-CHECKED = ("jaxseek", "jax", "flax", "optax", "orbax-checkpoint", "grain")  # whose requirements must be met
+CHECKED = ("jaxseek", "jax", "flax", "optax", "orbax-checkpoint", "grain")  # their requirements must be met
 LOCK = Path("/tmp/libtpu_lockfile")
 _LITTLE_DISK = 2 << 30  # bytes; a tiny run's checkpoints and compiled programs
 
@@ -56,21 +59,23 @@ class Report:
         self.notes.append({"what": what, "mend": mend})
 
 
-def add_doctor_verb(verb: Callable[..., argparse.ArgumentParser]) -> None:
-    """Declare it; `verb` makes a parser of a name, what runs it, its description and an example."""
-    p = verb(
-        "doctor",
-        _doctor,
-        "Versions that do not go together, hardware that JAX does not use and why, memory, disk, the compile "
-        "cache, buckets; each problem with the command that mends it. Exit code 1 where there is one.",
-        "jaxseek doctor gs://my-bucket/checkpoints",
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "buckets", nargs="*", metavar="URL", help="gs://, s3:// or another directory to reach"
     )
-    p.add_argument("buckets", nargs="*", metavar="URL", help="gs://, s3:// or another directory to reach")
-    p.add_argument("--timeout", type=float, default=60, metavar="S", help="to wait for JAX, for a bucket")
-    p.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "--timeout",
+        type=number(0, 86400, above=True),
+        default=60,
+        metavar="S",
+        help="to wait for JAX, for a bucket",
+    )
+    parser.add_argument("--json", action="store_true")
 
 
-def _doctor(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
+    from jaxseek.machine.terminal import table, visible
+
     report = examine(args.buckets, args.timeout)
     if args.json:
         print(json.dumps({"ok": not report.problems, **vars(report)}))
@@ -79,14 +84,14 @@ def _doctor(args: argparse.Namespace) -> int:
     for kind, findings in (("note", report.notes), ("problem", report.problems)):
         for finding in findings:
             mend = f"\n         {finding['mend']}" if finding["mend"] else ""
-            print(f"{kind + ':':8} {finding['what']}{mend}")
+            print(visible(f"{kind + ':':8} {finding['what']}{mend}"))
     if not report.problems:
         print("no problems found")
     return 1 if report.problems else 0
 
 
 def examine(buckets: list[str], timeout: float) -> Report:
-    """Everything in turn. Nothing that is broken here stops it."""
+    """Examine one part after the other; a broken one never stops the examination."""
     report = Report()
     report.facts["python"] = f"{platform.python_version()}, {sys.executable}"
     report.facts["system"] = f"{platform.system()} {platform.release()}, {platform.machine()}"
@@ -102,7 +107,7 @@ def examine(buckets: list[str], timeout: float) -> Report:
 
 
 def _packages(report: Report) -> None:
-    """Versions, and requirements of the core packages that what is installed does not meet."""
+    """Report versions, and requirements of the core packages that the installed ones do not meet."""
     versions = {name: version for name in SHOWN if (version := accelerators.installed(name))}
     report.facts["packages"] = versions
     if "jaxseek" not in versions:
@@ -117,7 +122,7 @@ def _packages(report: Report) -> None:
 
 
 def _unmet_requirements(packages: list[str]) -> list[tuple[str, str, str]]:
-    """Package, what it needs and the version that is here, or ""; as `pip check`, for these packages."""
+    """Return package, requirement and installed version or "", as `pip check` does, for these packages."""
     try:
         from packaging.requirements import Requirement
     except ImportError:
@@ -136,7 +141,7 @@ def _unmet_requirements(packages: list[str]) -> list[tuple[str, str, str]]:
 
 
 def _libtpu(report: Report, found: list[accelerators.Accelerator]) -> None:
-    """A libtpu of another release than jax expects, and one that is known to be wrong."""
+    """Report a libtpu of another release than jax expects, or one that is known to compute wrong results."""
     libtpu, jax, expected = (
         accelerators.installed("libtpu"),
         accelerators.installed("jax"),
@@ -156,7 +161,7 @@ def _libtpu(report: Report, found: list[accelerators.Accelerator]) -> None:
 
 
 def _devices(report: Report, found: list[accelerators.Accelerator], timeout: float) -> None:
-    """Ask JAX, in a process of its own, what it computes on; and tell why it is not the accelerator."""
+    """Ask JAX, in a process of its own, for its backend, and report why it is not the accelerator."""
     told, ended = _run_probe(["jax"], timeout)
     broken = False
     for line in told:
@@ -191,7 +196,7 @@ def _devices(report: Report, found: list[accelerators.Accelerator], timeout: flo
 
 
 def _mend_import(report: Report) -> str:
-    """The command of an unmet requirement, which is the likely cause; else a fresh installation."""
+    """Return the command that meets a requirement, the likely cause, or else a fresh installation."""
     mends = [p["mend"] for p in report.problems if p["mend"].startswith("pip install")]
     return mends[0] if mends else "pip install --force-reinstall of the package that it names, or a new venv"
 
@@ -204,7 +209,7 @@ def _mend_backend(found: list[accelerators.Accelerator]) -> str:
 
 
 def _held(report: Report, found: list[accelerators.Accelerator]) -> str:
-    """Which processes hold the TPU, or that only the lock file of one that has ended is left."""
+    """Tell which processes hold the TPU, or that a lock file is left of one that has ended."""
     chips = next((a for a in found if a.kind == "tpu"), None)
     if chips is None:
         return ""
@@ -222,7 +227,7 @@ def _held(report: Report, found: list[accelerators.Accelerator]) -> str:
 
 
 def _hosts(report: Report, found: list[accelerators.Accelerator]) -> None:
-    """How many processes a run would have, by what launchers set; nothing is joined."""
+    """Report the number of processes of a run from the variables that launchers set, without joining them."""
     given = {
         name: os.environ[name]
         for name in (
@@ -244,7 +249,7 @@ def _hosts(report: Report, found: list[accelerators.Accelerator]) -> None:
 
 
 def _metadata(attribute: str) -> str:
-    """An attribute of a Google Cloud virtual machine; "" elsewhere."""
+    """Read an attribute of a Google Cloud virtual machine; "" elsewhere."""
     import urllib.request
 
     url = f"http://metadata.google.internal/computeMetadata/v1/instance/attributes/{attribute}"
@@ -260,7 +265,12 @@ def _memory_and_disk(report: Report) -> None:
     gib = 2**30
     report.facts["memory"] = f"{free_memory() / gib:.1f} GiB free of {total_memory() / gib:.1f}"
     cache = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", ""))
-    for name, folder in (("this directory", Path.cwd()), ("compile cache", cache)):
+    folders = {"compile cache": cache}
+    try:
+        folders["this directory"] = Path.cwd()
+    except OSError:
+        report.problem("this directory has been deleted", "cd to one that exists")
+    for name, folder in folders.items():
         if "://" in str(folder):
             report.facts[name] = str(folder)
             continue
@@ -296,7 +306,7 @@ def _bucket(report: Report, url: str, timeout: float) -> str:
 
 
 def _run_probe(arguments: list[str], timeout: float) -> tuple[list[dict[str, Any]], str]:
-    """The lines of a probe, and how it ended; "" where it had to be stopped."""
+    """Run a probe; return its lines, and how it ended, or "" if it had to be killed."""
     command = [sys.executable, "-m", "jaxseek.cli.probe", *arguments]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(command, stdout=out, stderr=err, stdin=subprocess.DEVNULL)

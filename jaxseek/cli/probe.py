@@ -1,4 +1,4 @@
-"""Probes that `jaxseek doctor` runs in processes of their own, since they may hang, crash or fail to import.
+"""Probes of `jaxseek doctor`, each run in a process of its own: it may hang, crash or fail to import.
 
 `python -m jaxseek.cli.probe jax` prints a line of JSON for every stage it passes: imports, then devices.
 `python -m jaxseek.cli.probe bucket URL` prints one: listed, written and deleted.
@@ -26,7 +26,7 @@ def probe_jax() -> None:
         try:
             importlib.import_module(name)
             _tell(imported=name)
-        except Exception as e:  # whatever a broken installation raises is the finding
+        except Exception as e:  # a broken installation may raise anything, and that is the finding
             _tell(imported=name, error=_one_line(e))
     try:
         import jax

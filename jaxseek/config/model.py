@@ -213,7 +213,7 @@ class ModelConfig:
                 raw = json.loads(path.read_text(encoding="utf-8"))
             except FileNotFoundError:
                 raise ConfigError(f"{where}: no such file; expected a Hugging Face config.json") from None
-            except (json.JSONDecodeError, UnicodeDecodeError) as e:
+            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
                 raise ConfigError(f"{where}: not valid JSON ({e}); is the download complete?") from None
             if not isinstance(raw, dict):
                 raise ConfigError(f"{where}: expected a JSON object, got {type(raw).__name__}")

@@ -407,7 +407,7 @@ def read_toml(path: str | Place, overrides: list[str] | tuple[str, ...] = ()) ->
     """
     try:
         raw = tomllib.loads(find_run_file(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
         raise ConfigError(f"{path}: not valid TOML ({e})") from None
     for override in overrides:
         apply_override(raw, override)
@@ -421,7 +421,7 @@ def apply_override(raw: dict[str, Any], text: str) -> None:
         raise ConfigError(f"--set {text!r}: expected key=value, such as optimizer.learning_rate=1e-4")
     try:
         parsed = tomllib.loads(f"v = {value}")["v"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         parsed = value  # an unquoted string
     *tables, last = key.strip().split(".")
     for table in tables:

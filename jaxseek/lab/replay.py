@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from jaxseek.config.model import ConfigError
@@ -21,6 +20,7 @@ from jaxseek.engine.groups import sample_groups
 from jaxseek.engine.sampling import Sampling
 from jaxseek.experts import balance
 from jaxseek.experts.balance import Placement, contiguous, imbalance, place, serve
+from jaxseek.machine.terminal import PlainConsole
 from jaxseek.model.deepseek import DeepSeek
 from jaxseek.storage import place as places
 
@@ -38,10 +38,12 @@ def counts(ids: np.ndarray, experts: int) -> np.ndarray:
 
     Raises ConfigError for other shapes or ids out of range.
     """
-    if ids.ndim != 4 or ids.max(initial=-1) >= experts or ids.min(initial=0) < -1:
+    whole = np.issubdtype(ids.dtype, np.integer)
+    if not whole or ids.ndim != 4 or ids.max(initial=-1) >= experts or ids.min(initial=0) < -1:
+        span = f" and go from {ids.min(initial=0)} to {ids.max(initial=-1)}" if whole else ""
         raise ConfigError(
-            f"routed ids have shape {list(ids.shape)} and go from {ids.min(initial=0)} to "
-            f"{ids.max(initial=-1)}, expected [steps, layers, tokens, K] below the {experts} experts"
+            f"routed ids are {ids.dtype}{list(ids.shape)}{span}, expected whole numbers [steps, layers, "
+            f"tokens, K] below the {experts} experts"
         )
     T, L, *_ = ids.shape
     each_TLN = ids.reshape(T, L, -1)
@@ -63,6 +65,12 @@ def read_load(path: str | Path) -> Load:
         raise ConfigError(f"{path}: not a trace that numpy can read ({e})") from None
     if "load" not in found and not {"ids", "experts"} <= set(found):
         raise ConfigError(f"{path} has {', '.join(found) or 'nothing'}; expected ids and experts, or load")
+    for name in ("experts", "groups"):
+        value = found.get(name, np.array(1))
+        if value.shape or not np.issubdtype(value.dtype, np.integer) or value < 1:
+            raise ConfigError(
+                f"{path}: {name} is {value.dtype}{list(value.shape)}, expected a whole number, 1 or more"
+            )
     load = found["load"] if "load" in found else counts(found["ids"], int(found["experts"]))
     load = load[None] if load.ndim == 2 else load
     if load.ndim != 3 or not np.issubdtype(load.dtype, np.integer) or load.min(initial=0) < 0:
@@ -131,6 +139,11 @@ def compare(load: Load, devices: int, redundant: int, nodes: int = 1) -> list[Se
     T, L, E = load_TLE.shape
     if T == 0 or not load_TLE.any():
         raise ConfigError("the trace has no tokens")
+    if redundant > E * (devices - 1):
+        raise ConfigError(
+            f"{redundant} redundant slots are more than the {E * (devices - 1)} with which each of {devices} "
+            f"devices has all {E} experts; lower --redundant"
+        )
     known_LE, served_TLE = load_TLE[: max(1, T // 2)].sum(axis=0), load_TLE[T // 2 :]
     try:
         found = {"in order": contiguous(L, E, devices)}
@@ -185,7 +198,7 @@ def show(load: Load, served: list[Served], as_json: bool = False, plot: str | No
             f"{r['experts_read_mean']:.2f}",
             f"{r['experts_read_busiest_per_step']:.1f}",
         )
-    Console(width=None if Console().is_terminal else 130).print(table)
+    PlainConsole(width=None if PlainConsole().is_terminal else 130).print(table)
     print(
         "of a device and layer, mean over steps and layers; per step: the busiest device's, over all layers"
     )

@@ -173,11 +173,14 @@ class Strategy:
             raw = tomllib.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ConfigError(f"{path}: no such strategy file") from None
-        except tomllib.TOMLDecodeError as e:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
             raise ConfigError(f"{path}: not valid TOML ({e})") from None
         try:
             default = _default_tables()
             _check_keys(raw, ("mesh", "weights", *PHASES), "table")
+            for name, value in raw.items():
+                if not isinstance(value, dict):
+                    raise ConfigError(f"{name} is {value!r}, expected a table [{name}]")
             tables = {k: default[k] | raw.get(k, {}) for k in ("weights", *PHASES)}
             extra, placement = (
                 tables["weights"].pop("redundant_experts", 0),
@@ -228,7 +231,7 @@ class Strategy:
     def _build(cls, sizes: dict[str, int], tables: dict[str, dict[str, Any]]) -> Strategy:
         _check_keys(sizes, MESH_AXES, "mesh axis")
         for axis, n in sizes.items():
-            if not isinstance(n, int) or n < 1:
+            if type(n) is not int or n < 1:
                 raise ConfigError(f"mesh axis {axis} has size {n!r}, expected a positive integer")
         full = tuple((a, sizes.get(a, 1)) for a in MESH_AXES)
         weights, train, prefill, decode = (_rules(k, tables[k], dict(full)) for k in ("weights", *PHASES))
@@ -269,7 +272,9 @@ def _rules(where: str, raw: dict[str, Any], sizes: dict[str, int]) -> Rules:
     _check_keys(raw, LOGICAL_AXES, f"logical axis in [{where}]")
     table = []
     for name, axes in raw.items():
-        axes = (axes,) if isinstance(axes, str) else tuple(axes)
+        axes = [axes] if isinstance(axes, str) else axes
+        if not isinstance(axes, list | tuple):
+            raise ConfigError(f"[{where}] {name} is {axes!r}, expected a mesh axis or a list of them")
         for axis in axes:
             if axis not in MESH_AXES:
                 raise ConfigError(f"[{where}] {name} names mesh axis {axis!r}; known: {', '.join(MESH_AXES)}")
@@ -280,8 +285,9 @@ def _rules(where: str, raw: dict[str, Any], sizes: dict[str, int]) -> Rules:
             f"[{where}] dispatch is {rules.dispatch!r}, expected one of {', '.join(DISPATCHES)}"
         )
     for name in FACTORS:
-        if (factor := getattr(rules, name)) is not None and not factor > 0:
-            raise ConfigError(f"[{where}] {name} is {factor}, expected above 0")
+        factor = getattr(rules, name)
+        if factor is not None and (type(factor) not in (int, float) or not factor > 0):
+            raise ConfigError(f"[{where}] {name} is {factor!r}, expected a number above 0")
     if rules.room_factor is not None and rules.dispatch != "all_to_all":
         raise ConfigError(f"[{where}] room_factor is for dispatch 'all_to_all', not {rules.dispatch!r}")
     if where != "weights" and rules.dispatch == "local" and rules.axes("expert"):

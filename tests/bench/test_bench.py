@@ -68,12 +68,19 @@ def test_conversion_is_timed_beside_cat_of_the_same_files(capsys, tmp_path, monk
     small |= dict.fromkeys(("moe_intermediate_size", "q_lora_rank", "kv_lora_rank"), 16)
     small |= dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 2)
     monkeypatch.setattr(convert, "_V3", convert._V3 | small)
-    convert.main(
-        ["--gigabytes", "0.0009", "--shards", "1", "--repeats", "1", "--dir", str(tmp_path), "--json"]
-    )
+    size = ["--gigabytes", "0.0009", "--shards", "1", "--repeats", "1", "--dir", str(tmp_path)]
+    assert main(["bench", "--convert", *size, "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert 0.0009e9 <= found["bytes"] < 0.002e9
     assert set(found["seconds"]) == {"cat", "jaxseek convert"}
     assert found["seconds"]["jaxseek convert"] > 0.1
     assert 2**26 < found["peak_memory_bytes"]["jaxseek convert"] < 2**30
     assert not list(tmp_path.iterdir())  # nothing is left behind
+    for words, message in (
+        (["--dir", str(tmp_path / "absent")], "no such directory"),
+        (["--gigabytes", "1e9"], "has not the room"),
+    ):
+        assert main(["bench", "--convert", *words]) == 1
+        assert message in capsys.readouterr().err
+    for words in ([], ["tiny-v3", "--convert"], ["--convert", "--against", "trl"]):
+        assert main(["bench", *words]) == 2

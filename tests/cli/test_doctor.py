@@ -140,6 +140,15 @@ def test_a_compile_cache_that_cannot_be_written_is_a_problem(capsys, monkeypatch
     assert "export JAX_COMPILATION_CACHE_DIR" in problems
 
 
+def test_a_directory_that_was_deleted_is_a_problem(capsys, monkeypatch, tmp_path, not_jax):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    _, problems = told(capsys)
+    assert "this directory has been deleted -> cd" in problems
+
+
 def test_every_verb_says_once_on_stderr_that_the_tpu_is_unused(capsys, tpu, monkeypatch):
     monkeypatch.setattr(accelerators, "installed", {"jax": "0.12.0"}.get)
     for expected in (1, 0):  # once a process

@@ -9,9 +9,10 @@ import pytest
 import tiny_gguf as tiny
 
 from jaxseek.checkpoint.models import CheckpointError
+from jaxseek.cli.main import main
 from jaxseek.config.model import ConfigError, ModelConfig
 from jaxseek.tokenizer.tokenizer import Tokenizer
-from jaxseek_convert.gguf import gguf_to_hf, is_gguf, main, packaged_gguf
+from jaxseek_convert.gguf import gguf_to_hf, is_gguf, packaged_gguf
 from jaxseek_convert.safetensors_io import read_safetensors
 from jaxseek_convert.table import hf_tensors
 
@@ -245,10 +246,14 @@ def test_a_source_is_a_file_its_directory_or_an_installed_package(tmp_path, monk
 
 def test_the_command_says_what_it_wrote_or_what_is_wrong(tmp_path, capsys):
     tiny.write_gguf(tmp_path / "tiny.gguf")
-    main([str(tmp_path / "tiny.gguf"), str(tmp_path / "hf")])
-    assert "llama" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="already exists"):
-        main([str(tmp_path / "tiny.gguf"), str(tmp_path / "hf")])
+    command = ["convert", str(tmp_path / "tiny.gguf"), str(tmp_path / "hf"), "--to", "hf"]
+    assert main(command) == 0
+    assert str(tmp_path / "hf") in capsys.readouterr().err
+    whole = gguf_to_hf(tmp_path / "tiny.gguf", tmp_path / "alone")
+    for file in whole.iterdir():
+        assert file.read_bytes() == (tmp_path / "hf" / file.name).read_bytes()
+    assert main(command) == 1
+    assert "already exists" in capsys.readouterr().err
     gguf_to_hf(tmp_path / "tiny.gguf", tmp_path / "hf", overwrite=True)
 
 

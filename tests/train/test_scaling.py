@@ -77,7 +77,11 @@ def test_info_prints_the_proposal(capsys):
     shown = capsys.readouterr().out
     for part in ("9.86e-04", "1.02M tokens", "5.25e+09", "19.0B", "extrapolated"):
         assert part in shown, shown
-    assert main(["info", "--compute", "-1"]) == 1
-    assert "expected FLOPs above 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["info", "--compute", "-1"])
+    assert stop.value.code == 2
+    assert "--compute: is '-1', expected a number above 0" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="expected FLOPs above 0"):
+        propose(-1)
     assert main(["info", "deepseek-v3", "--compute", "1e20"]) == 2
     assert "leave MODEL out" in capsys.readouterr().err
