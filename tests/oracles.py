@@ -292,7 +292,7 @@ def quick_compilation():
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch):
     """For modules of many runs: those of their tests draw no picture at the end; those of fixtures do."""
-    monkeypatch.setattr("jaxseek.train.trainer.plot_loss", lambda out: None)
+    monkeypatch.setattr("jaxseek.train.pretrain.plot_loss", lambda out: None)
     monkeypatch.setattr("jaxseek.rl.recipe.plot_rewards", lambda out: None)
 
 

@@ -38,7 +38,7 @@ from jaxseek.rl.watch import Alarms
 from jaxseek.sharding.parameters import parameters
 from jaxseek.train.metrics import read_metrics
 from jaxseek.train.start import finished
-from jaxseek.train.trainer import TrainingError
+from jaxseek.train.trainer import Progress, TrainingError
 
 ROOT = Path(__file__).parent.parent
 STEPS = 6
@@ -99,14 +99,14 @@ def rewarded(monkeypatch, function):
 
 def interrupt(monkeypatch, step, act):
     """Do something when a step is recorded."""
-    update = recipe.Progress.update
+    update = Progress.update
 
     def patched(self, s, values):
         update(self, s, values)
         if s == step:
             act()
 
-    monkeypatch.setattr(recipe.Progress, "update", patched)
+    monkeypatch.setattr(Progress, "update", patched)
 
 
 def assert_same_run(a, b):
@@ -162,7 +162,7 @@ def test_a_finished_run_does_nothing_and_still_knows_its_accuracy(home, whole):
 
 SCRIPT = """
 import sys
-from jaxseek.rl.loop import train_grpo
+from jaxseek.rl.recipe import train_grpo
 from jaxseek.config.run import RunConfig
 import json
 train_grpo(RunConfig.from_dict(json.loads(sys.argv[1])))

@@ -20,7 +20,7 @@ from jaxseek.recipes.reject import reject
 from jaxseek.rl.recipe import train_grpo
 from jaxseek.storage import place as places
 from jaxseek.train import distill
-from jaxseek.train.trainer import train
+from jaxseek.train.objectives import train
 from jaxseek_convert import convert, save_hf
 
 pytestmark = pytest.mark.slow

@@ -405,7 +405,7 @@ def written(raw, directory):
 KILLED = """
 import os, signal, sys
 from jaxseek.cli.main import main
-from jaxseek.rl import pipeline
+from jaxseek.recipes import pipeline
 from jaxseek.train import metrics
 stage, place, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
 current = []

@@ -26,7 +26,7 @@ from jaxseek.model.deepseek import DeepSeek
 from jaxseek.storage import place as places
 from jaxseek.storage.place import Log, Mirror, PlaceError, Remote, cut, file_sizes, place, read_log, upload
 from jaxseek.train.checkpoints import Checkpoints
-from jaxseek.train.trainer import train
+from jaxseek.train.objectives import train
 from jaxseek_convert import convert, stream
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sending a large body directly")  # gcsfs by aiohttp

@@ -33,12 +33,13 @@ from jaxseek.config.run import RunConfig
 from jaxseek.model.deepseek import DeepSeek
 from jaxseek.sharding.parameters import parameters
 from jaxseek.tokenizer.tokenizer import Tokenizer, TokenizerError, train_sentencepiece
-from jaxseek.train import distill, reference, start, trainer
+from jaxseek.train import distill, dpo, start, trainer
 from jaxseek.train.checkpoints import Checkpoints
 from jaxseek.train.metrics import read_metrics
+from jaxseek.train.objectives import train
 from jaxseek.train.optimizer import decays, make_optimizer
 from jaxseek.train.step import init_state, with_values
-from jaxseek.train.trainer import TrainingError, train
+from jaxseek.train.trainer import TrainingError
 
 ROOT = Path(__file__).parent.parent
 STEPS = 8
@@ -477,7 +478,7 @@ def test_preferences_raise_the_margin_and_the_reference_is_computed_once(home, t
     def never(*_):
         raise AssertionError("the reference is computed again")
 
-    monkeypatch.setattr(reference, "_computed", never)
+    monkeypatch.setattr(dpo.Dpo, "_computed", never)
     train(run(home, tmp_path / "run", "dpo", data={"holdout": 0.2}, eval={"every": 0, "rows": 2}))
     found = losses(tmp_path / "run", "margin")
     assert list(found) == list(range(STEPS))

@@ -35,7 +35,8 @@ from jaxseek.rl.rollout import Sampler
 from jaxseek.rl.tasks import open_task
 from jaxseek.storage.place import Place, place, writable, write_text
 from jaxseek.train import start
-from jaxseek.train.trainer import Result, train
+from jaxseek.train.objectives import train
+from jaxseek.train.trainer import Result
 
 KEYS = ("out", "seed", "only", "common", "stages", "evaluation")
 REFERENCE = "stage:"

@@ -16,6 +16,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,35 +26,33 @@ from jax.sharding import Mesh
 
 from jaxseek.config.model import ConfigError, ModelConfig
 from jaxseek.config.run import LogConfig
+from jaxseek.hardware import CHIPS
 from jaxseek.storage.place import Log, Mirror, Place, place, save_figure, write_text
 from jaxseek.train.scaling import attention_flops_per_token
 
 FILE, PLOT = "metrics.jsonl", "loss.png"
 
-# Peak bfloat16 FLOPs per second of a chip, by JAX's device_kind: docs.cloud.google.com/tpu/docs/v4, v5e, v5p,
-# v6e and tpu7x.
-_TPU_PEAK = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12,
-}
+
+@dataclass(frozen=True)
+class Evaluated:
+    """An evaluation: values by name, the text that tells them, and the loss that checkpoints compare."""
+
+    values: dict[str, float]
+    text: str
+    loss: float
+    enough: bool = False  # the run may end here
 
 
-def summarize(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The scalars of a step's metrics, as floats; `load` [L, E] becomes `load_max_over_mean`.
+def summarize(metrics: Mapping[str, Any], load_LE: Any = None) -> dict[str, float]:
+    """Fetch a step's metrics as floats; the experts' load, if given, adds `load_max_over_mean`.
 
-    That is the load of a layer's busiest expert by the mean of its experts', averaged over layers: 1 is even
-    (it is 1 + MaxVio of arXiv:2408.15664, section 4.1).
+    It divides the load of a layer's busiest expert by the mean over its experts, and averages that over
+    layers: 1 is even (it is 1 + MaxVio of arXiv:2408.15664, section 4.1).
     """
-    metrics = jax.device_get(dict(metrics))
-    out = {name: float(value) for name, value in metrics.items() if np.ndim(value) == 0}
-    if "load" in metrics:
-        load_LE = np.asarray(metrics["load"], np.float64)
+    metrics, load_LE = jax.device_get((dict(metrics), load_LE))
+    out = {name: float(value) for name, value in metrics.items()}
+    if load_LE is not None:
+        load_LE = np.asarray(load_LE, np.float64)
         mean_L = np.maximum(load_LE.mean(axis=1), np.finfo(np.float64).tiny)
         out["load_max_over_mean"] = float((load_LE.max(axis=1) / mean_L).mean())
     return out
@@ -354,10 +353,11 @@ def peak_flops(mesh: Mesh) -> float | None:
     devices = list(mesh.devices.flat)
     if devices[0].platform == "cpu":
         return _measured_peak() * len({d.process_index for d in devices})
-    if devices[0].device_kind not in _TPU_PEAK:
+    chip = next((c for c in CHIPS.values() if devices[0].device_kind in c.kinds), None)
+    if chip is None:
         return None
     chips = {(d.process_index, *d.coords) for d in devices}  # a chip is one device or, by core, two
-    return _TPU_PEAK[devices[0].device_kind] * len(chips)
+    return chip.peak["bf16"] * len(chips)
 
 
 @functools.cache
