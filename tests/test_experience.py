@@ -107,7 +107,7 @@ def batch_of(config, shapes, counted=None, order=None, experts=False, reference=
 @functools.cache
 def compiled(shapes, **grpo):
     """The compiled gradients of a layout, which tests share."""
-    loss = PolicyLoss(run(**grpo).recipe, np.dtype("float32"), shapes.segments)
+    loss = PolicyLoss(run(**grpo).program, np.dtype("float32"), shapes.segments)
 
     def f(params, part, totals):
         return loss(with_values(policy(), params), part, totals, StepInputs())
@@ -288,7 +288,7 @@ def test_no_answer_that_counts_is_no_loss_and_no_gradient():
 
 def test_log_probabilities_come_back_to_their_answers():
     shapes = LAYOUTS["packed, in microbatches, one of which is blank"]
-    loss = PolicyLoss(run().recipe, np.dtype("float32"), shapes.segments)
+    loss = PolicyLoss(run().program, np.dtype("float32"), shapes.segments)
     with policy().on_mesh():
         table = np.asarray(make_logprobs(loss)(policy(), batch_of(run(), shapes)))
     for e, got in zip(episodes(), answers_of(table, episodes(), shapes)):
@@ -302,7 +302,7 @@ def test_log_probabilities_come_back_to_their_answers():
 def test_replayed_experts_are_used_and_the_gates_still_learn():
     """Random experts in place of the router's: other log-probabilities, and a gradient for the router."""
     shapes, config = LAYOUTS["packed"], run(routing_replay=True)
-    loss = PolicyLoss(config.recipe, np.dtype("float32"), shapes.segments)
+    loss = PolicyLoss(config.program, np.dtype("float32"), shapes.segments)
     with policy().on_mesh():
         batch = dataclasses.replace(batch_of(config, shapes, experts=True), count=None)
         one = jax.tree.map(lambda a: a[0], batch)

@@ -142,8 +142,8 @@ def test_training_changes_the_adapters_and_nothing_else(name, mesh):
         {"objective": "sft", "model": "m", "out": "o", "steps": 9, "data": {"train": "d"}, "remat": "none"}
         | {"optimizer": {"learning_rate": 0.01}}
     )
-    optimizer = make_optimizer(config.recipe, decays(model))
-    step = make_step(LanguageLoss(config.recipe, jnp.dtype("float32")), optimizer)
+    optimizer = make_optimizer(config.program, decays(model))
+    step = make_step(LanguageLoss(config.program, jnp.dtype("float32")), optimizer)
     before, state = values(model), init_state(model, optimizer)
     assert changed(model).keys() == trained(model).keys()  # which is what a checkpoint holds
     ones = np.ones_like(TOKENS_BT)

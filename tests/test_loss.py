@@ -212,7 +212,7 @@ def computed(config, model, tokens, segments, targets, reference=None, teacher=N
         batch = to_devices(batch, model)
         kind = {"dpo": PreferenceLoss, "distill": DistillationLoss}.get(config.objective, LanguageLoss)
         inputs = StepInputs(np.float32(mtp), teacher=teacher)
-        total, aux, grads = compiled(kind(config.recipe, jnp.float32), model, batch, inputs)
+        total, aux, grads = compiled(kind(config.program, jnp.float32), model, batch, inputs)
     metrics = aux.metrics | ({} if aux.load_LE is None else {"load": aux.load_LE})
     floats = {p: np.asarray(v[...]) for p, v in parameters(grads).items() if "bias_E" not in p}
     return float(total), {k: np.asarray(v) for k, v in metrics.items()}, floats

@@ -23,10 +23,10 @@ from jaxseek.cli.main import main
 from jaxseek.config.model import ConfigError
 from jaxseek.data.sources import open_sources
 from jaxseek.model.deepseek import DeepSeek
+from jaxseek.recipes.pipeline import run_stage as train
 from jaxseek.storage import place as places
 from jaxseek.storage.place import Log, Mirror, PlaceError, Remote, cut, file_sizes, place, read_log, upload
 from jaxseek.train.checkpoints import Checkpoints
-from jaxseek.train.objectives import train
 from jaxseek_convert import convert, stream
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sending a large body directly")  # gcsfs by aiohttp

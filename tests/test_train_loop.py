@@ -31,12 +31,12 @@ from jaxseek.cli.main import main
 from jaxseek.config.model import ConfigError
 from jaxseek.config.run import RunConfig
 from jaxseek.model.deepseek import DeepSeek
+from jaxseek.recipes.pipeline import run_stage as train
 from jaxseek.sharding.parameters import parameters
 from jaxseek.tokenizer.tokenizer import Tokenizer, TokenizerError, train_sentencepiece
 from jaxseek.train import distill, dpo, start, trainer
 from jaxseek.train.checkpoints import Checkpoints
 from jaxseek.train.metrics import read_metrics
-from jaxseek.train.objectives import train
 from jaxseek.train.optimizer import decays, make_optimizer
 from jaxseek.train.step import init_state, with_values
 from jaxseek.train.trainer import TrainingError
@@ -255,7 +255,7 @@ def test_a_run_killed_ten_times_ends_with_the_same_bits(home, tmp_path):
 @pytest.fixture
 def state(home):
     model = models.restore(home / "dense")
-    return init_state(model, make_optimizer(run(home, "o").recipe, decays(model)))
+    return init_state(model, make_optimizer(run(home, "o").program, decays(model)))
 
 
 def kept(tmp_path, home, state, saves):
@@ -288,7 +288,7 @@ def test_a_checkpoint_is_of_its_step_though_training_goes_on_in_its_memory(home,
     large = with_values(
         state.model, {"embed_VD": jax.device_put(np.zeros((320, 1 << 15), np.float32), sharding)}
     )
-    state = init_state(large, make_optimizer(run(home, "o").recipe, decays(large)))
+    state = init_state(large, make_optimizer(run(home, "o").program, decays(large)))
     with state.model.on_mesh():
         checkpoints = Checkpoints(tmp_path, run(home, "o").checkpoint)
         for number in range(1, 5):
@@ -430,7 +430,7 @@ def test_an_exploding_run_names_the_layer_keeps_the_last_good_checkpoint_and_exi
 def exported_step(config, step):
     """The parameters in a checkpoint of a run."""
     model = models.restore(config.model)
-    state = init_state(model, make_optimizer(config.recipe, decays(model)))
+    state = init_state(model, make_optimizer(config.program, decays(model)))
     checkpoints = Checkpoints(config.out, config.checkpoint)
     back, _ = checkpoints.restore(step, state)
     checkpoints.close()

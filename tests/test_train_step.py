@@ -24,7 +24,7 @@ from jaxseek.train.batch import make_batch, to_devices
 from jaxseek.train.loss import StepInputs
 from jaxseek.train.optimizer import decays, make_optimizer
 from jaxseek.train.pretrain import LanguageLoss
-from jaxseek.train.step import init_state, make_evaluation, make_step
+from jaxseek.train.step import evaluate_batch, init_state, make_step
 
 B, T = 8, 16
 DENSE = tiny_config("llama")  # two layers, scanned
@@ -42,8 +42,8 @@ def run(**sections):
 def stepper(dtype="float32", remat="none", adam=True, cfg=SPARSE):
     """The optimizer and the compiled step, which tests share."""
     config = run(remat=remat)
-    optimizer = make_optimizer(config.recipe, decays(random_model(cfg))) if adam else optax.sgd(1.0)
-    return optimizer, make_step(LanguageLoss(config.recipe, jnp.dtype(dtype)), optimizer)
+    optimizer = make_optimizer(config.program, decays(random_model(cfg))) if adam else optax.sgd(1.0)
+    return optimizer, make_step(LanguageLoss(config.program, jnp.dtype(dtype)), optimizer)
 
 
 @jax.jit
@@ -176,10 +176,12 @@ def test_a_step_in_fp8_has_nearly_the_loss_of_one_without(mesh):
     tokens, ones = np.random.default_rng(0).integers(3, 256, (4, 32)), np.ones((4, 32))
     losses = []
     for fp8 in (False, True):
-        evaluate = make_evaluation(LanguageLoss(run(fp8=fp8).recipe, jnp.float32))
+        loss = LanguageLoss(run(fp8=fp8).program, jnp.float32)
         batch = to_devices(make_batch(tokens, ones, ones, cfg.num_nextn_predict_layers), model)
         with model.on_mesh():
-            losses.append(float(evaluate(model, batch, StepInputs(np.float32(0.3))).metrics["loss"]))
+            losses.append(
+                float(evaluate_batch(loss, model, batch, StepInputs(np.float32(0.3))).metrics["loss"])
+            )
     assert losses[0] != losses[1]
     assert abs(losses[1] / losses[0] - 1) < 2e-3
 

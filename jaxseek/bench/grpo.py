@@ -171,8 +171,8 @@ def _jaxseek(task: dict[str, Any], turns: _Turns) -> None:
     cfg = start.model_config(run)
     model = start.open_model(run, cfg, start.open_strategy(run, cfg))
     shapes = Shapes.of(run, 1, 1)
-    optimizer = make_optimizer(run.recipe, decays(model))
-    update = make_step(PolicyLoss(run.recipe, start.compute_dtype(run), shapes.segments), optimizer)
+    optimizer = make_optimizer(run.program, decays(model))
+    update = make_step(PolicyLoss(run.program, start.compute_dtype(run), shapes.segments), optimizer)
     state = init_state(model, optimizer)
     del model
     nothing = Answer(Problem("", ""), "", None, "", length, "length")

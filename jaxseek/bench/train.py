@@ -220,8 +220,8 @@ def _jaxseek(task: dict[str, Any]) -> tuple[Step, dict[str, Any]]:
     )
     cfg = start.model_config(run)
     model = start.open_model(run, cfg, start.open_strategy(run, cfg))
-    optimizer = make_optimizer(run.recipe, decays(model))
-    train_step = make_step(LanguageLoss(run.recipe, start.compute_dtype(run)), optimizer)
+    optimizer = make_optimizer(run.program, decays(model))
+    train_step = make_step(LanguageLoss(run.program, start.compute_dtype(run)), optimizer)
     state, mesh = init_state(model, optimizer), model.mesh
     modules, inputs = cfg.num_nextn_predict_layers, StepInputs(np.float32(at_fraction(run.loss.mtp, 0)))
     del model

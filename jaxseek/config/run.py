@@ -198,8 +198,8 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What of a run its compiled programs depend on: runs of equal recipes share them within a process."""
+class Program:
+    """The settings that compiled programs depend on: runs with equal ones share them within a process."""
 
     objective: str
     steps: int
@@ -278,10 +278,10 @@ class RunConfig:
         return dataclasses.asdict(self)
 
     @property
-    def recipe(self) -> Recipe:
-        """The part that the objective, the optimizer and so the compiled step are made of."""
-        shared = [f.name for f in dataclasses.fields(Recipe) if f.name != "temperature"]
-        return Recipe(temperature=self.rollout.temperature, **{name: getattr(self, name) for name in shared})
+    def program(self) -> Program:
+        """The settings that the loss, the optimizer and so the compiled step are made of."""
+        shared = [f.name for f in dataclasses.fields(Program) if f.name != "temperature"]
+        return Program(temperature=self.rollout.temperature, **{name: getattr(self, name) for name in shared})
 
     def replace(self, **changes: Any) -> RunConfig:
         """A copy with some fields changed; validated again."""

@@ -256,7 +256,7 @@ def train_run(job: Job) -> RunConfig:
 
 
 def _train(job: Job, run: RunConfig, model: DeepSeek, array: Any, placed: Any) -> tuple[Any, tuple]:
-    optimizer = make_optimizer(run.recipe, decays(model))
+    optimizer = make_optimizer(run.program, decays(model))
     moments = placed(jax.eval_shape(optimizer.init, trained(model)))
     state = State(model, moments, array((), jnp.int32, P()))
     weight = np.float32(0.3 if job.cfg.num_nextn_predict_layers else 0)
@@ -267,8 +267,8 @@ def _train(job: Job, run: RunConfig, model: DeepSeek, array: Any, placed: Any) -
 def _loss(run: RunConfig) -> Loss:
     dtype = jnp.dtype(run.compute_dtype or "bfloat16")
     if run.objective == "grpo":
-        return PolicyLoss(run.recipe, dtype, MOST_IN_A_ROW)
-    return LanguageLoss(run.recipe, dtype)
+        return PolicyLoss(run.program, dtype, MOST_IN_A_ROW)
+    return LanguageLoss(run.program, dtype)
 
 
 def _batch(job: Job, run: RunConfig, array: Any) -> Batch:

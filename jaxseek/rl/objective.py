@@ -20,7 +20,7 @@ from jaxseek.train.loss import Loss, by_chunks, log_softmax_at, routing_aux
 
 @dataclass(frozen=True)
 class PolicyLoss(Loss):
-    """The GRPO loss as `recipe.grpo` has it, of the policy at `rollout.temperature`.
+    """The GRPO loss as `program.grpo` has it, of the policy at `rollout.temperature`.
 
     Multi-token modules are not trained, and the routers' biases stay. Metrics are sums, and maxima where they
     end in `_max`; the metrics `tokens` and `routed` are what to divide by.
@@ -32,7 +32,7 @@ class PolicyLoss(Loss):
         out, logprob_BT, entropy_BT = self.logprobs(model, batch)
         old_BT = batch.sampled_BT if batch.old_BT is None else batch.old_BT
         loss_BT, sums = policy_loss(
-            self.recipe.grpo,
+            self.program.grpo,
             logprob_BT,
             old_BT,
             batch.advantage_BT,
@@ -55,10 +55,10 @@ class PolicyLoss(Loss):
     def logprobs(self, model: DeepSeek, batch: Any) -> tuple[Any, jax.Array, jax.Array]:
         """Run the forward pass; also log p of every next token and the policy's entropy there, [B, T]."""
         ctx = self.context(model, batch)
-        experts_BTLK = batch.experts_BTLK if self.recipe.grpo.routing_replay else None
+        experts_BTLK = batch.experts_BTLK if self.program.grpo.routing_replay else None
         replay_LBTK = None if experts_BTLK is None else jnp.moveaxis(experts_BTLK, 2, 0)
         out = model.forward(batch.tokens_BT, ctx, replay_LBTK=replay_LBTK)
-        targets_BT, temperature = batch.ahead_BJT[:, 0], self.recipe.temperature
+        targets_BT, temperature = batch.ahead_BJT[:, 0], self.program.temperature
         return out, *logprobs_and_entropy(model, out.hidden_BTD, targets_BT, ctx.rules, temperature)
 
 

@@ -7,14 +7,12 @@ its directory continues with the same numbers as if it had never stopped.
 from __future__ import annotations
 
 import contextlib
-import math
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxseek.config.model import ConfigError
-from jaxseek.config.run import RunConfig
 from jaxseek.engine.engine import fetch
 from jaxseek.machine.host_memory import release_freed_memory
 from jaxseek.model.deepseek import DeepSeek
@@ -33,16 +31,11 @@ from jaxseek.train import lora, start
 from jaxseek.train.loss import StepInputs
 from jaxseek.train.metrics import Evaluated
 from jaxseek.train.start import Setup
-from jaxseek.train.trainer import Recipe, Result, Trainer, TrainingError, train_by
+from jaxseek.train.trainer import Recipe, Trainer, TrainingError
 
 ROUNDS = 8  # of dynamic sampling, before a step makes do with the groups it has
 TOO_LONG = 1000  # prompts beyond the limit in a row, before the run gives up
 Group = tuple[list[Episode], np.ndarray, np.ndarray]  # answers to a problem, their rewards, which are valid
-
-
-def train_grpo(run: RunConfig, deadline: float = math.inf) -> Result:
-    """Train by GRPO as the run says; see `train_by`."""
-    return train_by(Grpo, run, deadline)
 
 
 class Grpo(Recipe):
@@ -59,7 +52,7 @@ class Grpo(Recipe):
         multiples = (strategy.parts(strategy.train, axis) for axis in ("batch", "length"))
         self.shapes = Shapes.of(run, *multiples)
         updates = run.replace(steps=run.steps * run.grpo.minibatches * run.grpo.epochs)
-        self.loss = PolicyLoss(updates.recipe, dtype, self.shapes.segments)
+        self.loss = PolicyLoss(updates.program, dtype, self.shapes.segments)
         self.held_out = HeldOut.of(self.task.held_out, self.sampler, run)
         self.record = run.grpo.routing_replay or run.rollout.record_experts
         if self.record and not cfg.n_routed_experts:

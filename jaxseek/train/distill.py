@@ -27,6 +27,7 @@ from jaxseek.tokenizer import chat
 from jaxseek.tokenizer.tokenizer import Tokenizer
 from jaxseek.train.loss import Loss, divergence
 from jaxseek.train.pretrain import Pretrain, cross_entropy
+from jaxseek.train.sft import Sft
 from jaxseek.train.start import Setup, compute_dtype
 
 FILE = "samples.jsonl"
@@ -38,7 +39,7 @@ class DistillationLoss(Loss):
     """KL from the teacher's distribution at every position that counts, mixed with the usual loss."""
 
     def __call__(self, model, batch, totals, inputs):
-        ctx, given, teacher = self.context(model, batch), self.recipe.distill, inputs.teacher
+        ctx, given, teacher = self.context(model, batch), self.program.distill, inputs.teacher
         out = model.forward(batch.tokens_BT, ctx)
         taught = jax.lax.stop_gradient(teacher.forward(batch.tokens_BT, self.context(teacher, batch)))
         kl_BT = divergence(
@@ -75,7 +76,14 @@ class Distill(Pretrain):
             )
 
     def make_loss(self) -> Loss:
-        return DistillationLoss(self.run.recipe, compute_dtype(self.run))
+        return DistillationLoss(self.run.program, compute_dtype(self.run))
+
+
+def open_distillation(setup: Setup, closing: contextlib.ExitStack) -> Pretrain:
+    """Make the recipe of a run: by logits, or SFT on samples, which are made first."""
+    if setup.run.distill.by == "samples":
+        return Sft(dataclasses.replace(setup, run=sampled_run(setup)), closing)
+    return Distill(setup, closing)
 
 
 def sampled_run(setup: Setup) -> RunConfig:
@@ -125,13 +133,14 @@ def _sample(run: RunConfig, strategy: Strategy, tokenizer: Tokenizer, prompts: A
             if out is None:
                 continue
             for (talk, _), ids, reply in zip(some, encoded, stream.replies()):
-                opening = f"{chat.THINK}\n" if own.opened_think(ids) else ""  # the prompt had it
+                opening = f"{chat.THINK}\n" if own.opened_think(ids) else ""  # stood in the prompt
                 talk = [*talk, {"role": "assistant", "content": opening + reply.text}]
                 record = {
                     names.messages: [{names.role: m["role"], names.content: m["content"]} for m in talk]
                 }
                 record |= {"finish_reason": reply.finish_reason}
                 out.add(json.dumps(record, ensure_ascii=False))
+            progress.update(task, advance=len(some))
 
 
 def _finished(path: Place) -> Place:

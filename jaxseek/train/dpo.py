@@ -35,7 +35,7 @@ class PreferenceLoss(Loss):
     """-log sigmoid(beta (log ratio of chosen - log ratio of rejected)), the paper's eq. 7."""
 
     def __call__(self, model, batch, totals, inputs):
-        ctx, given = self.context(model, batch), self.recipe.dpo
+        ctx, given = self.context(model, batch), self.program.dpo
         out = model.forward(batch.tokens_BT, ctx)
         logprob_BT = token_logprobs(model, out.hidden_BTD, batch.ahead_BJT[:, 0], ctx.rules)
         ratio_B = row_logprobs(logprob_BT, batch, ctx.rules) - batch.reference_B
@@ -81,7 +81,7 @@ class Dpo(Pretrain):
     averaged = ("loss", "margin", "accuracy", "reward_chosen", "reward_rejected")
 
     def make_loss(self) -> Loss:
-        return PreferenceLoss(self.run.recipe, compute_dtype(self.run))
+        return PreferenceLoss(self.run.program, compute_dtype(self.run))
 
     def begin(self, trainer: Trainer, position: Any) -> None:
         self.reference = self._reference(trainer)

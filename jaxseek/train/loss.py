@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxseek.config.model import ModelConfig
-from jaxseek.config.run import Recipe
+from jaxseek.config.run import Program
 from jaxseek.model.deepseek import DeepSeek
 from jaxseek.model.layer import Context
 from jaxseek.model.moe import MoE, RouterBias, Routing
@@ -96,7 +96,7 @@ class Loss:
     A loss is a value that can be hashed: runs with equal settings share compiled programs.
     """
 
-    recipe: Recipe
+    program: Program
     dtype: Any
 
     def __call__(
@@ -105,8 +105,24 @@ class Loss:
         raise NotImplementedError
 
     def after_update(self, model: DeepSeek, aux: Aux, inputs: StepInputs) -> dict[str, jax.Array]:
-        """Parameters that change after the optimizer's update, by path: the routers' biases."""
-        return {} if is_adapted(model) else moved_biases(model, aux.load_LE, inputs.bias_speed)
+        """Parameters that change after the optimizer's update, by path: the routers' biases.
+
+        Those of overloaded experts fall by `inputs.bias_speed`, others rise: so V3 balances the load of the
+        whole batch without a loss (DeepSeek-V3 paper, section 2.1.2).
+        """
+        moved, row, values = {}, 0, parameters(model)
+        stacks = [(f"stacks.{i}", s) for i, s in enumerate(model.stacks)]
+        stacks += [(f"mtp.{i}.stack", m.stack) for i, m in enumerate(model.mtp)]
+        for path, stack in stacks:  # in the order of their routings
+            if aux.load_LE is None or is_adapted(model) or not isinstance(stack.mlp, MoE):
+                continue
+            name = f"{path}.mlp.router_bias_E"
+            load_LE = aux.load_LE[row : row + stack.depth].astype(jnp.float32)
+            if load_LE.shape[0] and isinstance(values.get(name), RouterBias):
+                error_LE = load_LE.mean(axis=1, keepdims=True) - load_LE
+                moved[name] = values[name].get_value() + inputs.bias_speed * jnp.sign(error_LE)
+            row += stack.depth
+        return moved
 
     def context(self, model: DeepSeek, batch: Batch) -> Context:
         """Make the context that all layers share in a microbatch."""
@@ -116,8 +132,8 @@ class Loss:
             batch.positions_BT,
             batch.segments_BT,
             dtype=self.dtype,
-            remat=self.recipe.remat,
-            fp8=self.recipe.fp8,
+            remat=self.program.remat,
+            fp8=self.program.fp8,
             prefix_ids_BT=batch.prefixes_BT,
         )
 
@@ -125,19 +141,15 @@ class Loss:
         self, model: DeepSeek, out: Any, batch: Batch, totals: Totals, mtp: Any, ctx: Context
     ) -> tuple[jax.Array, Aux]:
         """Sum the weighted multi-token loss (unless `mtp` is None) and balance losses of a forward pass."""
-        extra, metrics, routing, given = jnp.zeros(()), {}, out.routing, self.recipe.loss
+        extra, metrics, routing, given = jnp.zeros(()), {}, out.routing, self.program.loss
         if model.mtp and mtp is not None and given.mtp != 0:
             logprobs, more = multi_token_logprobs(model, out.hidden_BTD, batch, ctx)
             routing = (*routing, *more)
             nll = sum(-(batch.weights_BJT[:, k + 1] * lp).sum() for k, lp in enumerate(logprobs))
             metrics["mtp_loss"] = nll / (len(logprobs) * totals.weight)
             extra += mtp * metrics["mtp_loss"]
-        if routing and (
-            given.sequence_balance
-            or given.expert_balance
-            or given.device_balance
-            or given.communication_balance
-        ):
+        kinds = (given.sequence_balance, given.expert_balance)
+        if routing and any((*kinds, given.device_balance, given.communication_balance)):
             valid_BT = batch.segments_BT > 0
             terms = [balance(model.cfg, r, valid_BT, given, ctx.rules) for r in routing]
             metrics["balance_loss"] = sum(terms) / totals.microbatches
@@ -279,23 +291,3 @@ def balance(cfg: ModelConfig, routing: Routing, valid_BT: jax.Array, loss: Any, 
         return total_B.mean()
 
     return jax.vmap(layer)(routing.ids_BTK, routing.affinity_BE).sum()
-
-
-def moved_biases(model: DeepSeek, load_LE: jax.Array | None, speed: Any) -> dict[str, jax.Array]:
-    """Router biases after a step, by path: those of overloaded experts fall by `speed`, others rise.
-
-    V3 balances the load of the whole batch so, without a loss (DeepSeek-V3 paper, section 2.1.2).
-    """
-    moved, row, values = {}, 0, parameters(model)
-    stacks = [(f"stacks.{i}", s) for i, s in enumerate(model.stacks)]
-    stacks += [(f"mtp.{i}.stack", m.stack) for i, m in enumerate(model.mtp)]
-    for path, stack in stacks:  # in the order of their routings
-        if load_LE is None or not isinstance(stack.mlp, MoE):
-            continue
-        name = f"{path}.mlp.router_bias_E"
-        own_LE = load_LE[row : row + stack.depth].astype(jnp.float32)
-        if own_LE.shape[0] and isinstance(values.get(name), RouterBias):
-            error_LE = own_LE.mean(axis=1, keepdims=True) - own_LE
-            moved[name] = values[name].get_value() + speed * jnp.sign(error_LE)
-        row += stack.depth
-    return moved

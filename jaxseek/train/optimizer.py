@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jaxseek.config.run import Recipe
+from jaxseek.config.run import Program
 from jaxseek.sharding.parameters import parameters
 from jaxseek.train.schedule import learning_rate
 
@@ -25,7 +25,7 @@ def decays(model: nnx.Module) -> frozenset[str]:
     return frozenset(p for p, param in parameters(model).items() if param.get_metadata("fill") is None)
 
 
-def adamw(cfg: Recipe, decay: frozenset[str]) -> optax.GradientTransformation:
+def adamw(cfg: Program, decay: frozenset[str]) -> optax.GradientTransformation:
     """AdamW as the DeepSeek models are trained with (DeepSeek-V3 paper, section 4.2; Loshchilov and Hutter,
     arXiv:1711.05101): matrices decay, norms and biases do not."""
     given = cfg.optimizer
@@ -40,11 +40,11 @@ def adamw(cfg: Recipe, decay: frozenset[str]) -> optax.GradientTransformation:
     )
 
 
-OPTIMIZERS: dict[str, Callable[[Recipe, frozenset[str]], optax.GradientTransformation]] = {"adamw": adamw}
+OPTIMIZERS: dict[str, Callable[[Program, frozenset[str]], optax.GradientTransformation]] = {"adamw": adamw}
 
 
 @functools.lru_cache(maxsize=8)
-def make_optimizer(cfg: Recipe, decay: frozenset[str], name: str = "adamw") -> optax.GradientTransformation:
+def make_optimizer(cfg: Program, decay: frozenset[str], name: str = "adamw") -> optax.GradientTransformation:
     """Make an optimizer of which the parameters in `decay` decay; `update` gives float32 changes.
 
     The moments are stored in `optimizer.moments` (both in bfloat16: DeepSeek-V3 paper, section 3.3.2); all is

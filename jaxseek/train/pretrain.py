@@ -24,7 +24,7 @@ from jaxseek.train.loss import Loss, StepInputs, Totals, token_logprobs
 from jaxseek.train.metrics import Evaluated, peak_flops, plot_loss, summarize, train_flops
 from jaxseek.train.schedule import batch_rows
 from jaxseek.train.start import Setup, compute_dtype
-from jaxseek.train.step import make_evaluation
+from jaxseek.train.step import evaluate_batch
 from jaxseek.train.trainer import Recipe, Trainer
 
 Row = dict[str, Any]
@@ -63,14 +63,13 @@ class Pretrain(Recipe):
         self.rows = rows
         closing.callback(rows.close)
         self.loss = self.make_loss()
-        self.evaluation = make_evaluation(self.loss)
         self.reached = {"eval_loss": None}
         self._before: float | None = (
             None  # the end of the step before this one, unless an evaluation followed
         )
 
     def make_loss(self) -> Loss:
-        return LanguageLoss(self.run.recipe, compute_dtype(self.run))
+        return LanguageLoss(self.run.program, compute_dtype(self.run))
 
     def begin(self, trainer: Trainer, position: Any) -> None:
         """Go to `position` in the data, and make the first batch and those to evaluate on."""
@@ -149,7 +148,7 @@ class Pretrain(Recipe):
         model, total, weight = self.trainer.state.model, {}, 0.0
         for batch in self.held_out:
             with model.on_mesh():
-                aux = self.evaluation(model, batch, StepInputs(teacher=self.teacher))
+                aux = evaluate_batch(self.loss, model, batch, StepInputs(teacher=self.teacher))
                 own = self.weight(Totals.of(batch))
             for name, value in summarize(aux.metrics).items():
                 if name in self.averaged:

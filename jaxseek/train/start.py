@@ -13,7 +13,7 @@ import optax
 from jaxseek.api import load
 from jaxseek.checkpoint import models
 from jaxseek.config.model import ConfigError, ModelConfig, presets
-from jaxseek.config.run import Recipe, RunConfig
+from jaxseek.config.run import Program, RunConfig
 from jaxseek.data.dataset import train_tokenizer
 from jaxseek.data.sources import function
 from jaxseek.experts.replicate import refuse_slots
@@ -106,49 +106,39 @@ def open_tokenizer(run: RunConfig, cfg: ModelConfig) -> Tokenizer:
 
     Raises ConfigError if there is none, and TokenizerError for one with more tokens than the model.
     """
-    made = run.tokenizer.startswith(("train:", "python:"))
-    tokenizer = _made_tokenizer(run, cfg) if made else _given_tokenizer(run)
-    tokenizer.check_fits(cfg.vocab_size)
-    return tokenizer
-
-
-def _made_tokenizer(run: RunConfig, cfg: ModelConfig) -> Tokenizer:
-    size = run.tokenizer.removeprefix("train:")
-    if size.isdecimal() and int(size) > cfg.vocab_size:
+    source, made = run.tokenizer or run.model, run.tokenizer.startswith(("train:", "python:"))
+    kind, _, size = run.tokenizer.partition(":")
+    if kind == "train" and size.isdecimal() and int(size) > cfg.vocab_size:
         raise ConfigError(
             f"tokenizer = {run.tokenizer!r} is larger than the model's vocabulary of {cfg.vocab_size}; ask "
             f"for train:{cfg.vocab_size} at most, or raise [config] vocab_size"
         )
-    made = place(run.out) / "tokenizer"
-
-    def make() -> None:
-        if Tokenizer.from_dir(made) is not None:
-            return
-        with scratch("tokenizer") as folder:
-            if run.tokenizer.startswith("python:"):
-                function(run.tokenizer)(folder)
-            else:
-                train_tokenizer(run, folder)
-            if new := Tokenizer.from_dir(folder):
-                new.save(made)
-
-    hosts.from_first(make)
-    tokenizer = Tokenizer.from_dir(made)
-    if tokenizer is None:
-        raise ConfigError(f"{run.tokenizer} has made no tokenizer; expected tokenizer.json or a .model file")
-    return tokenizer
-
-
-def _given_tokenizer(run: RunConfig) -> Tokenizer:
-    source = run.tokenizer or run.model
-    at = model_place(source, weights=False)
+    if made:
+        hosts.from_first(lambda: _make_tokenizer(run))
+    at = place(run.out) / "tokenizer" if made else model_place(source, weights=False)
     tokenizer = Tokenizer.from_dir(at) if at.is_dir() else None
+    if tokenizer is None and made:
+        raise ConfigError(f"{source} has made no tokenizer; expected tokenizer.json or a .model file")
     if tokenizer is None:
         raise ConfigError(
             f"{source} has no tokenizer; name a directory that has one (tokenizer = DIR), "
             'or train one on the data (tokenizer = "train:2048")'
         )
+    tokenizer.check_fits(cfg.vocab_size)
     return tokenizer
+
+
+def _make_tokenizer(run: RunConfig) -> None:
+    made = place(run.out) / "tokenizer"
+    if Tokenizer.from_dir(made) is not None:
+        return
+    with scratch("tokenizer") as folder:
+        if run.tokenizer.startswith("python:"):
+            function(run.tokenizer)(folder)
+        else:
+            train_tokenizer(run, folder)
+        if new := Tokenizer.from_dir(folder):
+            new.save(made)
 
 
 def model_config(run: RunConfig) -> ModelConfig:
@@ -246,7 +236,7 @@ def open_model(run: RunConfig, cfg: ModelConfig, strategy: Strategy) -> DeepSeek
 
 
 def first_state(
-    setup: Setup, recipe: Recipe, checkpoints: Checkpoints
+    setup: Setup, program: Program, checkpoints: Checkpoints
 ) -> tuple[State, optax.GradientTransformation, int, Any]:
     """Make the state that a run begins with, or restore the newest checkpoint.
 
@@ -257,11 +247,11 @@ def first_state(
     if step is None or run.lora.rank:  # a checkpoint of adapters holds no base
         model = open_model(run, cfg, strategy)
         model = lora.adapt(model, run.lora, run.seed) if run.lora.rank else model
-        optimizer = make_optimizer(recipe, decays(model))
+        optimizer = make_optimizer(program, decays(model))
         state = init_state(model, optimizer)
     else:
         model = DeepSeek.abstract(cfg, strategy, jnp.float32)
-        optimizer = make_optimizer(recipe, decays(model))
+        optimizer = make_optimizer(program, decays(model))
         with jax.sharding.use_abstract_mesh(strategy.abstract_mesh()):
             state = jax.eval_shape(lambda m: init_state(m, optimizer), model)
     if step is None:

@@ -73,7 +73,7 @@ def make_step(
     `platform` is that of the devices it is compiled for, by default this process's.
     """
 
-    rate = learning_rate(loss.recipe)
+    rate = learning_rate(loss.program)
     options = _ON_CPU if (platform or jax.default_backend()) == "cpu" else None
 
     @functools.partial(jax.jit, donate_argnums=0, compiler_options=options)
@@ -85,7 +85,7 @@ def make_step(
 
         grads, aux = accumulate(jax.grad(of_microbatch, has_aux=True), params, batch)
         norm = optax.tree.norm(grads)
-        clip = loss.recipe.optimizer.clip
+        clip = loss.program.optimizer.clip
         scale = jnp.minimum(1, clip / (norm + 1e-6)) if clip else 1.0
         grads = jax.tree.map(lambda g: g * scale, grads)
         updates: Any
@@ -100,18 +100,10 @@ def make_step(
     return step
 
 
-@functools.lru_cache(maxsize=8)
-def make_evaluation(loss: Loss) -> Callable[[DeepSeek, Batch, StepInputs], Aux]:
-    """Compile `evaluate(model, batch, inputs)`, which gives a batch's Aux."""
-
-    @jax.jit
-    def evaluate(model: DeepSeek, batch: Batch, inputs: StepInputs) -> Aux:
-        def of_microbatch(model, part, totals):
-            return (), loss(model, part, totals, inputs)[1]
-
-        return accumulate(of_microbatch, model, batch)[1]
-
-    return evaluate
+@functools.partial(jax.jit, static_argnums=0)
+def evaluate_batch(loss: Loss, model: DeepSeek, batch: Batch, inputs: StepInputs) -> Aux:
+    """Compute a batch's Aux without gradients."""
+    return accumulate(lambda model, part, totals: ((), loss(model, part, totals, inputs)[1]), model, batch)[1]
 
 
 def accumulate(f: Callable[..., tuple[Any, Aux]], params: Any, batch: Batch) -> tuple[Any, Aux]:

@@ -68,9 +68,7 @@ class Recipe:
 
     def __init__(self, setup: Setup):
         self.setup, self.run = setup, setup.run
-        self.reached: dict[
-            str, float | None
-        ] = {}  # by the last evaluation; the exported model's origin has it
+        self.reached: dict[str, float | None] = {}  # by the last evaluation; the export's origin has it
 
     def begin(self, trainer: Trainer, position: Any) -> None:
         """Get ready for the next step: at a position that was saved, or (None) at the start."""
@@ -93,15 +91,14 @@ class Recipe:
         raise NotImplementedError
 
 
-def train_by(
+def train(
     open_recipe: Callable[[Setup, contextlib.ExitStack], Recipe], run: RunConfig, deadline: float = math.inf
 ) -> Result:
     """Train by a recipe, continuing from what is in `run.out`. On several hosts, all call it.
 
-    Past `deadline` (of time.monotonic) the run ends after the step, as if that were its last.
-
-    Raises ConfigError for settings that do not fit, CheckpointError where a checkpoint cannot be written or
-    read, TrainingError for a loss that is not finite and for rewards that fail.
+    Past `deadline` (of time.monotonic) the run ends after the step, as if that were its last. Raises
+    ConfigError for settings that do not fit, CheckpointError where a checkpoint cannot be written or read,
+    TrainingError for a loss that is not finite and for rewards that fail.
     """
     cfg = start.model_config(run)
     strategy = start.open_strategy(run, cfg)
@@ -122,7 +119,7 @@ class Trainer:
         self.out = place(self.run.out)
         self.checkpoints = Checkpoints(self.out, self.run.checkpoint)
         closing.callback(self.checkpoints.close)
-        first = start.first_state(recipe.setup, recipe.loss.recipe, self.checkpoints)
+        first = start.first_state(recipe.setup, recipe.loss.program, self.checkpoints)
         self.state, optimizer, self.done, position = first
         self._step = make_step(recipe.loss, optimizer)
         self.best = self.checkpoints.best_loss
@@ -201,13 +198,12 @@ class Trainer:
 
     def _save_when_due(self, evaluated: Evaluated | None, ends: bool) -> None:
         """Save at the end, every so often, and where an evaluation is the best so far."""
-        loss = None if evaluated is None else evaluated.loss
-        best = loss is not None and loss < self.best
-        if loss is not None and best:
-            self.best = loss
+        loss = math.inf if evaluated is None else evaluated.loss
+        best = loss < self.best
+        self.best = min(self.best, loss)
         if best or ends or self.checkpoints.due(self.done):
             self.log.flush()
-            self.checkpoints.save(self.done, self.state, self.recipe.position(), loss)
+            self.checkpoints.save(self.done, self.state, self.recipe.position(), evaluated and evaluated.loss)
 
     def _export(self) -> None:
         """Write the trained model as a checkpoint that every other command reads."""

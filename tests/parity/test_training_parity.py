@@ -150,8 +150,8 @@ def losses_of_jaxseek(folder, accumulation: int, packed: bool) -> list[float]:
         }
     )
     model, _ = jaxseek.load(folder)
-    optimizer = make_optimizer(run.recipe, decays(model))
-    step = make_step(LanguageLoss(run.recipe, np.float32), optimizer)
+    optimizer = make_optimizer(run.program, decays(model))
+    step = make_step(LanguageLoss(run.program, np.float32), optimizer)
     state, losses = init_state(model, optimizer), []
     for rows in rows_of_steps(packed):
         batch = to_devices(make_batch(*rows, modules=0, accumulation=accumulation), state.model)
