@@ -133,7 +133,7 @@ def _prompts(task: dict[str, Any], vocabulary: int, step: int) -> np.ndarray:
 
 
 def _jaxseek(task: dict[str, Any], turns: _Turns) -> None:
-    """The parts of `train_grpo`, but for tasks and rewards."""
+    """The parts of a GRPO step, without tasks and rewards."""
     import jax
 
     from jaxseek.config.run import RunConfig

@@ -206,8 +206,7 @@ class Grpo(Recipe):
                     f"{TOO_LONG} prompts in a row are longer than rollout.max_prompt_tokens "
                     f"{self.run.rollout.max_prompt_tokens} (the last has {len(prompt)} tokens); raise it"
                 )
-        problems, prompts, numbers = zip(*found)
-        return list(problems), list(prompts), list(numbers)
+        return [f[0] for f in found], [f[1] for f in found], [f[2] for f in found]
 
     def _score(self, groups: list[list[Episode]], step: int):
         """Reward all answers: rewards and their validity, [P, G], and each term's values for the metrics."""
@@ -231,8 +230,10 @@ class Grpo(Recipe):
     # ---------------------------------------------------------------- what an update needs
 
     def _known(self, episodes: list[Episode], rewards_PG, valid_PG) -> dict[str, list[Any]]:
-        """Compute each answer's advantage and, where the settings need them, the log-probs of its tokens: as
-        drawn, under the reference, and under the policy from before the first update."""
+        """Compute each answer's advantage and, if the settings need them, the log-probs of its tokens.
+
+        Those are as drawn, under the reference, and under the policy from before the first update.
+        """
         cfg, known = self.run.grpo, {}
         if cfg.old_logprobs == "trainer":
             known["old"] = self._logprobs(self.model, episodes, self.record)

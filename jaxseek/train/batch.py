@@ -66,7 +66,8 @@ def make_batch(
         ahead[:, j, :n] = tokens[:, j + 1 :]
         same = (segments[:, :n] == segments[:, j + 1 :]) & (segments[:, :n] > 0)
         counts[:, j, :n] = np.where(same, weights[:, j + 1 :], 0)
-    batch: Any = Batch(*(tokens, positions.astype(np.int32), segments, ahead, counts, reference))
+    parts: Any = (tokens, positions.astype(np.int32), segments, ahead, counts, reference)
+    batch: Any = Batch(*parts)
     return jax.tree.map(lambda a: a.reshape(accumulation, B // accumulation, *a.shape[1:]), batch)
 
 

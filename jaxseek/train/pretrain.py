@@ -45,7 +45,7 @@ class LanguageLoss(Loss):
 def cross_entropy(
     model: DeepSeek, hidden_BTD: jax.Array, batch: Batch, totals: Totals, ctx: Context
 ) -> jax.Array:
-    """This microbatch's share of the batch's mean negative log-likelihood of the next tokens."""
+    """Share of a microbatch in the batch's mean negative log-likelihood of the next tokens."""
     logprob_BT = token_logprobs(model, hidden_BTD, batch.ahead_BJT[:, 0], ctx.rules)
     return -(batch.weights_BJT[:, 0] * logprob_BT).sum() / totals.weight
 
@@ -64,9 +64,7 @@ class Pretrain(Recipe):
         closing.callback(rows.close)
         self.loss = self.make_loss()
         self.reached = {"eval_loss": None}
-        self._before: float | None = (
-            None  # the end of the step before this one, unless an evaluation followed
-        )
+        self._before: float | None = None  # when the last step ended, unless an evaluation followed
 
     def make_loss(self) -> Loss:
         return LanguageLoss(self.run.program, compute_dtype(self.run))
@@ -83,8 +81,8 @@ class Pretrain(Recipe):
 
     def next_batch(self, step: int) -> tuple[Batch, Any]:
         """Read the batch of a step; also return the position in the data after it."""
-        strategy, accumulation = self.setup.strategy, self.run.batch.accumulation
-        multiple = strategy.parts(strategy.train, "batch") * accumulation
+        strategy = self.setup.strategy
+        multiple = strategy.parts(strategy.train, "batch") * self.run.batch.accumulation
         rows = [next(self.rows) for _ in range(batch_rows(self.run, step, multiple))]
         return self.to_batch(rows, "train"), self.rows.get_state()
 
