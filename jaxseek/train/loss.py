@@ -1,4 +1,4 @@
-"""What losses share: log-probs in chunks, multi-token prediction, balance, and the routers' biases.
+"""Shared parts of the losses: log-probs in chunks, multi-token prediction, balance, and the routers' biases.
 
 Papers: DeepSeekMoE (arXiv:2401.06066), DeepSeek-V2 (2405.04434), DeepSeek-V3 (2412.19437).
 """
