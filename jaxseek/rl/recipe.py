@@ -137,9 +137,8 @@ class Grpo(Recipe):
         """Choose the answers of each update; with several minibatches, in an order drawn for each epoch."""
         cfg, out = self.run.grpo, []
         for epoch in range(cfg.epochs):
-            order = np.arange(count)
-            if cfg.minibatches > 1:
-                order = np.random.default_rng([self.run.seed % 2**32, step, epoch]).permutation(count)
+            draw = np.random.default_rng([self.run.seed % 2**32, step, epoch])
+            order = draw.permutation(count) if cfg.minibatches > 1 else np.arange(count)
             out += np.split(order, cfg.minibatches)
         return out
 

@@ -94,20 +94,14 @@ def _first_bad_layer(loss: Loss, model: DeepSeek, batch: Batch) -> str | None:
         return layer(x_BTD, None, 0, loss.context(model, batch))[0]
 
     x_BTD = embed(model, batch)
-    if not _finite(x_BTD):
+    if not jnp.isfinite(x_BTD).all():
         return "the embedding"
-    number = 0
-    for stack in model.stacks:
-        for l in range(stack.depth):
-            x_BTD = run(model, batch, stack, jnp.int32(l), x_BTD)
-            if not _finite(x_BTD):
-                return f"layer {number}"
-            number += 1
-    return None if _finite(model.norm(x_BTD)) else "the final norm"
-
-
-def _finite(x: jax.Array) -> bool:
-    return bool(jnp.isfinite(x).all())
+    layers = [(stack, l) for stack in model.stacks for l in range(stack.depth)]
+    for number, (stack, l) in enumerate(layers):
+        x_BTD = run(model, batch, stack, jnp.int32(l), x_BTD)
+        if not jnp.isfinite(x_BTD).all():
+            return f"layer {number}"
+    return None if jnp.isfinite(model.norm(x_BTD)).all() else "the final norm"
 
 
 def _few(names: list[str]) -> str:

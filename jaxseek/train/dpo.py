@@ -15,13 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxseek.data.dataset import open_rows
 from jaxseek.engine.engine import fetch
 from jaxseek.machine.hosts import meet, most
 from jaxseek.model.deepseek import DeepSeek
 from jaxseek.sharding.rules import Rules
 from jaxseek.storage.place import write_bytes
-from jaxseek.train.batch import Batch, blank_row, make_batch, to_devices
+from jaxseek.train.batch import Batch, make_batch, to_devices
 from jaxseek.train.loss import Loss, Totals, token_logprobs
 from jaxseek.train.pretrain import Pretrain, Row
 from jaxseek.train.start import compute_dtype, open_model
@@ -96,10 +95,10 @@ class Dpo(Pretrain):
 
     def _reference(self, trainer: Trainer) -> dict[str, dict[int, np.ndarray]]:
         """Read the reference's log-probs by split and index of a pair; the first time compute them."""
-        run, setup, path = self.run, self.setup, trainer.out / "reference.npz"
+        setup, path = self.setup, trainer.out / "reference.npz"
         if most(not path.is_file()):
             first = trainer.done == 0
-            model = trainer.state.model if first else open_model(run, setup.cfg, setup.strategy)
+            model = trainer.state.model if first else open_model(setup.run, setup.cfg, setup.strategy)
             arrays: Any = {}
             for split in SPLITS:
                 arrays |= {f"{split}_{name}": a for name, a in self._computed(model, split).items()}
@@ -114,18 +113,11 @@ class Dpo(Pretrain):
 
     def _computed(self, model: DeepSeek, split: str) -> dict[str, np.ndarray]:
         """Compute the log-probs (chosen, rejected) of the pairs of a split, with the pairs' indices."""
-        run, modules, size = self.run, model.cfg.num_nextn_predict_layers, self.run.batch.size
-        rows = open_rows(run, self.setup.tokenizer, split, repeat=False)
-        pending = [] if rows is None else list(rows)
-        if rows is not None:
-            rows.close()
         index, pairs = [], [np.zeros((0, 2), np.float32)]
-        for i in range(0, len(pending), size):
-            some = pending[i : i + size]
-            some += [blank_row(run)] * (size - len(some))
-            arrays = (np.concatenate([r[k] for r in some]) for k in ("tokens", "segments", "weights"))
-            batch = to_devices(make_batch(*arrays, modules=modules), model)
+        for rows in self.one_pass(split):
+            arrays = (np.concatenate([row[k] for row in rows]) for k in ("tokens", "segments", "weights"))
+            batch = to_devices(make_batch(*arrays, modules=0), model)
             with model.on_mesh():
                 pairs.append(fetch(logprobs_of_rows(self.loss, model, batch)).reshape(-1, 2))
-            index += [int(r["index"]) for r in some]
+            index += [int(row["index"]) for row in rows]
         return {"index": np.array(index, np.int64), "pair": np.concatenate(pairs)}

@@ -172,10 +172,8 @@ def plot_loss(directory: str | Place) -> Place:
     if not steps and not eval_steps:
         raise ValueError(f"{directory / FILE} has no loss to plot")
     load_steps, load = series(records, "load_max_over_mean")
-    fig = Figure(figsize=(8, 6.4 if load else 4.5), dpi=130, layout="constrained")
-    axes: Any = fig.subplots(
-        2 if load else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 1][: 1 + bool(load)]
-    )
+    fig, panels = Figure(figsize=(8, 6.4 if load else 4.5), dpi=130, layout="constrained"), 1 + bool(load)
+    axes: Any = fig.subplots(panels, 1, sharex=True, squeeze=False, height_ratios=[3, 1][:panels])
     top = axes[0, 0]
     curve(top, steps, loss, "tab:blue", "train")
     top.plot(eval_steps, eval_loss, "o-", color="tab:orange", markersize=4, linewidth=1, label="eval")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +75,7 @@ class Pretrain(Recipe):
         super().begin(trainer, position)
         if position is not None:
             self.rows.set_state(position)
-        self.held_out = self._held_out()
+        self.held_out = [self.to_batch(rows, "eval") for rows in self.one_pass("eval", self.run.eval.rows)]
         self.pending = self.next_batch(trainer.done)
 
     # ---------------------------------------------------------------- batches
@@ -99,18 +100,17 @@ class Pretrain(Recipe):
         """Log-probs of the rows under a reference policy, for an algorithm that has one."""
         return None
 
-    def _held_out(self) -> list[Batch]:
-        """Batches of the run's size from `eval.rows` rows, the same at every evaluation."""
-        size = self.run.batch.size
-        rows = open_rows(self.run, self.setup.tokenizer, "eval", repeat=False)
+    def one_pass(self, split: str, limit: int | None = None) -> list[list[Row]]:
+        """Read up to `limit` rows of a split once, by the run's batch size; blank rows fill up the last."""
+        size, rows = self.run.batch.size, open_rows(self.run, self.setup.tokenizer, split, repeat=False)
         if rows is None:
             return []
-        some = [row for row, _ in zip(rows, range(self.run.eval.rows))]
+        some = list(itertools.islice(rows, limit))
         rows.close()
-        if not some:
+        if not some and split == "eval":
             raise ConfigError("there is nothing to evaluate on; raise data.holdout, or give data.eval more")
         some += [blank_row(self.run)] * (-len(some) % size)
-        return [self.to_batch(some[i : i + size], "eval") for i in range(0, len(some), size)]
+        return [some[i : i + size] for i in range(0, len(some), size)]
 
     # ---------------------------------------------------------------- steps and evaluations
 

@@ -225,15 +225,12 @@ def signals() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         come.append(number)
 
-    def asked() -> bool:
-        return most(len(come)) > 0
-
     try:
         before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
     except ValueError:  # not the main thread: signals go elsewhere
         before = {}
     try:
-        yield asked
+        yield lambda: most(len(come)) > 0
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
