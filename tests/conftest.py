@@ -56,7 +56,7 @@ def quick_compilation():
 @pytest.fixture
 def undrawn(monkeypatch):
     """Draw no pictures at the end of a test's runs; runs made by module fixtures still draw theirs."""
-    monkeypatch.setattr("jaxseek.train.trainer.plot_loss", lambda out: None)
+    monkeypatch.setattr("jaxseek.train.pretrain.plot_loss", lambda out: None)
     monkeypatch.setattr("jaxseek.rl.recipe.plot_rewards", lambda out: None)
 
 

@@ -16,11 +16,9 @@ from training_runs import TEXT, losses, make_home, run, toml, write_jsonl
 
 from jaxseek.api import load
 from jaxseek.bench.convert import synthetic
-from jaxseek.recipes.reject import reject
-from jaxseek.rl.recipe import train_grpo
+from jaxseek.recipes.pipeline import run_stage as train
 from jaxseek.storage import place as places
 from jaxseek.train import distill
-from jaxseek.train.trainer import train
 from jaxseek_convert import convert, save_hf
 
 pytestmark = pytest.mark.slow
@@ -47,7 +45,7 @@ def on_hosts(command, count, devices=1, **env):
 def trained(config, path, count, devices=1):
     """The run's result, by processes with these devices each or, for count 1, in this one."""
     if count == 1:
-        {"grpo": train_grpo, "reject": reject}.get(config.objective, train)(config)
+        train(config)
         return
     ends = on_hosts(["train", toml(config, path), "--json"], count, devices)
     assert [code for code, *_ in ends] == [0] * count, ends

@@ -137,7 +137,7 @@ def _prompts(task: dict[str, Any], vocabulary: int, step: int) -> np.ndarray:
 
 
 def _jaxseek(task: dict[str, Any], turns: _Turns) -> None:
-    """Run the steps of `train_grpo`, without tasks and rewards."""
+    """Run the parts of a GRPO step, without tasks and rewards."""
     import jax
 
     from jaxseek.config.run import RunConfig
@@ -145,11 +145,12 @@ def _jaxseek(task: dict[str, Any], turns: _Turns) -> None:
     from jaxseek.engine.sampling import Sampling
     from jaxseek.machine.host_memory import keep_freed_memory, release_freed_memory
     from jaxseek.rl import grpo
-    from jaxseek.rl.objective import PolicyObjective
+    from jaxseek.rl.objective import PolicyLoss
     from jaxseek.rl.packing import Shapes, make_policy_batch
     from jaxseek.rl.problem import Answer, Problem
     from jaxseek.rl.rollout import Episode, as_engine, seed_of
     from jaxseek.train import start
+    from jaxseek.train.loss import StepInputs
     from jaxseek.train.optimizer import decays, make_optimizer
     from jaxseek.train.step import init_state, make_step
 
@@ -174,8 +175,8 @@ def _jaxseek(task: dict[str, Any], turns: _Turns) -> None:
     cfg = start.model_config(run)
     model = start.open_model(run, cfg, start.open_strategy(run, cfg))
     shapes = Shapes.of(run, 1, 1)
-    optimizer = make_optimizer(run.recipe, decays(model))
-    update = make_step(PolicyObjective(run.recipe, start.compute_dtype(run), shapes.segments), optimizer)
+    optimizer = make_optimizer(run.program, decays(model))
+    update = make_step(PolicyLoss(run.program, start.compute_dtype(run), shapes.segments), optimizer)
     state = init_state(model, optimizer)
     del model
     nothing = Answer(Problem("", ""), "", None, "", length, "length")
@@ -198,7 +199,7 @@ def _jaxseek(task: dict[str, Any], turns: _Turns) -> None:
         known = {"advantage": list(grpo.advantages(rewards_PG, run.grpo).reshape(-1))}
         batch = make_policy_batch(episodes, shares_N, known, shapes, state.model, False)
         with state.model.on_mesh():
-            state, _ = update(state, None, batch, np.float32(0), np.float32(0))
+            state, _ = update(state, batch, StepInputs())
         jax.block_until_ready(state)
         turns.step_done(time.perf_counter() - begin, rollout)
 

@@ -197,9 +197,10 @@ def _jaxseek(task: dict[str, Any]) -> tuple[Step, dict[str, Any]]:
     from jaxseek.machine.host_memory import keep_freed_memory
     from jaxseek.train import start
     from jaxseek.train.batch import make_batch, to_devices
+    from jaxseek.train.loss import StepInputs
     from jaxseek.train.metrics import peak_flops
-    from jaxseek.train.objectives import Objective
     from jaxseek.train.optimizer import decays, make_optimizer
+    from jaxseek.train.pretrain import LanguageLoss
     from jaxseek.train.step import init_state, make_step
 
     keep_freed_memory()
@@ -220,10 +221,10 @@ def _jaxseek(task: dict[str, Any]) -> tuple[Step, dict[str, Any]]:
     )
     cfg = start.model_config(run)
     model = start.open_model(run, cfg, start.open_strategy(run, cfg))
-    optimizer = make_optimizer(run.recipe, decays(model))
-    train_step = make_step(Objective(run.recipe, start.compute_dtype(run)), optimizer)
+    optimizer = make_optimizer(run.program, decays(model))
+    train_step = make_step(LanguageLoss(run.program, start.compute_dtype(run)), optimizer)
     state, mesh = init_state(model, optimizer), model.mesh
-    mtp, modules = np.float32(at_fraction(run.loss.mtp, 0)), cfg.num_nextn_predict_layers
+    modules, inputs = cfg.num_nextn_predict_layers, StepInputs(np.float32(at_fraction(run.loss.mtp, 0)))
     del model
 
     def step(tokens: np.ndarray) -> float:
@@ -231,9 +232,9 @@ def _jaxseek(task: dict[str, Any]) -> tuple[Step, dict[str, Any]]:
         ones = np.ones(tokens.shape, np.int32)
         host = make_batch(tokens, ones, ones.astype(np.float32), modules)
         with state.model.on_mesh():
-            state, metrics = train_step(state, None, to_devices(host, state.model), mtp, np.float32(0))
+            state, aux = train_step(state, to_devices(host, state.model), inputs)
         jax.block_until_ready(state)
-        return float(metrics["loss"])
+        return float(aux.metrics["loss"])
 
     device = mesh.devices.flat[0]
     about = {"device": device.device_kind, "platform": device.platform, "peak_flops": peak_flops(mesh)}

@@ -195,8 +195,8 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Settings that a run's compiled programs depend on; within a process, equal recipes share them."""
+class Program:
+    """Settings that compiled programs depend on; runs with equal ones share programs within a process."""
 
     objective: str
     steps: int
@@ -275,10 +275,10 @@ class RunConfig:
         return dataclasses.asdict(self)
 
     @property
-    def recipe(self) -> Recipe:
-        """The settings that the objective, the optimizer and the compiled step depend on."""
-        shared = [f.name for f in dataclasses.fields(Recipe) if f.name != "temperature"]
-        return Recipe(temperature=self.rollout.temperature, **{name: getattr(self, name) for name in shared})
+    def program(self) -> Program:
+        """The settings that the loss, the optimizer and the compiled step depend on."""
+        shared = [f.name for f in dataclasses.fields(Program) if f.name != "temperature"]
+        return Program(temperature=self.rollout.temperature, **{name: getattr(self, name) for name in shared})
 
     def replace(self, **changes: Any) -> RunConfig:
         """Return a validated copy with some fields changed."""

@@ -28,7 +28,7 @@ from jaxseek.hardware import Topology
 from jaxseek.model.deepseek import DeepSeek
 from jaxseek.model.weight import is_adapted, quantize_abstract
 from jaxseek.rl.evaluate import at_a_time
-from jaxseek.rl.objective import PolicyObjective, make_logprobs
+from jaxseek.rl.objective import PolicyLoss, make_logprobs
 from jaxseek.rl.packing import MOST_IN_A_ROW, PolicyBatch
 from jaxseek.rl.rollout import as_in_decode, cast, in_decode
 from jaxseek.sharding.parameters import device_bytes, fill
@@ -36,8 +36,9 @@ from jaxseek.sharding.rules import Rules
 from jaxseek.sharding.strategy import Strategy
 from jaxseek.train import lora
 from jaxseek.train.batch import Batch, make_batch
-from jaxseek.train.objectives import Objective
+from jaxseek.train.loss import Loss, StepInputs
 from jaxseek.train.optimizer import decays, make_optimizer
+from jaxseek.train.pretrain import LanguageLoss
 from jaxseek.train.step import State, make_step, trained
 
 WORKLOADS = ("decode", "prefill", "train", "rollout", "grpo")
@@ -192,7 +193,7 @@ def abstract_step(job: Job, mesh: Mesh) -> tuple[Any, tuple, dict[str, int]]:
     elif job.workload == "log-probs":
         count = array((), jnp.int32, P())
         batch = dataclasses.replace(_batch(job, run, array), count=count)
-        step, args = make_logprobs(_objective(job, run)), (model, batch)
+        step, args = make_logprobs(_loss(run)), (model, batch)
         given["reference"] = reference
     elif job.workload == "prefill":
         step, args = _prefill(job, model)
@@ -262,19 +263,19 @@ def train_run(job: Job) -> RunConfig:
 
 
 def _train(job: Job, run: RunConfig, model: DeepSeek, array: Any, placed: Any) -> tuple[Any, tuple]:
-    optimizer = make_optimizer(run.recipe, decays(model))
+    optimizer = make_optimizer(run.program, decays(model))
     moments = placed(jax.eval_shape(optimizer.init, trained(model)))
     state = State(model, moments, array((), jnp.int32, P()))
     weight = np.float32(0.3 if job.cfg.num_nextn_predict_layers else 0)
-    step = make_step(_objective(job, run), optimizer, "tpu")
-    return step, (state, None, _batch(job, run, array), weight, np.float32(0.001))
+    step = make_step(_loss(run), optimizer, "tpu")
+    return step, (state, _batch(job, run, array), StepInputs(weight, np.float32(0.001)))
 
 
-def _objective(job: Job, run: RunConfig) -> Objective:
+def _loss(run: RunConfig) -> Loss:
     dtype = jnp.dtype(run.compute_dtype or "bfloat16")
     if run.objective == "grpo":
-        return PolicyObjective(run.recipe, dtype, MOST_IN_A_ROW)
-    return Objective(run.recipe, dtype)
+        return PolicyLoss(run.program, dtype, MOST_IN_A_ROW)
+    return LanguageLoss(run.program, dtype)
 
 
 def _batch(job: Job, run: RunConfig, array: Any) -> Batch:

@@ -30,15 +30,20 @@ from jaxseek.config.run import RunConfig, read_toml
 from jaxseek.machine.hosts import from_first
 from jaxseek.recipes.reject import FILE, reject
 from jaxseek.rl.evaluate import HeldOut, Marking, evaluate
-from jaxseek.rl.recipe import train_grpo
+from jaxseek.rl.recipe import Grpo
 from jaxseek.rl.rollout import Sampler
 from jaxseek.rl.tasks import open_task
 from jaxseek.storage.place import Place, place, writable, write_text
 from jaxseek.train import start
+from jaxseek.train.distill import open_distillation
+from jaxseek.train.dpo import Dpo
+from jaxseek.train.pretrain import Pretrain
+from jaxseek.train.sft import Sft
 from jaxseek.train.trainer import Result, train
 
 KEYS = ("out", "seed", "only", "common", "stages", "evaluation")
 REFERENCE = "stage:"
+RECIPES = {"pretrain": Pretrain, "sft": Sft, "dpo": Dpo, "distill": open_distillation, "grpo": Grpo}
 
 
 @dataclass(frozen=True)
@@ -135,10 +140,10 @@ def run_pipeline(
 
 
 def run_stage(run: RunConfig, deadline: float = float("inf")) -> Result:
-    """Run one stage by its objective. Raises as train, train_grpo and reject do."""
+    """Run one stage by its objective. Raises as train and reject do."""
     if run.objective == "reject":
         return reject(run)
-    return train_grpo(run, deadline) if run.objective == "grpo" else train(run, deadline)
+    return train(RECIPES[run.objective], run, deadline)
 
 
 def _measure(

@@ -20,7 +20,7 @@ from jaxseek.rl.rollout import Episode, Sampler, seed_of
 from jaxseek.rl.tasks import open_task
 from jaxseek.storage.place import Log, Place, cut, place, write_text
 from jaxseek.train import start
-from jaxseek.train.metrics import Counter
+from jaxseek.train.metrics import Progress
 from jaxseek.train.trainer import Result, signals
 
 FILE = "samples.jsonl"
@@ -47,7 +47,7 @@ def reject(run: RunConfig) -> Result:
         contextlib.ExitStack() as stack,
         Marking(run, strategy) as marking,
         signals() as asked_to_stop,
-        Counter("answers kept", rounds, done) as count,
+        Progress(rounds, done) as progress,
     ):
         log = stack.enter_context(Log(partial)) if jax.process_index() == 0 else None
         if done < rounds:
@@ -75,7 +75,7 @@ def reject(run: RunConfig) -> Result:
             if log is not None:
                 lines = [json.dumps(record, ensure_ascii=False) for record in found]
                 log.add(*lines, json.dumps({"round": turn}))
-            count(len(kept))
+            progress.update(turn, {"answers kept": len(kept)})
             if asked_to_stop() and turn + 1 < rounds:
                 return _result(run, partial, True)
     if not kept:

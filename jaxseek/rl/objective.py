@@ -1,4 +1,4 @@
-"""The policy's loss on a microbatch of sampled answers, and log-probabilities of them under any policy."""
+"""The policy's loss on a microbatch of sampled answers, and their log-probs under any policy."""
 
 from __future__ import annotations
 
@@ -15,27 +15,24 @@ from jaxseek.model.deepseek import DeepSeek
 from jaxseek.rl.grpo import policy_loss
 from jaxseek.rl.packing import PolicyBatch
 from jaxseek.sharding.rules import Rules
-from jaxseek.train.loss import by_chunks, log_softmax_at
-from jaxseek.train.objectives import Metrics, Objective, Whole, routing_metrics
+from jaxseek.train.loss import Loss, by_chunks, log_softmax_at, routing_aux
 
 
 @dataclass(frozen=True)
-class PolicyObjective(Objective):
-    """`loss(model, None, PolicyBatch, whole, None)`: the GRPO loss as `recipe.grpo` has it.
+class PolicyLoss(Loss):
+    """The GRPO loss as `program.grpo` has it, of the policy at `rollout.temperature`.
 
-    The policy is the one at `rollout.temperature`. Multi-token modules are not trained, and the routers'
-    biases stay. Metrics are sums, `*_max` maxima; `tokens` and `routed` say what to divide by.
+    Multi-token modules are not trained, and the routers' biases stay. Metrics are sums, and maxima where they
+    end in `_max`; the metrics `tokens` and `routed` are what to divide by.
     """
 
     segments: int = 1
 
-    def __call__(
-        self, model: DeepSeek, teacher: DeepSeek | None, batch: Any, whole: Whole, mtp: Any
-    ) -> tuple[jax.Array, Metrics]:
+    def __call__(self, model, batch, totals, inputs):
         out, logprob_BT, entropy_BT = self.logprobs(model, batch)
         old_BT = batch.sampled_BT if batch.old_BT is None else batch.old_BT
         loss_BT, sums = policy_loss(
-            self.recipe.grpo,
+            self.program.grpo,
             logprob_BT,
             old_BT,
             batch.advantage_BT,
@@ -50,23 +47,28 @@ class PolicyObjective(Objective):
         sums["entropy"] = (batch.mask_BT * jax.lax.stop_gradient(entropy_BT)).sum()
         if batch.experts_BTLK is not None:
             sums |= _routed_elsewhere(out.routing, batch.experts_BTLK)
-        return loss, routing_metrics(out.routing) | sums | {"loss": loss}
+        return loss, routing_aux(out.routing).with_metrics(**sums, loss=loss)
+
+    def after_update(self, model, aux, inputs):
+        return {}
 
     def logprobs(self, model: DeepSeek, batch: Any) -> tuple[Any, jax.Array, jax.Array]:
-        """The forward pass, log p of every next token, and the entropy of the policy there, [B, T]."""
+        """Run the forward pass; also log p of every next token and the policy's entropy there, [B, T]."""
         ctx = self.context(model, batch)
-        experts_BTLK = batch.experts_BTLK if self.recipe.grpo.routing_replay else None
+        experts_BTLK = batch.experts_BTLK if self.program.grpo.routing_replay else None
         replay_LBTK = None if experts_BTLK is None else jnp.moveaxis(experts_BTLK, 2, 0)
         out = model.forward(batch.tokens_BT, ctx, replay_LBTK=replay_LBTK)
-        targets_BT, temperature = batch.ahead_BJT[:, 0], self.recipe.temperature
+        targets_BT, temperature = batch.ahead_BJT[:, 0], self.program.temperature
         return out, *logprobs_and_entropy(model, out.hidden_BTD, targets_BT, ctx.rules, temperature)
 
 
 def logprobs_and_entropy(
     model: DeepSeek, hidden_BTD: jax.Array, targets_BT: jax.Array, rules: Rules, temperature: float
 ) -> tuple[jax.Array, jax.Array]:
-    """log p(target) and the entropy of p at every position, float32 [B, T], in chunks of the vocabulary's
-    logits; no gradient flows through the entropy."""
+    """log p(target) and the entropy of p at every position, float32 [B, T], in chunks of positions.
+
+    No gradient flows through the entropy.
+    """
     head = model.head(rules, hidden_BTD.dtype)
 
     def chunk(hidden_BTD, targets_BT):
@@ -79,8 +81,8 @@ def logprobs_and_entropy(
     return by_chunks(chunk, (hidden_BTD, targets_BT), model.strategy, rules, model.cfg.vocab_size)
 
 
-def _routed_elsewhere(routing: tuple[Any, ...], experts_BTLK: jax.Array) -> Metrics:
-    """Tokens whose experts the trainer's routers choose otherwise than the rollout's did, in any layer."""
+def _routed_elsewhere(routing: tuple[Any, ...], experts_BTLK: jax.Array) -> dict[str, jax.Array]:
+    """Count the tokens for which trainer and rollout chose different experts in any layer."""
     own_LBTK = jnp.concatenate([r.ids_BTK if r.own_BTK is None else r.own_BTK for r in routing])
     own_LBTK = jnp.sort(jax.lax.stop_gradient(own_LBTK), axis=-1)
     theirs_LBTK = jnp.sort(jnp.moveaxis(experts_BTLK, 2, 0), axis=-1)
@@ -90,9 +92,11 @@ def _routed_elsewhere(routing: tuple[Any, ...], experts_BTLK: jax.Array) -> Metr
 
 
 @functools.lru_cache(maxsize=8)
-def make_logprobs(objective: PolicyObjective) -> Callable[[DeepSeek, PolicyBatch], jax.Array]:
-    """A compiled pass: log p of every next token of a batch under any policy, [A, B, T]; 0 in microbatches
-    that are not in use."""
+def make_logprobs(loss: PolicyLoss) -> Callable[[DeepSeek, PolicyBatch], jax.Array]:
+    """Compile a pass that gives log p of every next token of a batch under any policy, [A, B, T].
+
+    Microbatches that are not in use have 0.
+    """
 
     @jax.jit
     def logprobs(model: DeepSeek, batch: PolicyBatch) -> jax.Array:
@@ -100,7 +104,7 @@ def make_logprobs(objective: PolicyObjective) -> Callable[[DeepSeek, PolicyBatch
 
         def part(i: jax.Array, out_ABT: jax.Array) -> jax.Array:
             one = jax.tree.map(lambda a: a[i], batch)
-            return jax.lax.dynamic_update_index_in_dim(out_ABT, objective.logprobs(model, one)[1], i, 0)
+            return jax.lax.dynamic_update_index_in_dim(out_ABT, loss.logprobs(model, one)[1], i, 0)
 
         return jax.lax.fori_loop(0, count, part, jnp.zeros_like(batch.mask_BT))
 

@@ -23,11 +23,11 @@ class Batch:
     """Rows [..., B, T] in one or more microbatches.
 
     `ahead` has the token after each position, then the one after that for every multi-token module, and
-    `weights` how much its prediction counts: 0 for padding, for tokens that are not to be learnt, and where
-    the token belongs to another example. `reference_B` is each row's log-probability under the reference
-    policy, for preference training, where rows 2i and 2i + 1 are the chosen and the rejected answer. `count`
-    says how many of the microbatches are in use, where the last ones may be blank. `prefixes` are segments
-    that others go on from, see DeepSeek.context.
+    `weights` the weight of its prediction: 0 for padding, for tokens that are not learnt, and for the first
+    token of another example. `reference_B` is each row's log-prob under the reference policy of preference
+    training, where rows 2i and 2i + 1 are the chosen and the rejected answer. `count` is the number of
+    microbatches in use, if the last ones may be blank. `prefixes` are segments that others continue, see
+    DeepSeek.context.
     """
 
     tokens_BT: jax.Array
@@ -48,7 +48,7 @@ def make_batch(
     accumulation: int = 1,
     reference: np.ndarray | None = None,
 ) -> Batch:
-    """From rows [B, T]: int tokens, segment ids (0 is padding), and weights of each token as a target.
+    """Make a batch from rows [B, T]: tokens, segment ids (0 is padding), and each token's weight as a target.
 
     Every array gets a leading axis of `accumulation` microbatches. `modules` is the number of multi-token
     modules.
@@ -72,14 +72,14 @@ def make_batch(
 
 
 def blank_row(run: RunConfig) -> dict[str, np.ndarray]:
-    """A row, of a preference run a pair, that weighs nothing: it fills up a batch."""
+    """Make a row (for DPO a pair) of weight 0, which fills up a batch."""
     shape = (2, run.data.length) if run.objective == "dpo" else (run.data.length,)
     ints = {name: np.zeros(shape, np.int32) for name in ("tokens", "segments")}
     return ints | {"weights": np.zeros(shape, np.float32), "index": np.int32(-1)}
 
 
 def to_devices(batch: Batch, model: DeepSeek) -> Batch:
-    """The batch, which every host has whole, on the model's mesh."""
+    """Put a batch, which every host has whole, on the model's mesh."""
     rules = model.strategy.train
 
     def put(a: np.ndarray) -> jax.Array:
@@ -90,5 +90,5 @@ def to_devices(batch: Batch, model: DeepSeek) -> Batch:
 
 
 def to_mesh(a: np.ndarray, model: DeepSeek, spec: P) -> jax.Array:
-    """An array, which every host has whole, on the model's mesh: each device takes its part."""
+    """Put an array, which every host has whole, on the model's mesh: each device takes its part."""
     return jax.make_array_from_callback(a.shape, NamedSharding(model.mesh, spec), a.__getitem__)

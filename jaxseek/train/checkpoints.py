@@ -1,8 +1,8 @@
 """Checkpoints of a run: written in the background, whole or not at all, restored onto any mesh.
 
-OUT/checkpoints/STEP/params    what training changes of the model, by dotted path
+OUT/checkpoints/STEP/params    the parameters that training changes, by dotted path
 OUT/checkpoints/STEP/moments   the optimizer's state
-OUT/checkpoints/STEP/run       optimizer steps, and the position in the data
+OUT/checkpoints/STEP/run       the number of updates, and the recipe's position
 """
 
 from __future__ import annotations
@@ -38,29 +38,29 @@ class Checkpoints:
         self.cfg, self.saved_at = cfg, time.monotonic()
         raise_one_host(self.directory)
         self._copies = None if orbax_writes(self.directory) else _Copies(self.directory)
-        self.manager = ocp.CheckpointManager(
-            self._copies.local if self._copies else str(self.directory),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=_NewestAndBest(cfg.keep),
-                best_fn=_loss,  # without it metrics are not written
-                best_mode="min",
-                cleanup_tmp_directories=True,
-            ),
-            item_handlers={
-                **{name: _arrays() for name in ("params", "moments")},
-                "run": ocp.JsonCheckpointHandler(),
-            },
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_NewestAndBest(cfg.keep),
+            best_fn=_loss,  # without it metrics are not written
+            best_mode="min",
+            cleanup_tmp_directories=True,
         )
+        handlers: dict[str, Any] = {
+            name: ocp.PyTreeCheckpointHandler(type_handler_registry=orbax_writers())
+            for name in ("params", "moments")
+        }
+        handlers["run"] = ocp.JsonCheckpointHandler()
+        path = self._copies.local if self._copies else str(self.directory)
+        self.manager = ocp.CheckpointManager(path, options=options, item_handlers=handlers)
 
     def due(self, step: int) -> bool:
-        """Whether this step is one to save after, by number or by time on any host."""
+        """Tell whether to save after this step, by its number or by the time on any host."""
         late = time.monotonic() - self.saved_at > 60 * self.cfg.minutes
         return step % self.cfg.every == 0 or most(late) > 0
 
     def save(self, step: int, state: State, position: Any, loss: float | None = None) -> None:
-        """Start writing; the state is copied before this returns. `loss` is that of an evaluation.
+        """Start writing a copy of the state. `loss` is that of an evaluation.
 
-        Raises CheckpointError where the disk is full, or where the write before this one failed.
+        Raises CheckpointError if the disk is full or the write before this one failed.
         """
         if step in self.manager.all_steps():
             return
@@ -90,49 +90,48 @@ class Checkpoints:
         self.saved_at = time.monotonic()
 
     def wait(self) -> None:
-        """Wait until everything is where it belongs. Raises CheckpointError where writing failed."""
+        """Wait until everything is written and sent. Raises CheckpointError if that failed."""
         self._guarded(self._copies.wait if self._copies else self.manager.wait_until_finished)
 
     def close(self) -> None:
-        """Wait, and end the threads that write."""
+        """Wait, and end the writing threads."""
         self.wait()
         self.manager.close()
         if self._copies:
             self._copies.close()
 
     def steps(self) -> set[int]:
-        """The steps that have a checkpoint, or will: the newest may be on its way."""
+        """Steps that have a checkpoint, or will: the newest may still be written."""
         written = {int(p.name) for p in self.directory.glob("*") if p.name.isdecimal()}
         return {*written, *self.manager.all_steps()}
 
     @property
     def latest(self) -> int | None:
-        """The newest whole checkpoint's step."""
+        """Step of the newest whole checkpoint."""
         return self.manager.latest_step()
 
     @property
     def best_loss(self) -> float:
-        """The lowest evaluation loss among the checkpoints kept; infinite where there is none."""
+        """Lowest evaluation loss among the checkpoints kept; infinite without one."""
         return min((_loss(self.manager.metrics(step)) for step in self.manager.all_steps()), default=math.inf)
 
     def restore(self, step: int, state: State) -> tuple[State, Any]:
-        """The state of a checkpoint, on any number of hosts, and the position in the data.
+        """Read the state of a checkpoint, on any number of hosts, and the recipe's position.
 
         `state` may be abstract: it gives shapes, dtypes, and its model's mesh. Raises CheckpointError.
         """
         mesh = state.model.strategy.make_mesh()
+
+        def leaf(a: Any) -> ocp.ArrayRestoreArgs:
+            spec = jax.P() if a.sharding is None else a.sharding.spec  # abstract scalars have none
+            sharding = NamedSharding(mesh, spec)
+            return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=a.shape, dtype=a.dtype)
+
         wanted = {"params": changed(state.model), "moments": state.moments}
-
-        def restored(tree: Any) -> ocp.args.PyTreeRestore:
-            leaves = jax.tree.map(
-                lambda a: ocp.ArrayRestoreArgs(
-                    sharding=NamedSharding(mesh, _spec(a)), global_shape=a.shape, dtype=a.dtype
-                ),
-                tree,
-            )
-            return ocp.args.PyTreeRestore(tree, restore_args=leaves)
-
-        items = {name: restored(tree) for name, tree in wanted.items()}
+        items: dict[str, Any] = {
+            name: ocp.args.PyTreeRestore(tree, restore_args=jax.tree.map(leaf, tree))
+            for name, tree in wanted.items()
+        }
         try:
             got = self.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore(), **items))
         except (ValueError, KeyError, OSError) as e:
@@ -154,7 +153,7 @@ class Checkpoints:
     def _guarded(self, act: Any) -> None:
         try:
             act()
-        except Exception as e:  # writers raise many kinds
+        except Exception as e:  # writers raise exceptions of many kinds
             full = "No space left" in str(e) or "ENOSPC" in str(e) or getattr(e, "errno", None) == 28
             why = "the disk is full" if full else f"{type(e).__name__}: {str(e)[:300]}"
             raise CheckpointError(
@@ -163,14 +162,14 @@ class Checkpoints:
             ) from e
 
     def _last(self) -> str:
-        with contextlib.suppress(Exception):  # of the write that failed
+        with contextlib.suppress(Exception):  # that of the failed write
             self.manager.wait_until_finished()
         self.manager.reload()
         return "the start" if self.latest is None else f"step {self.latest}"
 
 
 class _Copies:
-    """Checkpoints in a store that Orbax does not write: made on a disk of this machine, sent when whole.
+    """Copies in a store that Orbax cannot write: checkpoints are made on a local disk and sent when whole.
 
     The file that Orbax writes last in a step's folder is sent last and removed first.
     """
@@ -186,12 +185,12 @@ class _Copies:
             download(at / step, self.local / step)
 
     def _whole(self) -> set[str]:
-        """The steps that are there with all that belongs to them."""
+        """Steps whose folder in the store is complete."""
         found = self.at.sizes() if self.at.is_dir() else {}
         return {step for step, _, rest in (name.partition("/") for name in found) if rest == _WHOLE}
 
     def send(self, until_written: Any) -> None:
-        """Send in the background what is new, and remove what Orbax has removed here."""
+        """Send new checkpoints in the background, and remove those that Orbax has removed here."""
         self._sending = self._pool.submit(self._send, until_written)
 
     def _send(self, until_written: Any) -> None:
@@ -199,14 +198,14 @@ class _Copies:
         here = {path.name for path in self.local.iterdir() if (path / _WHOLE).is_file()}
         there = self._whole()
         for step in here - there:
-            remove(self.at / step)  # what a kill has left of it
+            remove(self.at / step)  # the rest of an upload that was killed
             upload(self.local / step, self.at / step, (_WHOLE,))
         for step in there - here:
             (self.at / step / _WHOLE).unlink(missing_ok=True)
             remove(self.at / step)
 
     def wait(self) -> None:
-        """Wait until what was saved last is sent; raise what has gone wrong."""
+        """Wait until the last checkpoint is sent, and raise its exception if sending failed."""
         if self._sending is not None:
             sending, self._sending = self._sending, None
             sending.result()
@@ -219,13 +218,9 @@ class _Copies:
 _WHOLE = "_CHECKPOINT_METADATA"
 
 
-def _arrays() -> Any:
-    return ocp.PyTreeCheckpointHandler(type_handler_registry=orbax_writers())
-
-
 @dataclass
 class _NewestAndBest(PreservationPolicy):
-    """Keeps the newest checkpoints, and the one with the lowest loss of those that have one."""
+    """Keeps the newest checkpoints and the one with the lowest evaluation loss."""
 
     newest: int
 
@@ -236,11 +231,6 @@ class _NewestAndBest(PreservationPolicy):
 
 
 def _loss(metrics: Any) -> float:
-    """The evaluation's; infinite where there was none."""
+    """Evaluation loss among a checkpoint's metrics; infinite without an evaluation."""
     loss = metrics and metrics["loss"]
     return math.inf if loss is None else float(loss)
-
-
-def _spec(a: Any) -> jax.P:
-    """How an array, real or abstract, is laid out; abstract scalars do not say."""
-    return jax.P() if a.sharding is None else a.sharding.spec

@@ -1,9 +1,10 @@
-"""Where numbers stop being finite: the first parameter, layer or gradient, by name."""
+"""Diagnosis of a step that is not finite: the first parameter, layer or gradient with NaN or Inf, by name."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +15,15 @@ from jaxseek.model.layer import Layer
 from jaxseek.sharding.parameters import parameters
 from jaxseek.train.batch import Batch
 from jaxseek.train.checkpoints import Checkpoints
-from jaxseek.train.objectives import Objective, Whole
+from jaxseek.train.loss import Loss, StepInputs, Totals
 from jaxseek.train.step import trained, with_values
 
 
 def not_finite(
-    step: int, objective: Objective, model: DeepSeek, batch: Batch, checkpoints: Checkpoints
+    step: int, loss: Loss, model: DeepSeek, batch: Any, inputs: StepInputs, checkpoints: Checkpoints
 ) -> str:
-    """What to tell of a step (from 0) whose loss or gradient is not finite, and which was undone."""
-    where = where_not_finite(objective, model, batch)
+    """Message about a step (from 0) whose loss or gradient is not finite, and which changed nothing."""
+    where = where_not_finite(loss, model, batch, inputs)
     checkpoints.wait()
     last = checkpoints.latest
     kept = f"step {last} is kept in {checkpoints.directory}" if last else "nothing was saved before it"
@@ -32,28 +33,26 @@ def not_finite(
     )
 
 
-def where_not_finite(objective: Objective, model: DeepSeek, batch: Batch) -> str:
-    """Words for the first thing that is not finite: a weight, a layer's output, the loss, or gradients."""
+def where_not_finite(loss: Loss, model: DeepSeek, batch: Batch, inputs: StepInputs) -> str:
+    """Find the first thing that is not finite: a weight, a layer's output, the loss, or a gradient."""
     batch = dataclasses.replace(batch, count=None)
     with model.on_mesh():
         bad = _bad(model, {p: v.get_value() for p, v in parameters(model).items()})
         if bad:
             return f"because these weights are not: {_few(bad)}"
-        whole = Whole.of(batch)
+        totals = Totals.of(batch)
         parts = [jax.tree.map(lambda a, i=i: a[i], batch) for i in range(batch.tokens_BT.shape[0])]
         for part in parts:
-            if (where := _first_bad_layer(objective, model, part)) is not None:
+            if (where := _first_bad_layer(loss, model, part)) is not None:
                 return f"first after {where}"
-        if objective.recipe.objective == "distill":
-            return "in the loss or its gradient, all layers' outputs are finite"
 
         @jax.jit
         @jax.value_and_grad
-        def loss(params, part):
-            return objective(with_values(model, params), None, part, whole, jnp.float32(1))[0]
+        def computed(params, part, inputs):
+            return loss(with_values(model, params), part, totals, inputs)[0]
 
         for part in parts:
-            value, grads = loss(trained(model), part)
+            value, grads = computed(trained(model), part, inputs)
             if not np.isfinite(value):
                 return "in the loss itself, all layers' outputs are finite"
             if bad := _bad(model, grads):
@@ -62,7 +61,7 @@ def where_not_finite(objective: Objective, model: DeepSeek, batch: Batch) -> str
 
 
 def _bad(model: DeepSeek, values: dict[str, jax.Array]) -> list[str]:
-    """Names of values that are not finite; of a stack, with the number of its first such layer."""
+    """Name the values that are not finite, those of a stack with the number of the first such layer."""
     before = [0, *itertools.accumulate(s.depth for s in model.stacks)]
 
     @jax.jit
@@ -82,31 +81,27 @@ def _bad(model: DeepSeek, values: dict[str, jax.Array]) -> list[str]:
     return out
 
 
-def _first_bad_layer(objective: Objective, model: DeepSeek, batch: Batch) -> str | None:
+def _first_bad_layer(loss: Loss, model: DeepSeek, batch: Batch) -> str | None:
+    """Run the layers one by one, and name the first whose output is not finite."""
+
     @jax.jit
     def embed(model: DeepSeek, batch: Batch) -> jax.Array:
-        return model.embed(batch.tokens_BT, objective.context(model, batch))
+        return model.embed(batch.tokens_BT, loss.context(model, batch))
 
     @jax.jit
     def run(model: DeepSeek, batch: Batch, stack: Layer, l: jax.Array, x_BTD: jax.Array) -> jax.Array:
         layer = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, l, keepdims=False), stack)
-        return layer(x_BTD, None, 0, objective.context(model, batch))[0]
+        return layer(x_BTD, None, 0, loss.context(model, batch))[0]
 
     x_BTD = embed(model, batch)
-    if not _finite(x_BTD):
+    if not jnp.isfinite(x_BTD).all():
         return "the embedding"
-    number = 0
-    for stack in model.stacks:
-        for l in range(stack.depth):
-            x_BTD = run(model, batch, stack, jnp.int32(l), x_BTD)
-            if not _finite(x_BTD):
-                return f"layer {number}"
-            number += 1
-    return None if _finite(model.norm(x_BTD)) else "the final norm"
-
-
-def _finite(x: jax.Array) -> bool:
-    return bool(jnp.isfinite(x).all())
+    layers = [(stack, l) for stack in model.stacks for l in range(stack.depth)]
+    for number, (stack, l) in enumerate(layers):
+        x_BTD = run(model, batch, stack, jnp.int32(l), x_BTD)
+        if not jnp.isfinite(x_BTD).all():
+            return f"layer {number}"
+    return None if jnp.isfinite(model.norm(x_BTD)).all() else "the final norm"
 
 
 def _few(names: list[str]) -> str:

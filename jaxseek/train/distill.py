@@ -1,10 +1,15 @@
-"""Distillation as R1 did it: the student learns the teacher's answers (R1 paper, section 2.4)."""
+"""Distillation: the student learns a teacher's distribution, or answers sampled from it.
+
+By logits the loss is the KL divergence from the teacher (Hinton et al., arXiv:1503.02531). By samples the run
+becomes SFT on the teacher's answers, as R1 distilled (R1 paper, section 2.4).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -20,21 +25,79 @@ from jaxseek.sharding.strategy import Strategy
 from jaxseek.storage.place import Log, Place, place, read_log, write_bytes
 from jaxseek.tokenizer import chat
 from jaxseek.tokenizer.tokenizer import Tokenizer
+from jaxseek.train.loss import Loss, divergence
+from jaxseek.train.pretrain import Pretrain, cross_entropy
+from jaxseek.train.sft import Sft
+from jaxseek.train.start import Setup, compute_dtype
 
 FILE = "samples.jsonl"
-BATCH = 16
+BATCH = 16  # answers that are sampled together
 
 
-def sampled_run(run: RunConfig, strategy: Strategy, tokenizer: Tokenizer) -> RunConfig:
-    """An SFT run on the teacher's answers, which are written to samples.jsonl first; what is there is kept.
+@dataclass(frozen=True)
+class DistillationLoss(Loss):
+    """KL from the teacher's distribution at every position that counts, mixed with the usual loss."""
 
-    Answers that were cut off by `max_new_tokens` are left out, as they teach not to end.
+    def __call__(self, model, batch, totals, inputs):
+        ctx, given, teacher = self.context(model, batch), self.program.distill, inputs.teacher
+        out = model.forward(batch.tokens_BT, ctx)
+        taught = jax.lax.stop_gradient(teacher.forward(batch.tokens_BT, self.context(teacher, batch)))
+        kl_BT = divergence(
+            jax.lax.stop_gradient(teacher),
+            model,
+            taught.hidden_BTD,
+            out.hidden_BTD,
+            ctx.rules,
+            given.temperature,
+        )
+        kl = (batch.weights_BJT[:, 0] * kl_BT).sum() / totals.weight
+        nll = cross_entropy(model, out.hidden_BTD, batch, totals, ctx)
+        extra, aux = self.auxiliary(model, out, batch, totals, inputs.mtp, ctx)
+        loss = given.weight * kl + extra
+        if given.weight < 1:  # otherwise the head's backward pass would compute a gradient of zeros
+            loss += (1 - given.weight) * nll
+        return loss, aux.with_metrics(loss=nll, kl=kl)
+
+
+class Distill(Pretrain):
+    """Steps on rows of documents with the teacher's logits, on the student's mesh."""
+
+    averaged = ("loss", "kl")
+
+    def __init__(self, setup: Setup, closing: contextlib.ExitStack):
+        """Raises ConfigError for a teacher with another vocabulary."""
+        super().__init__(setup, closing)
+        run, cfg = setup.run, setup.cfg
+        self.teacher, _ = load(run.distill.teacher, setup.strategy, compute_dtype(run))
+        if self.teacher.cfg.vocab_size != cfg.vocab_size:
+            raise ConfigError(
+                f"distill.teacher has a vocabulary of {self.teacher.cfg.vocab_size}, the student of "
+                f'{cfg.vocab_size}; logits need the same one; use distill.by = "samples"'
+            )
+
+    def make_loss(self) -> Loss:
+        return DistillationLoss(self.run.program, compute_dtype(self.run))
+
+
+def open_distillation(setup: Setup, closing: contextlib.ExitStack) -> Pretrain:
+    """Make the recipe of a run: by logits, or SFT on samples, which are made first."""
+    if setup.run.distill.by == "samples":
+        return Sft(dataclasses.replace(setup, run=sampled_run(setup)), closing)
+    return Distill(setup, closing)
+
+
+def sampled_run(setup: Setup) -> RunConfig:
+    """Sample the teacher's answers into OUT/samples.jsonl, and return the SFT run that learns them.
+
+    Answers that are in the file already stay. Those that `max_new_tokens` cut off are not learnt, since they
+    teach not to end.
     """
+    run = setup.run
     path = place(run.out) / FILE
     prompts = [(talk, i) for talk in open_prompts(run) or () for i in range(run.distill.per_prompt)]
-    done = from_first(lambda: len(read_log(path)))  # what a killed run left of a further one is cut off
+    done = from_first(lambda: len(read_log(path)))  # drops a line that a kill cut short
     if done < len(prompts):
-        _sample(run, strategy, tokenizer, prompts, done, path)
+        _sample(run, setup.strategy, setup.tokenizer, prompts, done, path)
     data = dataclasses.replace(run.data, train=[str(from_first(lambda: _finished(path)))])
     return run.replace(objective="sft", data=data)
 
@@ -81,7 +144,7 @@ def _sample(run: RunConfig, strategy: Strategy, tokenizer: Tokenizer, prompts: A
 
 
 def _finished(path: Place) -> Place:
-    """The file of those answers that came to an end."""
+    """Write the answers that ended by themselves into a file of their own; return its place."""
     kept = path.with_name("samples.finished.jsonl")
     lines = [
         l for l in path.read_bytes().splitlines(keepends=True) if json.loads(l)["finish_reason"] == "stop"

@@ -1,8 +1,8 @@
-"""What a run tells about itself: metrics.jsonl and its copies, loss.png, a progress line, fraction of peak.
+"""Metrics of a run: metrics.jsonl and its copies, loss.png, a progress line, and the fraction of peak FLOPs.
 
-Metrics are numbers by name. Those that mean something here: `loss`, `eval_loss`, `learning_rate`,
-`tokens_per_second`, `mfu` (`train_flops` of a second / `peak_flops`), `load_max_over_mean` and `dropped`.
-Steps count from 0, and a record of step s is about what step s did. On several hosts the first one writes.
+Metrics are numbers by name. The plot and the progress line know `loss`, `eval_loss`, `learning_rate`,
+`tokens_per_second`, `mfu` (`train_flops` per second / `peak_flops`), `load_max_over_mean` and `dropped`.
+Steps count from 0. On several hosts the first one writes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import math
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,26 @@ from jaxseek.train.scaling import attention_flops_per_token
 FILE, PLOT = "metrics.jsonl", "loss.png"
 
 
-def summarize(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The scalars of a step's metrics, as floats; `load` [L, E] becomes `load_max_over_mean`.
+@dataclass(frozen=True)
+class Evaluated:
+    """An evaluation: values by name, the text that tells them, and the loss that checkpoints compare."""
 
-    That is the load of a layer's busiest expert by the mean of its experts', averaged over layers: 1 is even
-    (it is 1 + MaxVio of arXiv:2408.15664, section 4.1).
+    values: dict[str, float]
+    text: str
+    loss: float
+    enough: bool = False  # the run may end here
+
+
+def summarize(metrics: Mapping[str, Any], load_LE: Any = None) -> dict[str, float]:
+    """Fetch a step's metrics as floats; the experts' load, if given, adds `load_max_over_mean`.
+
+    It divides the load of a layer's busiest expert by the mean over its experts, and averages that over
+    layers: 1 is even (it is 1 + MaxVio of arXiv:2408.15664, section 4.1).
     """
-    metrics = jax.device_get(dict(metrics))
-    out = {name: float(value) for name, value in metrics.items() if np.ndim(value) == 0}
-    if "load" in metrics:
-        load_LE = np.asarray(metrics["load"], np.float64)
+    metrics, load_LE = jax.device_get((dict(metrics), load_LE))
+    out = {name: float(value) for name, value in metrics.items()}
+    if load_LE is not None:
+        load_LE = np.asarray(load_LE, np.float64)
         mean_L = np.maximum(load_LE.mean(axis=1), np.finfo(np.float64).tiny)
         out["load_max_over_mean"] = float((load_LE.max(axis=1) / mean_L).mean())
     return out
@@ -53,8 +64,8 @@ def summarize(metrics: Mapping[str, Any]) -> dict[str, float]:
 class MetricsLog:
     """Appends records to metrics.jsonl in the run's directory, and to TensorBoard and wandb as configured.
 
-    A run that goes on from `resume_step` cuts off the records of that step and later ones first. Raises
-    ConfigError where `log.wandb` names a project and wandb is not installed.
+    A run that continues from `resume_step` first cuts off the records of that step and later ones. Raises
+    ConfigError if `log.wandb` names a project and wandb is not installed.
     """
 
     def __init__(self, directory: str | Place, cfg: LogConfig, resume_step: int = 0):
@@ -92,12 +103,12 @@ class MetricsLog:
             self._wandb.log(finite, step=step)
 
     def flush(self) -> None:
-        """Have every record where it belongs, before a checkpoint that is later than they."""
+        """Write out every record, before a checkpoint that is newer than they are."""
         if self._file is not None:
             self._file.flush()
 
     def close(self) -> None:
-        """Finish what is still to be written; a second call does nothing."""
+        """Write out everything and close; a second call does nothing."""
         if self._file is not None:
             self._file.close()
         if self._board is not None:
@@ -115,7 +126,7 @@ class MetricsLog:
 
 
 def read_metrics(directory: str | Place) -> Iterator[dict[str, Any]]:
-    """The records of a run, in order; a last line that was cut short is left out."""
+    """Read a run's records in order, without a last line that was cut short."""
     path = place(directory) / FILE
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
@@ -125,19 +136,19 @@ def read_metrics(directory: str | Place) -> Iterator[dict[str, Any]]:
 
 
 def _cut(path: Place, step: int) -> None:
-    """Leave out records of `step` and later, at once: a crash leaves the old file or the new one."""
+    """Drop the records of `step` and later; a crash leaves the old file or the new one."""
     if path.is_file():
         write_text(path, "".join(json.dumps(r) + "\n" for r in read_metrics(path.parent) if r["step"] < step))
 
 
 def _start_wandb(directory: Place, project: str) -> Any:
-    """The wandb run of this directory, which keeps its id so that a resumed run goes on with it."""
+    """Start this directory's wandb run; the directory keeps its id, so that a resumed run continues it."""
     wandb: Any = importlib.import_module("wandb")
     name = directory / "wandb_id"
     if not name.is_file():
         write_text(name, uuid.uuid4().hex[:8])
     run_id = name.read_text(encoding="utf-8").strip()
-    files = str(directory) if isinstance(directory, Path) else None  # wandb's own choice, where it has none
+    files = str(directory) if isinstance(directory, Path) else None  # None: wandb chooses
     return wandb.init(project=project, name=directory.resolve().name, dir=files, id=run_id, resume="allow")
 
 
@@ -145,9 +156,9 @@ def _start_wandb(directory: Place, project: str) -> Any:
 
 
 def plot_loss(directory: str | Place) -> Place:
-    """Draw loss.png from metrics.jsonl: losses and learning rate, and the experts' load where there is one.
+    """Draw loss.png from metrics.jsonl: losses, learning rate and, for experts, their load.
 
-    Raises ValueError where no record has a loss.
+    Raises ValueError if no record has a loss.
     """
     from matplotlib.figure import Figure  # a third of a second to import; without pyplot it draws with Agg
 
@@ -161,10 +172,8 @@ def plot_loss(directory: str | Place) -> Place:
     if not steps and not eval_steps:
         raise ValueError(f"{directory / FILE} has no loss to plot")
     load_steps, load = series(records, "load_max_over_mean")
-    fig = Figure(figsize=(8, 6.4 if load else 4.5), dpi=130, layout="constrained")
-    axes: Any = fig.subplots(
-        2 if load else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 1][: 1 + bool(load)]
-    )
+    fig, panels = Figure(figsize=(8, 6.4 if load else 4.5), dpi=130, layout="constrained"), 1 + bool(load)
+    axes: Any = fig.subplots(panels, 1, sharex=True, squeeze=False, height_ratios=[3, 1][:panels])
     top = axes[0, 0]
     curve(top, steps, loss, "tab:blue", "train")
     top.plot(eval_steps, eval_loss, "o-", color="tab:orange", markersize=4, linewidth=1, label="eval")
@@ -199,7 +208,7 @@ def series(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[fl
 
 
 def curve(ax: Any, steps: list[int], values: list[float], color: str, label: str) -> None:
-    """Every value, faint, and the mean of a fiftieth of all around it, of fewer at both ends."""
+    """Plot the values, faint, and their moving mean over a fiftieth of all, over fewer at both ends."""
     at, sums = np.arange(len(values)), np.cumsum([0.0, *values])
     half = np.minimum(np.minimum(at, at[::-1]), len(values) // 100)
     smooth = (sums[at + half + 1] - sums[at - half]) / (2 * half + 1)
@@ -211,9 +220,9 @@ def curve(ax: Any, steps: list[int], values: list[float], color: str, label: str
 
 
 class Progress:
-    """Steps, time left, loss and speed: a bar in a terminal, elsewhere a line every few seconds.
+    """Shows steps, time left, loss and speed: a bar in a terminal, elsewhere a line every few seconds.
 
-    A context manager; `update` after each step, `note` for what should stay to be read.
+    A context manager: call `update` after each step, `note` for a line that stays.
     """
 
     def __init__(self, steps: int, start: int = 0, seconds: float = 5.0, console: Any = None):
@@ -231,7 +240,7 @@ class Progress:
             self._task = self._bar.add_task("compiling", total=steps, completed=start)
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
-        """`step` is done, with these metrics."""
+        """Show a finished step with its metrics."""
         if self._quiet:
             return
         now = time.monotonic()
@@ -243,12 +252,12 @@ class Progress:
             self._print()
 
     def during(self, step: int, text: str) -> None:
-        """What goes on within a step that takes long; shown in a terminal alone."""
+        """Show the progress within a long step, in a terminal only."""
         if self._bar is not None:
             self._bar.update(self._task, description=f"{step + 1}/{self.steps}  {text}")
 
     def note(self, text: str) -> None:
-        """A line that stays, such as the result of an evaluation."""
+        """Print a line that stays, such as the result of an evaluation."""
         if not self._quiet:
             self.console.print(text, soft_wrap=True)
 
@@ -289,24 +298,6 @@ class Progress:
             self._print()
 
 
-class Counter:
-    """Rounds done, time left, and what has come of them; `with Counter(...) as count: count(n)` per round."""
-
-    def __init__(self, what: str, rounds: int, done: int):
-        self.what, self.progress, self.done = what, Progress(rounds, done), done
-
-    def __enter__(self) -> Callable[[int], None]:
-        self.progress.__enter__()
-        return self._count
-
-    def _count(self, found: int) -> None:
-        self.progress.update(self.done, {self.what: found})
-        self.done += 1
-
-    def __exit__(self, *_: Any) -> None:
-        self.progress.__exit__()
-
-
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -319,10 +310,10 @@ def _duration(seconds: float) -> str:
 def train_flops(cfg: ModelConfig, tokens: float, length: int) -> float:
     """FLOPs to train on `tokens` in rows of `length`: forward, and backward at twice its cost.
 
-    6 for every parameter that multiplies a token (Kaplan et al., arXiv:2001.08361, section 2.1): all active
-    ones but the embedding, the head included, with one more layer, projection and head for each multi-token
-    module. Attention as PaLM counts it, at half of `length`, as causal queries see half the keys on average.
-    What rematerialization computes again does not count, and frozen weights (LoRA) count as trained.
+    Counts 6 for every parameter that multiplies a token (Kaplan et al., arXiv:2001.08361, section 2.1): all
+    active ones and the head, not the embedding, with one more layer, projection and head for each multi-token
+    module. Attention counts as in PaLM, at half of `length`, since causal queries see half the keys on
+    average. Rematerialisation does not count, and frozen weights (LoRA) count as trained.
     """
     D, V = cfg.hidden_size, cfg.vocab_size
     active = cfg.num_active_params() - (0 if cfg.tie_word_embeddings else V * D)
@@ -334,10 +325,10 @@ def train_flops(cfg: ModelConfig, tokens: float, length: int) -> float:
 
 
 def peak_flops(mesh: Mesh) -> float | None:
-    """FLOPs per second that the devices of a mesh could do together; None where that is not known.
+    """Peak FLOPs per second of all devices of a mesh; None for devices that hardware.py does not have.
 
     TPUs: bfloat16, as published. CPU: float32, as measured once on this host, whose simulated devices share
-    it; other hosts count as alike.
+    it; other hosts count the same.
     """
     devices = list(mesh.devices.flat)
     if devices[0].platform == "cpu":
@@ -351,7 +342,7 @@ def peak_flops(mesh: Mesh) -> float | None:
 
 @functools.cache
 def _measured_peak(size: int = 1024, seconds: float = 0.2) -> float:
-    """FLOPs per second of numpy's float32 matmul, which uses all cores: the best of its runs."""
+    """Best FLOPs per second of numpy's float32 matmul, which uses all cores."""
     a, out = np.ones((size, size), np.float32), np.empty((size, size), np.float32)
     best, end = 0.0, time.perf_counter() + seconds
     while time.perf_counter() < end:

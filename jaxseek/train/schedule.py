@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxseek.config.model import ConfigError
-from jaxseek.config.run import Recipe, RunConfig
+from jaxseek.config.run import Program, RunConfig
 
-RAMP_SIZES = 8  # a program is compiled for each size of the batch
+RAMP_SIZES = 8  # each size of the batch is compiled
 
 
-def learning_rate(cfg: Recipe) -> Callable[[ArrayLike], jax.Array]:
-    """The float32 learning rate of step s = 0, 1, ..., which may be traced.
+def learning_rate(cfg: Program) -> Callable[[ArrayLike], jax.Array]:
+    """Make the function from step s = 0, 1, ..., which may be traced, to the float32 learning rate.
 
     `optimizer.learning_rate` times (s + 1) / warmup during the warm-up, times the factor of `schedule.kind`;
     `linear` and `cosine` start after the warm-up and reach `final` where the run ends, at s = steps.
@@ -53,10 +53,10 @@ def learning_rate(cfg: Recipe) -> Callable[[ArrayLike], jax.Array]:
 
 
 def batch_rows(cfg: RunConfig, step: int, multiple: int) -> int:
-    """Rows of the batch at `step`, a multiple of `multiple` (parts of the mesh x accumulation).
+    """Number of rows of the batch at `step`, a multiple of `multiple` (parts of the mesh x accumulation).
 
-    From `batch.ramp_from` up to `batch.size` in at most RAMP_SIZES equal stages (DeepSeek-V3 paper, section
-    4.2). Raises ConfigError where `batch.size` is no such multiple.
+    It rises from `batch.ramp_from` to `batch.size` in at most RAMP_SIZES equal stages (DeepSeek-V3 paper,
+    section 4.2). Raises ConfigError if `batch.size` is no such multiple.
     """
     batch = cfg.batch
     if batch.size % multiple:

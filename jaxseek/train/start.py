@@ -1,8 +1,9 @@
-"""What a run starts from: its tokenizer, model, teacher, and the directory that it may go on from."""
+"""The start of a run: its directory, tokenizer, mesh and model, or the checkpoint that it continues from."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import optax
 from jaxseek.api import load
 from jaxseek.checkpoint import models
 from jaxseek.config.model import ConfigError, ModelConfig, presets
-from jaxseek.config.run import RunConfig
+from jaxseek.config.run import Program, RunConfig
 from jaxseek.data.dataset import train_tokenizer
 from jaxseek.data.sources import function
 from jaxseek.experts.replicate import refuse_slots
@@ -28,12 +29,22 @@ from jaxseek.train.checkpoints import Checkpoints
 from jaxseek.train.optimizer import decays, make_optimizer
 from jaxseek.train.step import State, init_state
 
-# What may differ when a run goes on: where it runs and what it writes, not what it computes.
+# Keys that may differ when a run continues: they say where it runs and what it writes, not what it computes.
 FREE = ("out", "mesh", "steps", "remat", "batch.accumulation", "eval.", "checkpoint.", "log.")
 
 
+@dataclass(frozen=True)
+class Setup:
+    """A run with what is known of it before its weights are read."""
+
+    run: RunConfig
+    cfg: ModelConfig
+    strategy: Strategy
+    tokenizer: Tokenizer
+
+
 def compute_dtype(run: RunConfig) -> Any:
-    """The dtype of activations and matmuls."""
+    """Dtype of activations and matmuls."""
     on_cpu = jax.default_backend() == "cpu"
     return jnp.dtype(run.compute_dtype or ("float32" if on_cpu else "bfloat16"))
 
@@ -41,7 +52,7 @@ def compute_dtype(run: RunConfig) -> Any:
 def claim(run: RunConfig) -> None:
     """Make the run's directory, or check that the run in it is this one. Raises ConfigError.
 
-    A directory where a run wrote nothing but its settings, because they were wrong, is free for others.
+    A directory that has nothing but a run's settings, because they were wrong, is free for other runs.
     """
     hosts.from_first(lambda: _claim(run))
     hosts.check_shared(place(run.out))
@@ -71,7 +82,7 @@ def _claim(run: RunConfig) -> None:
 
 
 def finished(run: RunConfig) -> int | None:
-    """The steps that a run took which is over, be it before its last step; None for one that can go on."""
+    """Number of steps of a run that is over, also of one that ended early; None for one that can continue."""
     path = place(run.out) / "model"
 
     def steps() -> int | None:
@@ -91,60 +102,50 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def open_tokenizer(run: RunConfig, cfg: ModelConfig) -> Tokenizer:
-    """The run's tokenizer: its own, a newly trained one (kept in the run's directory), or the model's.
+    """Open the run's tokenizer: its own, a newly trained one (kept in the run's directory), or the model's.
 
-    Raises ConfigError where there is none, and TokenizerError for one with more tokens than the model.
+    Raises ConfigError if there is none, and TokenizerError for one with more tokens than the model.
     """
-    made = run.tokenizer.startswith(("train:", "python:"))
-    tokenizer = _made_tokenizer(run, cfg) if made else _given_tokenizer(run)
-    tokenizer.check_fits(cfg.vocab_size)
-    return tokenizer
-
-
-def _made_tokenizer(run: RunConfig, cfg: ModelConfig) -> Tokenizer:
-    size = run.tokenizer.removeprefix("train:")
-    if size.isdecimal() and int(size) > cfg.vocab_size:
+    source, made = run.tokenizer or run.model, run.tokenizer.startswith(("train:", "python:"))
+    kind, _, size = run.tokenizer.partition(":")
+    if kind == "train" and size.isdecimal() and int(size) > cfg.vocab_size:
         raise ConfigError(
             f"tokenizer = {run.tokenizer!r} is larger than the model's vocabulary of {cfg.vocab_size}; ask "
             f"for train:{cfg.vocab_size} at most, or raise [config] vocab_size"
         )
-    made = place(run.out) / "tokenizer"
-
-    def make() -> None:
-        if Tokenizer.from_dir(made) is not None:
-            return
-        with scratch("tokenizer") as folder:
-            if run.tokenizer.startswith("python:"):
-                function(run.tokenizer)(folder)
-            else:
-                train_tokenizer(run, folder)
-            if new := Tokenizer.from_dir(folder):
-                new.save(made)
-
-    hosts.from_first(make)
-    tokenizer = Tokenizer.from_dir(made)
-    if tokenizer is None:
-        raise ConfigError(f"{run.tokenizer} has made no tokenizer; expected tokenizer.json or a .model file")
-    return tokenizer
-
-
-def _given_tokenizer(run: RunConfig) -> Tokenizer:
-    source = run.tokenizer or run.model
-    at = model_place(source, weights=False)
+    if made:
+        hosts.from_first(lambda: _make_tokenizer(run))
+    at = place(run.out) / "tokenizer" if made else model_place(source, weights=False)
     tokenizer = Tokenizer.from_dir(at) if at.is_dir() else None
+    if tokenizer is None and made:
+        raise ConfigError(f"{source} has made no tokenizer; expected tokenizer.json or a .model file")
     if tokenizer is None:
         raise ConfigError(
             f"{source} has no tokenizer; name a directory that has one (tokenizer = DIR), "
             'or train one on the data (tokenizer = "train:2048")'
         )
+    tokenizer.check_fits(cfg.vocab_size)
     return tokenizer
 
 
-def model_config(run: RunConfig) -> ModelConfig:
-    """The config of the run's model, with its `[config]` fields changed.
+def _make_tokenizer(run: RunConfig) -> None:
+    made = place(run.out) / "tokenizer"
+    if Tokenizer.from_dir(made) is not None:
+        return
+    with scratch("tokenizer") as folder:
+        if run.tokenizer.startswith("python:"):
+            function(run.tokenizer)(folder)
+        else:
+            train_tokenizer(run, folder)
+        if new := Tokenizer.from_dir(folder):
+            new.save(made)
 
-    Raises ConfigError for a quantised one, CheckpointError for one that is not there. The name of a released
-    model stands for random weights in pretraining alone.
+
+def model_config(run: RunConfig) -> ModelConfig:
+    """Read the config of the run's model, with its `[config]` fields changed.
+
+    The name of a released model stands for random weights in pretraining alone. Raises ConfigError for a
+    quantised model, CheckpointError for one that does not exist.
     """
     kind = models.kind_of(run.model)
     random = run.model.startswith("tiny-") or run.objective == "pretrain"
@@ -160,7 +161,7 @@ def model_config(run: RunConfig) -> ModelConfig:
 
 
 def with_changes(run: RunConfig, cfg: ModelConfig) -> ModelConfig:
-    """A config with the run's `[config]` fields changed. Raises ConfigError for fields it has not."""
+    """Apply the run's `[config]` fields to a config. Raises ConfigError for fields that it does not have."""
     if not run.config:
         return cfg
     fields = cfg.to_hf()
@@ -170,7 +171,7 @@ def with_changes(run: RunConfig, cfg: ModelConfig) -> ModelConfig:
 
 
 def open_strategy(run: RunConfig, cfg: ModelConfig) -> Strategy:
-    """The run's mesh: as it says, or all devices on the fsdp axis. ConfigError where it does not fit."""
+    """Parse the run's mesh, by default all devices on axis fsdp. Raises ConfigError if it does not fit."""
     several = jax.process_count() > 1
     one = jax.default_backend() == "cpu" and not several
     strategy = Strategy.parse(run.mesh or {"fsdp": 1 if one else jax.device_count()})
@@ -181,11 +182,11 @@ def open_strategy(run: RunConfig, cfg: ModelConfig) -> Strategy:
 
 
 def check_strategy(run: RunConfig, cfg: ModelConfig, strategy: Strategy) -> None:
-    """Raise ConfigError where the mesh does not fit the model, or the run's rows fit neither."""
+    """Raise ConfigError if the mesh does not fit the model, or the run's rows do not fit either of them."""
     strategy.check_fits(cfg)
     refuse_slots(strategy, "training")
     rows, microbatches = strategy.parts(strategy.train, "batch"), run.batch.accumulation
-    if run.objective in ("grpo", "reject"):  # whose rows are packed to fit
+    if run.objective in ("grpo", "reject"):  # their rows are packed to fit the mesh
         rollout = run.rollout
         if rollout.max_prompt_tokens + rollout.max_new_tokens > cfg.max_position_embeddings:
             raise ConfigError(
@@ -215,7 +216,7 @@ def check_strategy(run: RunConfig, cfg: ModelConfig, strategy: Strategy) -> None
 
 
 def open_model(run: RunConfig, cfg: ModelConfig, strategy: Strategy) -> DeepSeek:
-    """The model that the run starts from, in float32; with adapters its base in the compute dtype."""
+    """Open the model that the run starts from, in float32; the base of adapters is in the compute dtype."""
     dtype = compute_dtype(run) if run.lora.rank else jnp.float32
     if models.kind_of(run.model) is None:
         return DeepSeek.init(cfg, strategy, run.seed, dtype)
@@ -235,33 +236,25 @@ def open_model(run: RunConfig, cfg: ModelConfig, strategy: Strategy) -> DeepSeek
 
 
 def first_state(
-    run: RunConfig, cfg: ModelConfig, strategy: Strategy, checkpoints: Checkpoints
+    setup: Setup, program: Program, checkpoints: Checkpoints
 ) -> tuple[State, optax.GradientTransformation, int, Any]:
-    """The state that a run begins with or goes on from, its optimizer, the steps done, and the position that
-    was saved with it (None at the beginning)."""
-    step = checkpoints.latest
+    """Make the state that a run begins with, or restore the newest checkpoint.
+
+    Returns the state, its optimizer, the number of steps done, and the position that was saved with it (None
+    at the beginning).
+    """
+    run, cfg, strategy, step = setup.run, setup.cfg, setup.strategy, checkpoints.latest
     if step is None or run.lora.rank:  # a checkpoint of adapters holds no base
         model = open_model(run, cfg, strategy)
         model = lora.adapt(model, run.lora, run.seed) if run.lora.rank else model
-        optimizer = make_optimizer(run.recipe, decays(model))
+        optimizer = make_optimizer(program, decays(model))
         state = init_state(model, optimizer)
     else:
         model = DeepSeek.abstract(cfg, strategy, jnp.float32)
-        optimizer = make_optimizer(run.recipe, decays(model))
+        optimizer = make_optimizer(program, decays(model))
         with jax.sharding.use_abstract_mesh(strategy.abstract_mesh()):
             state = jax.eval_shape(lambda m: init_state(m, optimizer), model)
     if step is None:
         return state, optimizer, 0, None
     state, position = checkpoints.restore(step, state)
     return state, optimizer, step, position
-
-
-def open_teacher(run: RunConfig, student: ModelConfig, strategy: Strategy) -> DeepSeek:
-    """The model that is distilled, on the student's mesh. Raises ConfigError for another vocabulary."""
-    teacher, _ = load(run.distill.teacher, strategy, compute_dtype(run))
-    if teacher.cfg.vocab_size != student.vocab_size:
-        raise ConfigError(
-            f"distill.teacher has a vocabulary of {teacher.cfg.vocab_size}, the student of "
-            f'{student.vocab_size}; logits need the same one; use distill.by = "samples"'
-        )
-    return teacher

@@ -8,8 +8,8 @@ from oracles import random_model, tiny_config
 
 from jaxseek.checkpoint import models
 from jaxseek.config.run import RunConfig
+from jaxseek.recipes.pipeline import run_stage
 from jaxseek.rl.arithmetic import character_tokenizer
-from jaxseek.rl.recipe import train_grpo
 from jaxseek.train.metrics import read_metrics
 
 # A sixth of the tokens ends an answer: lengths differ, and so do rewards of kind length.
@@ -62,7 +62,7 @@ def config(home, out, model="sparse", **sections) -> RunConfig:
 
 def trained(home, out, model="sparse", **sections):
     """The metrics of each step of a run."""
-    train_grpo(config(home, out, model, **sections))
+    run_stage(config(home, out, model, **sections))
     return steps_of(out)
 
 

@@ -126,7 +126,7 @@ def test_the_experts_of_a_rollout_are_part_of_the_update_that_replays_them():
     measure = measure.replace(grpo=dataclasses.replace(measure.grpo, routing_replay=True))
     mesh = j.strategy.make_mesh()
     with jax.set_mesh(mesh):
-        _, (_, _, batch, *_), _ = abstract_step(dataclasses.replace(j, run=measure), mesh)
+        _, (_, batch, *_), _ = abstract_step(dataclasses.replace(j, run=measure), mesh)
     assert batch.experts_BTLK.shape == (1, 8, 64, 1, SMALL.num_experts_per_tok)
     assert batch.experts_BTLK.sharding.spec[1] == batch.tokens_BT.sharding.spec[1]
 

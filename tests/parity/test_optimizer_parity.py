@@ -36,7 +36,7 @@ def test_twenty_steps_are_those_of_torch():
     given = cfg.optimizer
     groups = [{"params": [p], "weight_decay": given.weight_decay * (k in decay)} for k, p in theirs.items()]
     reference = torch.optim.AdamW(groups, betas=(given.b1, given.b2), eps=given.eps)
-    optimizer, rate = make_optimizer(cfg.recipe, decay), learning_rate(cfg.recipe)
+    optimizer, rate = make_optimizer(cfg.program, decay), learning_rate(cfg.program)
     ours = jax.tree.map(jnp.asarray, first)
     state, update = optimizer.init(ours), jax.jit(optimizer.update)
 

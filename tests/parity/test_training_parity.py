@@ -16,8 +16,9 @@ import jaxseek
 from jaxseek.cli.main import main
 from jaxseek.config.run import RunConfig
 from jaxseek.train.batch import make_batch, to_devices
-from jaxseek.train.objectives import Objective
+from jaxseek.train.loss import StepInputs
 from jaxseek.train.optimizer import decays, make_optimizer
+from jaxseek.train.pretrain import LanguageLoss
 from jaxseek.train.step import init_state, make_step
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
@@ -149,14 +150,14 @@ def losses_of_jaxseek(folder, accumulation: int, packed: bool) -> list[float]:
         }
     )
     model, _ = jaxseek.load(folder)
-    optimizer = make_optimizer(run.recipe, decays(model))
-    step = make_step(Objective(run.recipe, np.float32), optimizer)
+    optimizer = make_optimizer(run.program, decays(model))
+    step = make_step(LanguageLoss(run.program, np.float32), optimizer)
     state, losses = init_state(model, optimizer), []
     for rows in rows_of_steps(packed):
         batch = to_devices(make_batch(*rows, modules=0, accumulation=accumulation), state.model)
         with state.model.on_mesh():
-            state, metrics = step(state, None, batch, np.float32(0), np.float32(0))
-        losses.append(float(metrics["loss"]))
+            state, aux = step(state, batch, StepInputs(np.float32(0)))
+        losses.append(float(aux.metrics["loss"]))
     return losses
 
 

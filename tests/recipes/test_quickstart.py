@@ -14,6 +14,7 @@ from jaxseek.cli.main import main
 from jaxseek.config.model import configs_dir
 from jaxseek.recipes import quickstart as quick
 from jaxseek.recipes.quickstart import Quickstart, quickstart
+from jaxseek.sharding.parameters import parameters
 from jaxseek.train.metrics import read_metrics
 from jaxseek_convert import convert
 
@@ -84,8 +85,8 @@ def test_it_leaves_a_checkpoint_a_curve_and_a_model_for_transformers_with_the_sa
         p.name for p in (out / "hf").iterdir()
     }
     convert(result.hf, tmp_path / "back", progress=False)
-    back = jaxseek.sharding.parameters(models.restore(tmp_path / "back"))
-    for path, value in jaxseek.sharding.parameters(model).items():
+    back = parameters(models.restore(tmp_path / "back"))
+    for path, value in parameters(model).items():
         assert models.same_bits(value[...], back[path][...]), path
 
 

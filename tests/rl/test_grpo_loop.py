@@ -30,14 +30,14 @@ from training_runs import assert_same_bits, exported
 from jaxseek.checkpoint import models
 from jaxseek.config.model import ConfigError
 from jaxseek.engine.engine import Engine
+from jaxseek.recipes.pipeline import run_stage
 from jaxseek.rl import recipe
 from jaxseek.rl.evaluate import Marking
-from jaxseek.rl.recipe import train_grpo
 from jaxseek.rl.watch import Alarms
 from jaxseek.sharding.parameters import parameters
 from jaxseek.train.metrics import read_metrics
 from jaxseek.train.start import finished
-from jaxseek.train.trainer import TrainingError
+from jaxseek.train.trainer import Progress, TrainingError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "undrawn")
 
@@ -100,14 +100,14 @@ def rewarded(monkeypatch, function):
 
 def interrupt(monkeypatch, step, act):
     """Do something when a step is recorded."""
-    update = recipe.Progress.update
+    update = Progress.update
 
     def patched(self, s, values):
         update(self, s, values)
         if s == step:
             act()
 
-    monkeypatch.setattr(recipe.Progress, "update", patched)
+    monkeypatch.setattr(Progress, "update", patched)
 
 
 def assert_same_run(a, b):
@@ -144,17 +144,17 @@ def test_sampler_and_trainer_agree_after_updates_within_a_step_and_at_a_temperat
 def test_a_run_stopped_by_sigterm_ends_with_the_same_bits(home, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        result = train_grpo(config(home, tmp_path / "run", "dense", **MUCH))
+        result = run_stage(config(home, tmp_path / "run", "dense", **MUCH))
     assert (result.stopped, result.steps) == (True, 3)
     assert not (tmp_path / "run/model").exists()
-    result = train_grpo(config(home, tmp_path / "run", "dense", **MUCH))
+    result = run_stage(config(home, tmp_path / "run", "dense", **MUCH))
     assert (result.stopped, result.steps) == (False, STEPS)
     assert_same_run(tmp_path / "run", whole)
 
 
 def test_a_finished_run_does_nothing_and_still_knows_its_accuracy(home, whole):
     before = {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.suffix != ".png"}
-    result = train_grpo(config(home, whole, "dense", **MUCH))
+    result = run_stage(config(home, whole, "dense", **MUCH))
     accuracy = [r["eval_accuracy"] for r in read_metrics(whole) if "eval_accuracy" in r][-1]
     assert result.steps == STEPS
     assert abs(result.accuracy - accuracy) < 1e-6
@@ -163,10 +163,10 @@ def test_a_finished_run_does_nothing_and_still_knows_its_accuracy(home, whole):
 
 SCRIPT = """
 import sys
-from jaxseek.rl.recipe import train_grpo
+from jaxseek.recipes.pipeline import run_stage
 from jaxseek.config.run import RunConfig
 import json
-train_grpo(RunConfig.from_dict(json.loads(sys.argv[1])))
+run_stage(RunConfig.from_dict(json.loads(sys.argv[1])))
 """
 
 
@@ -220,7 +220,7 @@ def test_a_checkpoint_older_than_the_newest_references_finds_its_own(home, tmp_p
     with monkeypatch.context() as patch:
         interrupt(patch, 10, lambda: 1 // 0)
         with pytest.raises(ZeroDivisionError):
-            train_grpo(config(home, tmp_path / "run", "dense", grpo={"beta": 0.1}, **often))
+            run_stage(config(home, tmp_path / "run", "dense", grpo={"beta": 0.1}, **often))
     assert {"6", "11"} <= {p.name for p in (tmp_path / "run/reference").iterdir()}
     found = trained(home, tmp_path / "run", "dense", grpo={"beta": 0.1}, **often)
     assert [r["kl"] < 1e-6 for r in found] == [True] * 12  # each step begins at its reference
@@ -534,7 +534,7 @@ def test_prompts_that_are_too_long_are_skipped_and_counted_also_after_a_stop(hom
 )  # fmt: skip
 def test_settings_that_do_not_fit_are_named(home, tmp_path, model, sections, message):
     with pytest.raises(ConfigError, match=message):
-        train_grpo(config(home, tmp_path / "run", model, **sections))
+        run_stage(config(home, tmp_path / "run", model, **sections))
 
 
 def test_an_exploding_run_names_what_is_not_finite(home, tmp_path):
@@ -603,8 +603,8 @@ def test_evaluations_are_the_same_whenever_they_are_repeated(home, tmp_path):
 
 def test_past_its_deadline_a_run_ends_and_is_over(home, tmp_path):
     run = config(home, tmp_path / "run", "dense", steps=50)
-    result = train_grpo(run, deadline=time.monotonic())
+    result = run_stage(run, deadline=time.monotonic())
     assert (result.steps, result.stopped, finished(run)) == (1, False, 1)
     assert result.accuracy is not None
-    assert train_grpo(run).steps == 1
+    assert run_stage(run).steps == 1
     assert len(steps_of(tmp_path / "run")) == 1

@@ -15,10 +15,11 @@ from policies import policy
 from jaxseek.config.run import RunConfig
 from jaxseek.engine.groups import Sampled
 from jaxseek.rl.grpo import advantages, sequence_weights
-from jaxseek.rl.objective import PolicyObjective, make_logprobs
+from jaxseek.rl.objective import PolicyLoss, make_logprobs
 from jaxseek.rl.packing import Shapes, answers_of, make_policy_batch, pack
 from jaxseek.rl.problem import Answer, Problem
 from jaxseek.rl.rollout import Episode
+from jaxseek.train.loss import StepInputs
 from jaxseek.train.step import accumulate, trained, with_values
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -103,12 +104,12 @@ def batch_of(config, shapes, counted=None, order=None, experts=False, reference=
 @functools.cache
 def compiled(shapes, **grpo):
     """The compiled gradients of a layout, which tests share."""
-    objective = PolicyObjective(run(**grpo).recipe, np.dtype("float32"), shapes.segments)
+    loss = PolicyLoss(run(**grpo).program, np.dtype("float32"), shapes.segments)
 
-    def loss(params, part, whole):
-        return objective(with_values(policy(), params), None, part, whole, None)
+    def f(params, part, totals):
+        return loss(with_values(policy(), params), part, totals, StepInputs())
 
-    return jax.jit(lambda params, batch: accumulate(jax.grad(loss, has_aux=True), params, batch))
+    return jax.jit(lambda params, batch: accumulate(jax.grad(f, has_aux=True), params, batch))
 
 
 def updated(preset, shapes, change=lambda batch: batch, routing_replay=False, **how):
@@ -116,8 +117,8 @@ def updated(preset, shapes, change=lambda batch: batch, routing_replay=False, **
     grpo = {"preset": preset, "beta": 0.04, "routing_replay": routing_replay}
     with policy().on_mesh():
         batch = change(batch_of(run(**grpo), shapes, **how))
-        grads, metrics = compiled(shapes, **grpo)(trained(policy()), batch)
-    return {p: np.asarray(g) for p, g in grads.items()}, {k: np.asarray(v) for k, v in metrics.items()}
+        grads, aux = compiled(shapes, **grpo)(trained(policy()), batch)
+    return {p: np.asarray(g) for p, g in grads.items()}, {k: np.asarray(v) for k, v in aux.metrics.items()}
 
 
 # -------------------------------------------------------------------- packing
@@ -284,9 +285,9 @@ def test_no_answer_that_counts_is_no_loss_and_no_gradient():
 
 def test_log_probabilities_come_back_to_their_answers():
     shapes = LAYOUTS["packed, in microbatches, one of which is blank"]
-    objective = PolicyObjective(run().recipe, np.dtype("float32"), shapes.segments)
+    loss = PolicyLoss(run().program, np.dtype("float32"), shapes.segments)
     with policy().on_mesh():
-        table = np.asarray(make_logprobs(objective)(policy(), batch_of(run(), shapes)))
+        table = np.asarray(make_logprobs(loss)(policy(), batch_of(run(), shapes)))
     for e, got in zip(episodes(), answers_of(table, episodes(), shapes)):
         expected = exact([*e.prompt, *e.sampled.tokens])[len(e.prompt) - 1 :]
         np.testing.assert_allclose(got, expected, atol=2e-5)
@@ -298,11 +299,11 @@ def test_log_probabilities_come_back_to_their_answers():
 def test_replayed_experts_are_used_and_the_gates_still_learn():
     """Random experts in place of the router's: other log-probabilities, and a gradient for the router."""
     shapes, config = LAYOUTS["packed"], run(routing_replay=True)
-    objective = PolicyObjective(config.recipe, np.dtype("float32"), shapes.segments)
+    loss = PolicyLoss(config.program, np.dtype("float32"), shapes.segments)
     with policy().on_mesh():
         batch = dataclasses.replace(batch_of(config, shapes, experts=True), count=None)
         one = jax.tree.map(lambda a: a[0], batch)
-        out, logprob_BT, _ = jax.jit(objective.logprobs)(policy(), one)
+        out, logprob_BT, _ = jax.jit(loss.logprobs)(policy(), one)
     grads, metrics = updated("r1_zero", shapes, routing_replay=True, experts=True, counted=np.ones(8, bool))
     used_BTK, own_BTK = np.asarray(out.routing[0].ids_BTK)[0], np.asarray(out.routing[0].own_BTK)[0]
     said_BTK = np.asarray(one.experts_BTLK)[:, :, 0]

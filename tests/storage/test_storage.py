@@ -22,10 +22,10 @@ from jaxseek.cli.main import main
 from jaxseek.config.model import ConfigError
 from jaxseek.data.sources import open_sources
 from jaxseek.model.deepseek import DeepSeek
+from jaxseek.recipes.pipeline import run_stage as train
 from jaxseek.storage import place as places
 from jaxseek.storage.place import Log, Mirror, PlaceError, Remote, cut, file_sizes, place, read_log, upload
 from jaxseek.train.checkpoints import Checkpoints
-from jaxseek.train.trainer import train
 from jaxseek_convert import convert, stream
 
 ROOT = Path(__file__).parents[2]

@@ -12,8 +12,9 @@ from jaxseek.config.run import LoraConfig, RunConfig
 from jaxseek.sharding.parameters import parameters
 from jaxseek.train import lora
 from jaxseek.train.batch import make_batch, to_devices
-from jaxseek.train.objectives import Objective
+from jaxseek.train.loss import StepInputs
 from jaxseek.train.optimizer import decays, make_optimizer
+from jaxseek.train.pretrain import LanguageLoss
 from jaxseek.train.step import changed, init_state, make_step, trained, with_values
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -136,8 +137,8 @@ def test_training_changes_the_adapters_and_nothing_else(name, mesh):
         {"objective": "sft", "model": "m", "out": "o", "steps": 9, "data": {"train": "d"}, "remat": "none"}
         | {"optimizer": {"learning_rate": 0.01}}
     )
-    optimizer = make_optimizer(config.recipe, decays(model))
-    step = make_step(Objective(config.recipe, jnp.dtype("float32")), optimizer)
+    optimizer = make_optimizer(config.program, decays(model))
+    step = make_step(LanguageLoss(config.program, jnp.dtype("float32")), optimizer)
     before, state = values(model), init_state(model, optimizer)
     assert changed(model).keys() == trained(model).keys()  # which is what a checkpoint holds
     ones = np.ones_like(TOKENS_BT)
@@ -147,8 +148,8 @@ def test_training_changes_the_adapters_and_nothing_else(name, mesh):
         )
         losses = []
         for _ in range(4):
-            state, metrics = step(state, None, batch, np.float32(0.3), np.float32(0.1))
-            losses.append(float(metrics["loss"]))
+            state, aux = step(state, batch, StepInputs(np.float32(0.3), np.float32(0.1)))
+            losses.append(float(aux.metrics["loss"]))
     assert losses == sorted(losses, reverse=True)
     for path, value in values(state.model).items():
         adapter = path.endswith((".left", ".right"))

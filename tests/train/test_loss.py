@@ -24,7 +24,10 @@ from jaxseek.sharding.parameters import parameters
 from jaxseek.sharding.strategy import Strategy
 from jaxseek.train import loss
 from jaxseek.train.batch import make_batch, to_devices
-from jaxseek.train.objectives import Objective, Whole
+from jaxseek.train.distill import DistillationLoss
+from jaxseek.train.dpo import PreferenceLoss
+from jaxseek.train.loss import StepInputs, Totals
+from jaxseek.train.pretrain import LanguageLoss
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -192,15 +195,15 @@ def test_balanced_experts_cost_the_weight_of_the_loss():
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def compiled(objective, model, teacher, batch, mtp):
-    """(loss, metrics, gradients) of one microbatch."""
-    whole, part = Whole.of(batch), jax.tree.map(lambda a: a[0], batch)
+def compiled(loss, model, batch, inputs):
+    """(loss, aux, gradients) of one microbatch."""
+    totals, part = Totals.of(batch), jax.tree.map(lambda a: a[0], batch)
 
     def f(model):
-        return objective(model, teacher, part, whole, mtp)
+        return loss(model, part, totals, inputs)
 
-    (total, metrics), grads = jax.value_and_grad(f, has_aux=True, allow_int=True)(model)
-    return total, metrics, grads
+    (total, aux), grads = jax.value_and_grad(f, has_aux=True, allow_int=True)(model)
+    return total, aux, grads
 
 
 def computed(config, model, tokens, segments, targets, reference=None, teacher=None, mtp=0.0):
@@ -208,9 +211,10 @@ def computed(config, model, tokens, segments, targets, reference=None, teacher=N
     batch = make_batch(tokens, segments, targets, modules, reference=reference)
     with model.on_mesh():
         batch = to_devices(batch, model)
-        total, metrics, grads = compiled(
-            Objective(config.recipe, jnp.float32), model, teacher, batch, np.float32(mtp)
-        )
+        kind = {"dpo": PreferenceLoss, "distill": DistillationLoss}.get(config.objective, LanguageLoss)
+        inputs = StepInputs(np.float32(mtp), teacher=teacher)
+        total, aux, grads = compiled(kind(config.program, jnp.float32), model, batch, inputs)
+    metrics = aux.metrics | ({} if aux.load_LE is None else {"load": aux.load_LE})
     floats = {p: np.asarray(v[...]) for p, v in parameters(grads).items() if "bias_E" not in p}
     return float(total), {k: np.asarray(v) for k, v in metrics.items()}, floats
 

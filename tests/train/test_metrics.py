@@ -124,8 +124,9 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch, capsys):
 
 def test_metrics_of_a_step_become_numbers():
     load_LE = jnp.array([[4, 4, 4, 4], [8, 0, 4, 4]])
-    found = summarize({"loss": jnp.float32(1.5), "finite": jnp.bool(True), "load": load_LE})
-    assert found == {"loss": 1.5, "finite": 1.0, "load_max_over_mean": 1.5}
+    found = summarize({"loss": jnp.float32(1.5), "tokens": jnp.int32(3)}, load_LE)
+    assert found == {"loss": 1.5, "tokens": 3.0, "load_max_over_mean": 1.5}
+    assert summarize({"loss": jnp.float32(1.5)}) == {"loss": 1.5}
 
 
 @pytest.mark.parametrize("sparse", [False, True])

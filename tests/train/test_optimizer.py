@@ -41,7 +41,7 @@ def problem(dtype=np.float32):
 
 
 def train(cfg, params, grads, state=None):
-    optimizer = make_optimizer(cfg.recipe, DECAY)
+    optimizer = make_optimizer(cfg.program, DECAY)
     params = jax.tree.map(jnp.asarray, params)
     state = optimizer.init(params) if state is None else state
 
@@ -57,7 +57,7 @@ def train(cfg, params, grads, state=None):
 
 def as_in_the_paper(cfg, params, grads):
     """Algorithm 2 of arXiv:1711.05101 with the weight decay scaled by the learning rate, in float64."""
-    o, rate = cfg.optimizer, learning_rate(cfg.recipe)
+    o, rate = cfg.optimizer, learning_rate(cfg.program)
     out = {}
     for name, p in params.items():
         p, m, v = p.astype(np.float64), 0.0, 0.0
@@ -89,7 +89,7 @@ def test_both_moments_in_bfloat16_cost_little_accuracy():
 
 def test_bfloat16_parameters_are_updated_in_float32():
     params, grads = problem(jnp.bfloat16)
-    optimizer = make_optimizer(run().recipe, DECAY)
+    optimizer = make_optimizer(run().program, DECAY)
     updates, state = optimizer.update(grads[0], optimizer.init(params), params)
     assert {a.dtype.name for a in jax.tree.leaves((updates, state))} == {"float32", "int32"}
 
@@ -117,7 +117,7 @@ def test_the_state_and_the_updates_lie_on_the_mesh_as_the_parameters_do():
     cfg = tiny_config("v3", num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
     model = random_model(cfg, "fsdp=2,expert=2,tensor=2")
     params = {path: v.get_value() for path, v in parameters(model).items()}
-    optimizer = make_optimizer(run(moments="bfloat16").recipe, decays(model))
+    optimizer = make_optimizer(run(moments="bfloat16").program, decays(model))
     assert any(a.sharding.spec != jax.sharding.PartitionSpec() for a in params.values())
     with model.on_mesh():
         state = jax.jit(optimizer.init)(params)

@@ -27,7 +27,7 @@ def run(steps, rate=1.0, batch=None, **schedule):
 
 
 def rates(cfg, *steps):
-    return [float(learning_rate(cfg.recipe)(s)) for s in steps]
+    return [float(learning_rate(cfg.program)(s)) for s in steps]
 
 
 def test_the_learning_rate_of_v3_is_the_papers():
@@ -65,7 +65,7 @@ def test_without_a_warm_up_the_first_step_is_at_full_rate():
 
 def test_a_traced_step_gives_the_same_rate():
     for kind in ("constant", "linear", "cosine", "multi_step"):
-        rate = learning_rate(run(50, 1e-3, kind=kind, warmup=5).recipe)
+        rate = learning_rate(run(50, 1e-3, kind=kind, warmup=5).program)
         traced = jax.jit(jax.vmap(rate))(jnp.arange(50))
         assert traced.dtype == jnp.float32
         assert traced.tolist() == pytest.approx([float(rate(s)) for s in range(50)], rel=1e-6)

@@ -35,13 +35,14 @@ from jaxseek.checkpoint import models
 from jaxseek.checkpoint.models import CheckpointError
 from jaxseek.cli.main import main
 from jaxseek.config.model import ConfigError
+from jaxseek.recipes.pipeline import run_stage as train
 from jaxseek.sharding.parameters import parameters
 from jaxseek.tokenizer.tokenizer import Tokenizer, TokenizerError, train_sentencepiece
-from jaxseek.train import distill, reference, start, trainer
+from jaxseek.train import distill, dpo, start, trainer
 from jaxseek.train.checkpoints import Checkpoints
 from jaxseek.train.optimizer import decays, make_optimizer
 from jaxseek.train.step import init_state, with_values
-from jaxseek.train.trainer import TrainingError, train
+from jaxseek.train.trainer import TrainingError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "undrawn")
 
@@ -177,7 +178,7 @@ def test_a_run_killed_ten_times_ends_with_the_same_bits(home, tmp_path):
 @pytest.fixture
 def state(home):
     model = models.restore(home / "dense")
-    return init_state(model, make_optimizer(run(home, "o").recipe, decays(model)))
+    return init_state(model, make_optimizer(run(home, "o").program, decays(model)))
 
 
 def kept(tmp_path, home, state, saves):
@@ -210,7 +211,7 @@ def test_a_checkpoint_is_of_its_step_though_training_goes_on_in_its_memory(home,
     large = with_values(
         state.model, {"embed_VD": jax.device_put(np.zeros((320, 1 << 15), np.float32), sharding)}
     )
-    state = init_state(large, make_optimizer(run(home, "o").recipe, decays(large)))
+    state = init_state(large, make_optimizer(run(home, "o").program, decays(large)))
     with state.model.on_mesh():
         checkpoints = Checkpoints(tmp_path, run(home, "o").checkpoint)
         for number in range(1, 5):
@@ -352,7 +353,7 @@ def test_an_exploding_run_names_the_layer_keeps_the_last_good_checkpoint_and_exi
 def exported_step(config, step):
     """The parameters in a checkpoint of a run."""
     model = models.restore(config.model)
-    state = init_state(model, make_optimizer(config.recipe, decays(model)))
+    state = init_state(model, make_optimizer(config.program, decays(model)))
     checkpoints = Checkpoints(config.out, config.checkpoint)
     back, _ = checkpoints.restore(step, state)
     checkpoints.close()
@@ -400,7 +401,7 @@ def test_preferences_raise_the_margin_and_the_reference_is_computed_once(home, t
     def never(*_):
         raise AssertionError("the reference is computed again")
 
-    monkeypatch.setattr(reference, "_computed", never)
+    monkeypatch.setattr(dpo.Dpo, "_computed", never)
     train(run(home, tmp_path / "run", "dpo", data={"holdout": 0.2}, eval={"every": 0, "rows": 2}))
     found = losses(tmp_path / "run", "margin")
     assert list(found) == list(range(STEPS))

@@ -14,9 +14,10 @@ from jaxseek.config.run import RunConfig
 from jaxseek.model.deepseek import DeepSeek
 from jaxseek.sharding.parameters import parameters
 from jaxseek.train.batch import make_batch, to_devices
-from jaxseek.train.objectives import Objective
+from jaxseek.train.loss import StepInputs
 from jaxseek.train.optimizer import decays, make_optimizer
-from jaxseek.train.step import init_state, make_evaluation, make_step
+from jaxseek.train.pretrain import LanguageLoss
+from jaxseek.train.step import evaluate_batch, init_state, make_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -36,8 +37,8 @@ def run(**sections):
 def stepper(dtype="float32", remat="none", adam=True, cfg=SPARSE):
     """The optimizer and the compiled step, which tests share."""
     config = run(remat=remat)
-    optimizer = make_optimizer(config.recipe, decays(random_model(cfg))) if adam else optax.sgd(1.0)
-    return optimizer, make_step(Objective(config.recipe, jnp.dtype(dtype)), optimizer)
+    optimizer = make_optimizer(config.program, decays(random_model(cfg))) if adam else optax.sgd(1.0)
+    return optimizer, make_step(LanguageLoss(config.program, jnp.dtype(dtype)), optimizer)
 
 
 @jax.jit
@@ -68,7 +69,8 @@ def stepped(
     with model.on_mesh():
         batch = to_devices(change(batch), model)
         for _ in range(steps):
-            state, metrics = step(state, None, batch, np.float32(0.3), np.float32(bias_speed))
+            state, aux = step(state, batch, StepInputs(np.float32(0.3), np.float32(bias_speed)))
+            metrics = aux.metrics | ({} if aux.load_LE is None else {"load": aux.load_LE})
             losses.append(float(metrics["loss"] + 0.3 * metrics.get("mtp_loss", 0)))
     return losses, {k: np.asarray(v) for k, v in metrics.items()}, state
 
@@ -154,11 +156,11 @@ def test_a_batch_that_is_not_finite_changes_nothing_and_says_so():
     tokens, segments, weights = rows()
     weights[3, 4] = np.nan
     _, metrics, state = stepped(model, (tokens, segments, weights))
-    assert not metrics["finite"]
+    assert not np.isfinite(metrics["loss"])
     assert not any(c.any() for c in changes(model, state).values())
     assert int(state.step) == 0
     assert not any(np.asarray(a).any() for a in jax.tree.leaves(state.moments))
-    assert stepped(model)[1]["finite"]
+    assert np.isfinite(stepped(model)[1]["loss"])
 
 
 @pytest.mark.parametrize("mesh", [None, slow({"expert": 2, "tensor": 2, "fsdp": 2})])
@@ -169,10 +171,12 @@ def test_a_step_in_fp8_has_nearly_the_loss_of_one_without(mesh):
     tokens, ones = np.random.default_rng(0).integers(3, 256, (4, 32)), np.ones((4, 32))
     losses = []
     for fp8 in (False, True):
-        evaluate = make_evaluation(Objective(run(fp8=fp8).recipe, jnp.float32))
+        loss = LanguageLoss(run(fp8=fp8).program, jnp.float32)
         batch = to_devices(make_batch(tokens, ones, ones, cfg.num_nextn_predict_layers), model)
         with model.on_mesh():
-            losses.append(float(evaluate(model, None, batch, np.float32(0.3))["loss"]))
+            losses.append(
+                float(evaluate_batch(loss, model, batch, StepInputs(np.float32(0.3))).metrics["loss"])
+            )
     assert losses[0] != losses[1]
     assert abs(losses[1] / losses[0] - 1) < 2e-3
 
