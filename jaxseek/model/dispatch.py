@@ -153,12 +153,13 @@ def dispatch(
     tokens: list[Any] = [
         jax.sharding.reshard(a, token_spec) for a in (x_BTD, ids_BTK, gates_BTK, valid_BT[..., None])
     ]
-    y_BTD, load_E, dropped = jax.shard_map(
+    sharded: Any = jax.shard_map(
         on_shard,
         in_specs=(PartitionSpec(), *(token_spec,) * 4, experts.specs(rules)),
         out_specs=(token_spec, PartitionSpec(), PartitionSpec()),
         check_vma=False,  # the TPU grouped matmul does not declare over which axes its result varies
-    )(slots_XS, *tokens, experts)
+    )
+    y_BTD, load_E, dropped = sharded(slots_XS, *tokens, experts)
     return rules.shard(y_BTD, "batch", "length", None), load_E, dropped
 
 
