@@ -206,7 +206,7 @@ def test_chosen_experts_are_those_with_a_gate(quantised, rows):
 
 def tokens_of(model):
     prompts = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 1]]
-    return Engine(model, unroll=False).generate(prompts, Sampling(temperature=0.0, max_new_tokens=3))
+    return Engine(model, form="plain").generate(prompts, Sampling(temperature=0.0, max_new_tokens=3))
 
 
 def tokens_by_kernels(model, monkeypatch):
