@@ -76,7 +76,6 @@ def test_wrong_use_is_2_and_failure_is_1_with_one_line(capsys, tiny, tmp_path):
         (["generate", "deepseek-r1", "-p", "x"], 1, "convert hf://deepseek-ai/DeepSeek-R1 deepseek-r1"),
         (["generate", str(tmp_path / "absent"), "-p", "x"], 1, "does not exist"),
         (["generate", str(tiny), "-p", "fox " * 200], 1, "no room in the context of 128"),
-        (["generate", str(tiny), "-p", "x", "-t", "-1"], 1, "temperature is -1.0"),
         (["convert", str(tiny), str(tiny)], 1, "choose another destination"),
     ):
         assert main(argv) == code, argv

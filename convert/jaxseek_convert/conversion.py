@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -28,6 +27,7 @@ from jaxseek.checkpoint.directory import CheckpointError
 from jaxseek.checkpoint.store import LAYOUT, write_metadata
 from jaxseek.machine.host_memory import peak_memory
 from jaxseek.machine.hosts import gather
+from jaxseek.machine.terminal import PlainConsole
 from jaxseek.model.weight import MATRICES
 from jaxseek.storage.hub import HUB, model_place
 from jaxseek.storage.place import Place, Remote, file_sizes, place, remove, scratch, writable
@@ -79,7 +79,7 @@ def convert(
             f"{dst}: is or holds the checkpoint to be converted; choose another destination"
         )
     host, hosts = jax.process_index(), jax.process_count()
-    console, progress = Console(stderr=True), progress and host == 0
+    console, progress = PlainConsole(stderr=True), progress and host == 0
     with (
         directory.resumable_directory(to_place, stream.JOURNAL, overwrite) as draft,
         source_place(src, to_place) as at,
@@ -360,7 +360,7 @@ class Beside:
 
 
 @contextlib.contextmanager
-def bars(show: bool, console: Console) -> Iterator[Stage]:
+def bars(show: bool, console: PlainConsole) -> Iterator[Stage]:
     """Progress on stderr: a bar for each stage, in bytes."""
     columns = (TextColumn("{task.description:9}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not show) as shown:

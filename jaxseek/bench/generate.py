@@ -187,8 +187,9 @@ def _report(
     if as_json:
         print(json.dumps({"model": source, "dtype": dtype, "machine": machine, "rows": rows}))
         return
-    from rich.console import Console
     from rich.table import Table
+
+    from jaxseek.machine.terminal import PlainConsole
 
     total, active = cfg.num_params() / 1e6, cfg.num_active_params() / 1e6
     title = f"{source}: {total:.0f} M parameters, {active:.0f} M active, {dtype}"
@@ -207,4 +208,4 @@ def _report(
             f"{fraction:.0%}" if fraction else "",
             f"{speedup:.2f}x" if speedup else "",
         )
-    Console().print(table)
+    PlainConsole().print(table)

@@ -65,8 +65,9 @@ def _report(rows: list[dict[str, Any]], title: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"title": title, "cpus": cpus(), "rows": rows}))
         return
-    from rich.console import Console
     from rich.table import Table
+
+    from jaxseek.machine.terminal import PlainConsole
 
     table = Table(title=title, caption=f"{cpus()} CPUs, float32")
     for name in ("program", "s/step", "sampling", "first step", "memory", "speedup"):
@@ -80,7 +81,7 @@ def _report(rows: list[dict[str, Any]], title: str, as_json: bool) -> None:
             f"{row['peak_memory_bytes'] / 2**30:.2f} GiB",
             f"{row['speedup']:.2f}x" if "speedup" in row else "",
         )
-    Console().print(table)
+    PlainConsole().print(table)
 
 
 # -------------------------------------------------------------------- a program in its process

@@ -122,8 +122,9 @@ def _report(
         machine = {"device": device, "cpus": cpus(), "peak_flops": peak}
         print(json.dumps({"model": source, "shape": shape, "machine": machine, "rows": rows}))
         return
-    from rich.console import Console
     from rich.table import Table
+
+    from jaxseek.machine.terminal import PlainConsole
 
     limit = f", {peak / 1e9:.0f} GFLOP/s" if peak else ""
     table = Table(title=f"{source}: training, {shape}", caption=f"{device}, {cpus()} CPUs{limit}")
@@ -141,7 +142,7 @@ def _report(
             f"{row['peak_memory_bytes'] / 2**30:.2f} GiB",
             f"{speedup:.2f}x" if speedup else "",
         )
-    Console().print(table)
+    PlainConsole().print(table)
     if differences := [row["loss_difference"] for row in rows if "loss_difference" in row]:
         print(f"losses differ from those of transformers by {max(differences):.1e} at most")
 

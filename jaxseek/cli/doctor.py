@@ -1,8 +1,12 @@
-"""`jaxseek doctor`: versions, hardware, what JAX uses of it, and how to mend what does not go together.
+"""Find versions that do not go together, hardware that JAX does not use and why, and faults of memory, disk,
+compile cache and buckets; each problem with the command that mends it. Exit code 1 where there is one.
 
-It says something useful where importing JAX or Flax fails or hangs, so it imports neither:
-`jaxseek.cli.probe` does, in a process with a time limit.
+example:
+  jaxseek doctor gs://my-bucket/checkpoints
 """
+
+# It says something useful where importing JAX or Flax fails or hangs, so it imports neither:
+# `jaxseek.cli.probe` does, in a process with a time limit.
 
 from __future__ import annotations
 
@@ -16,14 +20,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jaxseek.cli.shared import number
 from jaxseek.machine import accelerators
 from jaxseek.machine.host_memory import free_memory, total_memory
-from jaxseek.machine.terminal import table
 
 SHOWN = (
     "jaxseek",
@@ -56,21 +59,23 @@ class Report:
         self.notes.append({"what": what, "mend": mend})
 
 
-def add_doctor_verb(verb: Callable[..., argparse.ArgumentParser]) -> None:
-    """Declare it; `verb` makes a parser of a name, what runs it, its description and an example."""
-    p = verb(
-        "doctor",
-        _doctor,
-        "Versions that do not go together, hardware that JAX does not use and why, memory, disk, the compile "
-        "cache, buckets; each problem with the command that mends it. Exit code 1 where there is one.",
-        "jaxseek doctor gs://my-bucket/checkpoints",
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "buckets", nargs="*", metavar="URL", help="gs://, s3:// or another directory to reach"
     )
-    p.add_argument("buckets", nargs="*", metavar="URL", help="gs://, s3:// or another directory to reach")
-    p.add_argument("--timeout", type=float, default=60, metavar="S", help="to wait for JAX, for a bucket")
-    p.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "--timeout",
+        type=number(0, 86400, above=True),
+        default=60,
+        metavar="S",
+        help="to wait for JAX, for a bucket",
+    )
+    parser.add_argument("--json", action="store_true")
 
 
-def _doctor(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
+    from jaxseek.machine.terminal import table, visible
+
     report = examine(args.buckets, args.timeout)
     if args.json:
         print(json.dumps({"ok": not report.problems, **vars(report)}))
@@ -79,7 +84,7 @@ def _doctor(args: argparse.Namespace) -> int:
     for kind, findings in (("note", report.notes), ("problem", report.problems)):
         for finding in findings:
             mend = f"\n         {finding['mend']}" if finding["mend"] else ""
-            print(f"{kind + ':':8} {finding['what']}{mend}")
+            print(visible(f"{kind + ':':8} {finding['what']}{mend}"))
     if not report.problems:
         print("no problems found")
     return 1 if report.problems else 0

@@ -1,20 +1,183 @@
-"""What the verbs of the command line share."""
+"""Arguments and checks that several verbs share; prompts and the text of replies have files of their own."""
 
 from __future__ import annotations
 
-import json
+import argparse
+import math
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 from jaxseek.machine.accelerators import unused_accelerator
-from jaxseek.storage.place import place, writable
+from jaxseek.storage.place import writable
+
+CONFIG = "preset, checkpoint or Hugging Face directory, or config.json"
+
+MOST = 2**31 - 1  # of sizes and counts, which are int32 on the devices
 
 _said = False
 
 
 class WrongUse(Exception):
     """Arguments that do not go together: exit code 2."""
+
+
+# -------------------------------------------------------------------- types of arguments
+
+
+def whole(least: int = 1, most: int = MOST) -> Callable[[str], int]:
+    """Return the type of a whole number within bounds."""
+
+    def parse(text: str) -> int:
+        try:
+            found = int(text)
+        except ValueError:  # also for more digits than Python reads
+            found = None
+        if found is None or not least <= found <= most:
+            raise argparse.ArgumentTypeError(
+                f"is {_brief(text)}, expected a whole number from {least} to {most:,}"
+            )
+        return found
+
+    return parse
+
+
+def number(
+    least: float = 0.0, most: float = sys.float_info.max, above: bool = False
+) -> Callable[[str], float]:
+    """Return the type of a finite number within bounds; with `above`, `least` itself is outside."""
+    expected = f"a number {'above' if above else 'from'} {least:g}"
+    expected += f" to {most:g}" if most < sys.float_info.max else "" if above else " on"
+
+    def parse(text: str) -> float:
+        try:
+            found = float(text)
+        except ValueError:
+            found = math.nan
+        if not least <= found <= most or (above and found == least):  # also where it is NaN
+            raise argparse.ArgumentTypeError(f"is {_brief(text)}, expected {expected}")
+        return found
+
+    return parse
+
+
+def size(text: str) -> int:
+    """Parse bytes: 1.5GiB, 800M, 2e9."""
+    match = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)(e[0-9]{1,2})?\s*([kmgt]?)i?b?", text.lower())
+    found = float(match[1] + (match[2] or "")) * 1024 ** " kmgt".index(match[3] or " ") if match else 0
+    if not 1 <= found <= sys.maxsize:
+        raise argparse.ArgumentTypeError(f"is {_brief(text)}, expected a size such as 1.5GiB or 800M")
+    return int(found)
+
+
+def unicode(text: str) -> str:
+    """Parse text for a model, which has to be valid: Python keeps undecodable bytes of a command line."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        at = f"a byte at character {e.start + 1} that is not {sys.getfilesystemencoding()}"
+        raise argparse.ArgumentTypeError(f"is {_brief(text)} with {at}, expected text") from None
+    return text
+
+
+def _brief(text: str) -> str:
+    return ascii(text if len(text) <= 60 else text[:57] + "...")
+
+
+# -------------------------------------------------------------------- arguments
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Declare the model that is loaded: MODEL, --mesh, --dtype."""
+    parser.add_argument(
+        "model", help="checkpoint directory, Hugging Face directory, or preset such as tiny-v3"
+    )
+    parser.add_argument(
+        "--mesh", help="axis sizes (tensor=4,data=2), a strategy TOML, or the name of a shipped one"
+    )
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), help="default: float32 on CPU, else bfloat16"
+    )
+
+
+def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    """Declare how replies are sampled, which `sampling` reads."""
+    parser.add_argument("-n", "--max-new-tokens", type=whole(), default=max_new_tokens, metavar="N")
+    parser.add_argument("-t", "--temperature", type=number(), default=0.6, help="0 is greedy (default 0.6)")
+    parser.add_argument("--top-k", type=whole(0), default=0, help="0 is off")
+    parser.add_argument("--top-p", type=number(0, 1, above=True), default=0.95)
+    parser.add_argument("--min-p", type=number(0, 1), default=0.0)
+    parser.add_argument("--seed", type=whole(0, 2**63 - 1), default=0)
+    parser.add_argument(
+        "--stop",
+        action="append",
+        type=unicode,
+        default=[],
+        metavar="TEXT",
+        help="end at this text; repeatable",
+    )
+    parser.add_argument("--no-think", action="store_true", help="ask a thinking model to answer at once")
+
+
+def sampling(args: argparse.Namespace, seed: int) -> Any:
+    """Return the settings of one reply."""
+    from jaxseek.engine.sampling import Sampling
+
+    return Sampling(
+        args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_p, seed, tuple(args.stop)
+    )
+
+
+def add_step(parser: argparse.ArgumentParser, model: str) -> None:
+    """Declare a step on a TPU slice, which `plan` and `sweep` compile; `model` is the help of MODEL."""
+    parser.add_argument("model", help=model)
+    parser.add_argument("--topology", required=True, metavar="CHIP:AxB", help="such as v5e:8x8 or v5p:4x4x4")
+    workloads = ("decode", "prefill", "train", "rollout", "grpo")
+    parser.add_argument("--workload", choices=workloads, help="default decode")
+    parser.add_argument("--context", type=whole(), help="tokens of a sequence (default 2048)")
+    parser.add_argument("--weights", choices=("bf16", "int8", "int4", "fp8"), help="default bf16")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--plot", metavar="FILE", help="draw it")
+
+
+def add_conversion(parser: argparse.ArgumentParser) -> None:
+    """Declare a conversion, which `write_checkpoint` does."""
+    parser.add_argument(
+        "src",
+        help="Hugging Face directory, hf://OWNER/NAME, fsspec URL, jaxseek checkpoint, .gguf file or "
+        "package:NAME of one",
+    )
+    parser.add_argument("dst", help="directory to write; must not exist")
+    parser.add_argument("--no-mtp", action="store_true", help="leave the multi-token module out")
+    parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    parser.add_argument(
+        "--memory", type=size, default="1.5GiB", help="what the process may take (default 1.5GiB)"
+    )
+    parser.add_argument("--verify", action="store_true", help="read everything back before DST gets its name")
+    parser.add_argument(
+        "--no-checksum", action="store_true", help="do not check SRC's files by the hub's SHA-256"
+    )
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+
+
+def write_checkpoint(args: argparse.Namespace, **choices: Any) -> dict[str, Any]:
+    """Convert as `add_conversion` declares and return the summary."""
+    from jaxseek_convert import convert
+
+    return convert(
+        args.src,
+        args.dst,
+        mtp=not args.no_mtp,
+        overwrite=args.overwrite,
+        memory=args.memory,
+        verify=args.verify,
+        checksums=not args.no_checksum,
+        **choices,
+    )
+
+
+# -------------------------------------------------------------------- before and at the work
 
 
 def check_outputs(*names: str | None) -> None:
@@ -48,24 +211,3 @@ def load_model(source: str, mesh: str | None, dtype: str | None, quiet: bool = F
     if tokenizer is None and not quiet:
         print("no tokenizer beside the weights: prompts and replies are token ids", file=sys.stderr)
     return model, tokenizer
-
-
-def read_prompts(given: Sequence[str], file: str | None) -> list[Any]:
-    """Texts, or chats as lists of messages: those given, of which - is standard input, then a file's."""
-    prompts: list[Any] = [sys.stdin.read() if p == "-" else p for p in given]
-    if file:
-        lines = place(file).read_text(encoding="utf-8").splitlines()
-        for number, line in enumerate((l for l in lines if l.strip()), 1):
-            if not file.endswith(".jsonl"):
-                prompts.append(line)
-                continue
-            try:
-                row = json.loads(line)
-                prompts.append(row["messages"] if "messages" in row else row["prompt"])
-            except (json.JSONDecodeError, KeyError, TypeError):
-                raise ValueError(
-                    f'{file}, line {number}: expected JSON with "prompt" or "messages"'
-                ) from None
-    if not prompts:
-        raise WrongUse('no prompt: give -p "text", -p - for standard input, or -f FILE')
-    return prompts

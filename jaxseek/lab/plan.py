@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-from rich.console import Console
 
 from jaxseek.config.model import ConfigError, ModelConfig, configs_dir, presets
 from jaxseek.config.run import is_run_file, raise_near_run_file
@@ -21,6 +20,7 @@ from jaxseek.lab.measure import Measured, devices_of, measure
 from jaxseek.lab.memory import points, programs, table
 from jaxseek.lab.planned_run import check_agrees, job_of, read_runs
 from jaxseek.lab.report import Report, draw, lines, report
+from jaxseek.machine.terminal import PlainConsole
 from jaxseek.sharding.strategy import Strategy
 from jaxseek.storage.place import writable, write_text
 
@@ -85,7 +85,7 @@ def _plan(
     """`plan` of one job."""
     devices = devices_of(job.topology, jax.devices()) if repeats else []
     writes = not devices or jax.process_index() == 0
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     console.print(f"layout: {layout}", highlight=False)
     jobs, compiled = programs(job) if job.workload == "grpo" else {job.workload: job}, {}
     for number, (program, one) in enumerate(jobs.items(), 1):
@@ -122,7 +122,7 @@ def _plan(
     return 0 if fits else 1
 
 
-def _compiled(job: Job, which: str, console: Console) -> Compiled:
+def _compiled(job: Job, which: str, console: PlainConsole) -> Compiled:
     """A program of the plan, with a note of its progress; `which` one of several it is, if it is."""
     held = first_pass(job).held / 2**30
     if which and not console.is_terminal:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from jaxseek.config.model import ConfigError
@@ -21,6 +20,7 @@ from jaxseek.engine.request import EXPERTS, Request
 from jaxseek.engine.sampling import Sampling
 from jaxseek.experts import balance
 from jaxseek.experts.balance import Placement, contiguous, imbalance, place, serve
+from jaxseek.machine.terminal import PlainConsole
 from jaxseek.model.deepseek import DeepSeek
 from jaxseek.storage import place as places
 
@@ -179,7 +179,7 @@ def show(load: Load, served: list[Served], as_json: bool = False, plot: str | No
             f"{r['experts_read_mean']:.2f}",
             f"{r['experts_read_busiest_per_step']:.1f}",
         )
-    Console(width=None if Console().is_terminal else 130).print(table)
+    PlainConsole(width=None if PlainConsole().is_terminal else 130).print(table)
     print(
         "of a device and layer, mean over steps and layers; per step: the busiest device's, over all layers"
     )

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
@@ -22,6 +21,7 @@ from jaxseek.lab.compile import CompileError, compile_job
 from jaxseek.lab.info import read_config
 from jaxseek.lab.job import Job
 from jaxseek.lab.report import Report, report
+from jaxseek.machine.terminal import PlainConsole
 from jaxseek.sharding.strategy import Strategy
 from jaxseek.storage.place import save_figure
 
@@ -203,7 +203,7 @@ def sweep(
     plot: str | None = None,
 ) -> int:
     """Compare layouts and print the table. Returns 1 where nothing fits."""
-    cfg, slice_, console = read_config(model), Topology.parse(topology), Console(stderr=True)
+    cfg, slice_, console = read_config(model), Topology.parse(topology), PlainConsole(stderr=True)
     chosen, left = [], []
     for batch in batches:
         some, rest = prune(layouts(cfg, slice_, workload, batch, context, weights, meshes), keep)
@@ -222,7 +222,7 @@ def sweep(
     if as_json:
         print(json.dumps({"entries": [e.to_dict() for e in done], "left_out": [e.to_dict() for e in left]}))
     else:
-        Console(width=None if console.is_terminal else 150).print(table(done))
+        PlainConsole(width=None if console.is_terminal else 150).print(table(done))
         print(verdict(done))
     return 0 if any(map(fits, done)) else 1
 

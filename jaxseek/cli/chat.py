@@ -1,0 +1,63 @@
+"""Talk to a model in the terminal; its thinking is shown apart. /reset forgets, /exit leaves.
+
+example:
+  jaxseek chat r1-distill-qwen-1.5b/
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from jaxseek.cli.shared import add_model, add_sampling, load_model, sampling, unicode
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--system", type=unicode, help="system message")
+    add_sampling(parser, 2048)
+
+
+def run(args: argparse.Namespace) -> None:
+    from jaxseek.cli.writer import Writer, print_rates
+    from jaxseek.engine.text import TextStream, encode, engine_for
+    from jaxseek.tokenizer.chat import split_reasoning
+
+    model, tokenizer = load_model(args.model, args.mesh, args.dtype)
+    if tokenizer is None:
+        raise ValueError(f"{args.model} has no tokenizer; chat needs one")
+    engine, out = engine_for(model), Writer()
+    first = [{"role": "system", "content": args.system}] if args.system else []
+    messages, turn = list(first), 0
+    print("/reset forgets the conversation, /exit leaves", file=sys.stderr)
+    while True:
+        try:
+            text = input("> ")
+        except EOFError:
+            return
+        if text.strip() in ("/exit", "/quit"):
+            return
+        if text.strip() == "/reset":
+            messages = list(first)
+            continue
+        if not text.strip():
+            continue
+        messages.append({"role": "user", "content": text})
+        ids = encode(tokenizer, messages, False if args.no_think else None)
+        opened = tokenizer.opened_think(ids)
+        show = out.reasoning(opened)
+        stream = TextStream(engine, tokenizer, [ids], [sampling(args, args.seed + turn)], 8)
+        try:
+            for pieces in stream:
+                show(pieces[0])
+        except ValueError as e:
+            messages.pop()
+            print(f"{e}; /reset starts anew", file=sys.stderr)
+            continue
+        except KeyboardInterrupt:
+            print(" [stopped]", file=sys.stderr)
+        out.end()
+        reply = stream.replies()[0].text
+        messages.append({"role": "assistant", "content": split_reasoning(reply, opened)[1]})
+        turn += 1
+        print_rates(engine.timing)

@@ -1,0 +1,160 @@
+"""Prompts of the command line: read and checked before the model is loaded, encoded before it runs.
+
+A prompt keeps where it comes from, so that an error names the file and the line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxseek.cli.shared import WrongUse, unicode
+from jaxseek.storage.place import place
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Text, token ids, or a chat as a list of messages; and where it was given."""
+
+    content: Any
+    where: str
+
+
+def add_prompts(parser: argparse.ArgumentParser) -> None:
+    """Declare what `read_prompts` reads."""
+    parser.add_argument(
+        "-p",
+        "--prompt",
+        action="append",
+        type=unicode,
+        default=[],
+        help="repeatable; - reads standard input",
+    )
+    parser.add_argument("-f", "--file", help='prompts: a line each, or .jsonl with "prompt" or "messages"')
+
+
+def read_prompts(given: Sequence[str], file: str | None) -> list[Prompt]:
+    """Return the prompts given, of which - is standard input, then those of a file.
+
+    Raises ValueError for a line that is no prompt, WrongUse where there is no prompt at all.
+    """
+    prompts = []
+    for number, text in enumerate(given, 1):
+        where = "-p" if len(given) == 1 else f"-p, number {number}"
+        prompts.append(_standard_input() if text == "-" else Prompt(text, where))
+    if file:
+        prompts += _file(file)
+    if not prompts:
+        also = f"{file} has none; " if file else ""
+        raise WrongUse(f'no prompt: {also}give -p "text", -p - for standard input, or -f FILE')
+    return prompts
+
+
+def as_chat(prompts: Sequence[Prompt], system: str | None) -> list[Prompt]:
+    """Make texts the user's message of a chat, after a system message where there is one."""
+    before = [{"role": "system", "content": system}] if system else []
+    return [
+        Prompt([*before, {"role": "user", "content": p.content}], p.where)
+        if isinstance(p.content, str)
+        else p
+        for p in prompts
+    ]
+
+
+def encode_prompts(
+    prompts: Sequence[Prompt], tokenizer: Any, vocab_size: int, thinking: bool | None = None
+) -> list[list[int]]:
+    """Return the token ids of every prompt; without a tokenizer, texts are ids.
+
+    Raises ValueError, which tells the place of a prompt that cannot be encoded.
+    """
+    from jaxseek.engine.text import encode
+
+    found = []
+    for prompt in prompts:
+        content = prompt.content
+        try:
+            if tokenizer is None and isinstance(content, str):
+                content = [_id(word) for word in content.split()]
+            ids = encode(tokenizer, content, thinking)
+            if not ids:
+                raise ValueError("the prompt is empty, expected one token or more")
+            if wrong := [i for i in ids if not 0 <= i < vocab_size]:
+                raise ValueError(
+                    f"token id {wrong[0]} is outside the vocabulary, expected 0 to {vocab_size - 1}"
+                )
+        except ValueError as e:
+            raise ValueError(f"{prompt.where}: {e}") from None
+        found.append(ids)
+    return found
+
+
+def _id(word: str) -> int:
+    try:
+        return int(word)
+    except ValueError:
+        raise ValueError(
+            f"{word[:60]!r} is no token id: the model has no tokenizer, so a prompt is ids such as 5 17 3"
+        ) from None
+
+
+def _standard_input() -> Prompt:
+    if sys.stdin is None:
+        raise ValueError("-p -: standard input is closed")
+    try:
+        text = sys.stdin.read()
+        text.encode()
+    except UnicodeError as e:
+        raise ValueError(f"-p -: standard input is not text in {sys.stdin.encoding}: {e}") from None
+    return Prompt(text, "-p -")
+
+
+def _file(file: str) -> Iterator[Prompt]:
+    try:
+        text = place(file).read_text(encoding="utf-8-sig")
+    except UnicodeError as e:
+        raise ValueError(f"{file}: not a text file in UTF-8 ({e})") from None
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would also split at U+2028 in a string
+        if line.strip():
+            where = f"{file}, line {number}"
+            content = _row(line, where) if file.endswith(".jsonl") else line.removesuffix("\r")
+            yield Prompt(content, where)
+
+
+def _row(line: str, where: str) -> Any:
+    """The prompt or the messages of a line of JSON."""
+    from jaxseek.tokenizer.chat import check_messages
+
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(
+            f'{where}: expected JSON with "prompt" or "messages", found {_brief(line)} ({e})'
+        ) from None
+    if not isinstance(row, dict) or not {"prompt", "messages"} & row.keys():
+        raise ValueError(f'{where}: expected JSON with "prompt" or "messages", found {_brief(row)}')
+    name = "messages" if "messages" in row else "prompt"
+    content = row[name]
+    if name == "prompt" and (isinstance(content, str) or _are_ids(content)):
+        return content
+    if not isinstance(content, list):
+        forms = "a list of messages" if name == "messages" else "text, token ids or a list of messages"
+        raise ValueError(f"{where}: {name} is {_brief(content)}, expected {forms}")
+    try:
+        check_messages(content)
+    except ValueError as e:
+        raise ValueError(f"{where}: {e}") from None
+    return content
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(i) is int for i in value)
+
+
+def _brief(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
