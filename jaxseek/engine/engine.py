@@ -210,7 +210,19 @@ class Engine:
     # ---------------------------------------------------------------- a step
 
     def step(self) -> list[Handle]:
-        """Read a chunk of prompts, fill free slots, and decode; returns the requests that have new tokens."""
+        """Read a chunk of prompts, fill free slots, and decode; returns the requests that have new tokens.
+
+        Where it is interrupted, all requests end: the programs had the caches to themselves.
+        """
+        try:
+            return self._step()
+        except BaseException:
+            for handle in self.scheduler.clear():
+                handle.end("cancelled")
+            self.state = None
+            raise
+
+    def _step(self) -> list[Handle]:
         start, line = time.perf_counter(), self.scheduler
         with self.model.on_mesh():
             self._seat()

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxseek.engine.engine import Engine
-from jaxseek.engine.request import Request
+from jaxseek.engine.request import Handle, Request
 from jaxseek.engine.sampling import Sampling
 from jaxseek.engine.text import Prompt, encode
 from jaxseek.model.deepseek import DeepSeek
@@ -27,20 +27,21 @@ def generate(
     tokenizer: Tokenizer | None,
     prompts: Prompt | Sequence[Prompt],
     max_new_tokens: int = 256,
-    temperature: float = 0.6,
-    top_p: float = 0.95,
-    top_k: int = 0,
-    min_p: float = 0.0,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    min_p: float | None = None,
     seed: int | Sequence[int] | None = None,
     stop: str | Sequence[str] | None = None,
     batch_size: int = 16,
 ) -> list[str]:
     """Texts that continue the prompts, one each; without a tokenizer, prompts and results are token ids.
 
-    A prompt is text, token ids, or a chat (a list of messages, rendered by the tokenizer's template). One
-    seed (None: 0) serves every prompt, as if it were alone: other prompts get other noise, the same prompt
-    the same; give one per prompt to sample a prompt several times. `batch_size` answers grow at a time.
-    Raises ValueError for bad settings, an empty prompt, or one that leaves no room in the context.
+    A prompt is text, token ids, or a chat (a list of messages, rendered by the tokenizer's template).
+    Sampling settings that are None are those of the checkpoint's generation_config.json, or else of
+    `Sampling`. One seed (None: 0) serves every prompt, as if it were alone: other prompts get other noise,
+    the same prompt the same; give one per prompt to sample one several times. `batch_size` answers grow at a
+    time. Raises ValueError for bad settings, an empty prompt, or one that leaves no room in the context.
     """
     prompts = _as_list(prompts)
     if seed is None or np.ndim(seed) == 0:
@@ -51,14 +52,26 @@ def generate(
         raise ValueError(f"{len(seeds)} seeds were given for {len(prompts)} prompts")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected 1 or more")
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    base, requests = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, 0, stops), []
+    base = replace(settings(tokenizer, given), max_new_tokens=max_new_tokens, stop=stops)
+    requests = []
     for prompt, own in zip(prompts, seeds):
-        ids = encode(tokenizer, prompt)
-        sampling = replace(base, seed=own)
+        ids, sampling = encode(tokenizer, prompt), replace(base, seed=own)
         requests.append(request(model, tokenizer, ids, replace(sampling, seed=seed_for(own, ids))))
     found = engine_for(model, min(batch_size, len(requests))).answers(requests)
     return [a.text if tokenizer else a.tokens for a in found]  # type: ignore[misc]
+
+
+def settings(tokenizer: Tokenizer | None, given: Mapping[str, Any]) -> Sampling:
+    """Sampling by the settings given; where None, by those of the checkpoint's generation_config.json."""
+    file, own = tokenizer.generation if tokenizer else {}, {}
+    for name, value in given.items():
+        value = file.get(name) if value is None else value
+        own |= {name: value} if isinstance(value, int | float) else {}
+    if file.get("do_sample") is False and given.get("temperature") is None:
+        own["temperature"] = 0.0
+    return Sampling(**own)
 
 
 def request(
@@ -75,6 +88,16 @@ def seed_for(seed: int, prompt: Iterable[int]) -> int:
     entropy = [seed % 2**32, seed >> 32, *prompt]
     high, low = np.random.SeedSequence(entropy).generate_state(2, np.uint32)
     return (int(high) << 31) ^ int(low)
+
+
+def stream(engine: Engine, handle: Handle) -> Iterator[str]:
+    """Pieces of an answer's text as they come; a reader that leaves ends the answer."""
+    try:
+        while not handle.ended:
+            engine.step()
+            yield handle.piece()
+    finally:
+        engine.cancel(handle)
 
 
 def in_order(numbered: Iterable[tuple[int, T]]) -> Iterator[T]:

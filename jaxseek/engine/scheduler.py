@@ -26,11 +26,18 @@ def rounded(n: int, sizes: Sequence[int]) -> int:
 
 
 def chunks(n: int, sizes: Sequence[int] = CHUNKS) -> list[int]:
-    """Sizes of the chunks that `n` tokens are read in; only the last is padded."""
-    plan = []
-    while n > 0:
-        plan.append(rounded(n, sizes))
-        n -= plan[-1]
+    """Sizes of the chunks that `n` tokens are read in; only the last is padded.
+
+    The programs of those after the first are compiled for every capacity of their cache, so what is left in
+    the end is read in small chunks of one size.
+    """
+    _, least, *larger = sizes
+    if n <= least:
+        return [size for size in sizes if size >= n][:1] if n else []
+    plan = [rounded(n, sizes)]
+    while (left := n - sum(plan)) > 0:
+        fits = [size for size in larger if left >= 2 * size]
+        plan.append(sizes[-1] if 4 * left > 3 * sizes[-1] else max(fits, default=least))
     return plan
 
 
@@ -129,6 +136,15 @@ class Scheduler:
             if handle in prompt.waiting:
                 prompt.waiting.remove(handle)
         self._tidy()
+
+    def clear(self) -> list[Handle]:
+        """Forget all requests; returns them."""
+        found = [seat for seat in self.seats if seat is not None]
+        found += [handle for prompt in self._prompts() for handle in prompt.waiting]
+        self.seats, self.reading, self.read = [None] * len(self.seats), None, []
+        self.queue.clear()
+        self._shared.clear()
+        return found
 
     def free(self, part: int) -> list[int]:
         """Free slots of a part."""

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxseek.config.model import ConfigError, ModelConfig
 from jaxseek.config.run import RunConfig
-from jaxseek.decode import forms
+from jaxseek.decode import plain, tpu
 from jaxseek.engine import programs, slots
 from jaxseek.engine.engine import Room
 from jaxseek.engine.sampling import Sampling, SamplingArrays
@@ -223,8 +223,7 @@ def _decode(job: Job, model: DeepSeek, array: Any, placed: Any) -> tuple[Any, tu
         record += ("experts",) if _records_experts(job.run) else ()
     state = _state(job, model, dtype, array, placed)
     params, done_B, stops_BK = SamplingArrays.of([sampling] * B), np.zeros(B, bool), np.full((B, 1), -1)
-    on_tpu = model.mesh.devices.flat[0].platform == "tpu"
-    form = forms.choose("auto" if on_tpu else "plain", model)
+    form: Any = tpu if jax.sharding.get_mesh().devices.flat[0].platform == "tpu" else plain
     weights = placed(jax.eval_shape(form.prepare, model))
     step = programs.laid_out_steps(weights, state, width=width, mode=sampling.mode, record=record, form=form)
     return step, (weights, state, done_B, params, stops_BK.astype(np.int32), np.int32(width), np.int32(B))
