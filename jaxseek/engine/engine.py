@@ -110,24 +110,24 @@ class Engine:
         mode: Mode = "greedy",
         dispatch: int = 32,
     ):
-        self.model, self.capacity, self.dispatch = model, capacity, dispatch
+        self.model, self.dispatch = model, dispatch
         self.mode: Mode = mode
         self.cache_dtype = jnp.dtype(cache_dtype or model.embed_VD[...].dtype).name
         on_tpu = model.mesh.devices.flat[0].platform == "tpu"
         self.decoder = Decoder(model, forms.choose(form, model), on_tpu if lay_out is None else lay_out, owns)
         self.room, self.timing = Room.of(model.strategy), Timing()
-        self.resize(slots)
+        self.scheduler = Scheduler(self.room.parts, 0)
+        self.resize(slots, capacity)
 
     def resize(self, slots: int, capacity: int = 0) -> None:
         """Change the number of slots and their capacity. Raises ValueError while requests are there."""
         if slots < 1:
             raise ValueError(f"slots is {slots}, expected 1 or more")
+        if self.busy:
+            raise ValueError("the engine's slots cannot be changed while it has requests")
         slots, self.capacity = slots + -slots % self.room.slots, capacity
-        if hasattr(self, "scheduler"):
-            if self.busy:
-                raise ValueError("the engine's slots cannot be changed while it has requests")
-            if slots == len(self.scheduler.seats):
-                return
+        if slots == len(self.scheduler.seats):
+            return
         self.scheduler, self.state = Scheduler(self.room.parts, slots, self.room.chunks), None
         self._params = SamplingArrays.of([Sampling()] * slots)
         self._stops = np.full((slots, STOPS), -1, np.int32)
@@ -136,7 +136,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether requests are waiting or decoding."""
-        return bool(self.scheduler.live or self.scheduler.waiting or self.scheduler.reading)
+        return bool(self.scheduler.live or self.scheduler.waiting)
 
     # ---------------------------------------------------------------- requests
 

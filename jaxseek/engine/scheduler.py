@@ -83,8 +83,9 @@ class Reading:
             yield from ((part * self.width + i, prompt) for i, prompt in enumerate(lane))
 
     @property
-    def need(self) -> int:
-        return max((prompt.need for _, prompt in self.rows), default=0)
+    def waited_for(self) -> bool:
+        """Whether requests for these prompts have no slot yet."""
+        return any(prompt.waiting for _, prompt in self.rows)
 
 
 class Scheduler:
@@ -207,5 +208,7 @@ class Scheduler:
     def _tidy(self) -> None:
         """Let go of what nobody waits for."""
         self.queue = collections.deque(p for p in self.queue if p.waiting)
-        self.read = [r for r in self.read if any(p.waiting for _, p in r.rows)]
+        self.read = [reading for reading in self.read if reading.waited_for]
+        if self.reading is not None and not self.reading.waited_for:
+            self.reading = None
         self._shared = {key: p for key, p in self._shared.items() if p.waiting}
