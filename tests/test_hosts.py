@@ -21,7 +21,7 @@ from test_convert_stream import tree
 from jaxseek.checkpoint import models
 from jaxseek.cli.main import main
 from jaxseek.config.model import ConfigError
-from jaxseek.engine.text import generate
+from jaxseek.engine.generate import generate
 from jaxseek.machine import hosts
 from jaxseek.machine.hosts import Cluster
 from jaxseek.model.deepseek import DeepSeek

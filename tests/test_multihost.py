@@ -170,9 +170,9 @@ join()
 from oracles import tiny_config
 from jaxseek.engine.engine import Engine
 from jaxseek.engine.sampling import Sampling
-from jaxseek.lab.chips import Topology
+from jaxseek.hardware import Topology
 from jaxseek.lab.job import Job
-from jaxseek.lab.run import measure
+from jaxseek.lab.measure import measure
 from jaxseek.model.deepseek import DeepSeek
 from jaxseek.sharding.strategy import Strategy
 cfg = tiny_config("v3", num_hidden_layers=2, first_k_dense_replace=1, num_nextn_predict_layers=0)
