@@ -20,7 +20,7 @@ from jaxseek.decode import forms
 from jaxseek.engine.programs import Decoder, State, fetch, read_chunk
 from jaxseek.engine.request import EXPERTS, LOGPROBS, Answer, Handle, Request
 from jaxseek.engine.sampling import Mode, Sampling, SamplingArrays, batch_mode
-from jaxseek.engine.scheduler import CHUNKS, Reading, Scheduler
+from jaxseek.engine.scheduler import Reading, Scheduler
 from jaxseek.engine.slots import LENGTH_STEP, PROMPTS, SLOTS, bucket, capacity_of, moved, resized, seated
 from jaxseek.model.deepseek import Caches, DeepSeek
 from jaxseek.sharding.strategy import Strategy
@@ -67,11 +67,6 @@ class Room:
     slots: int
     length: int
     parts: int  # of the rows of a cache
-
-    @property
-    def chunks(self) -> list[int]:
-        """Sizes of the chunks that prompts are read in."""
-        return [size + -size % self.columns for size in CHUNKS]
 
     @classmethod
     def of(cls, strategy: Strategy) -> Room:
@@ -128,7 +123,7 @@ class Engine:
         slots, self.capacity = slots + -slots % self.room.slots, capacity
         if slots == len(self.scheduler.seats):
             return
-        self.scheduler, self.state = Scheduler(self.room.parts, slots, self.room.chunks), None
+        self.scheduler, self.state = Scheduler(self.room.parts, slots, self.room.columns), None
         self._params = SamplingArrays.of([Sampling()] * slots)
         self._stops = np.full((slots, STOPS), -1, np.int32)
         self._tokens, self._positions = np.zeros(slots, np.int32), np.zeros(slots, np.int32)

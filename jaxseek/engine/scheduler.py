@@ -13,7 +13,9 @@ import numpy as np
 
 from jaxseek.engine.request import EXPERTS, Handle
 
-CHUNKS = (16, 64, 256, 1024)  # tokens that a prompt is read in at a time: few, so that few programs serve all
+# Tokens that are read at a time: few sizes, so that few programs serve all prompts. Those of later chunks are
+# compiled for every capacity of the cache that they attend to.
+FIRST, REST = (16, 64, 128, 256, 1024), (64, 256, 1024)
 LANES = (1, 4, 16)  # prompts that each part reads side by side, where they are short
 
 
@@ -25,25 +27,21 @@ def rounded(n: int, sizes: Sequence[int]) -> int:
     return max(size for size in sizes if size < n)
 
 
-def chunks(n: int, sizes: Sequence[int] = CHUNKS) -> list[int]:
-    """Sizes of the chunks that `n` tokens are read in; only the last is padded.
-
-    The programs of those after the first are compiled for every capacity of their cache, so what is left in
-    the end is read in small chunks of one size.
-    """
-    _, least, *larger = sizes
-    if n <= least:
-        return [size for size in sizes if size >= n][:1] if n else []
-    plan = [rounded(n, sizes)]
+def chunks(n: int, columns: int = 1) -> list[int]:
+    """Sizes of the chunks that `n` tokens are read in, multiples of `columns`; only the last is padded."""
+    first, rest = (sorted({size + -size % columns for size in sizes}) for sizes in (FIRST, REST))
+    if n <= rest[0]:
+        return [size for size in first if size >= n][:1] if n else []
+    plan = [rounded(n, first)]
     while (left := n - sum(plan)) > 0:
-        fits = [size for size in larger if left >= 2 * size]
-        plan.append(sizes[-1] if 4 * left > 3 * sizes[-1] else max(fits, default=least))
+        fits = [size for size in rest if left >= 2 * size]
+        plan.append(rest[-1] if 4 * left > 3 * rest[-1] else max(fits, default=rest[0]))
     return plan
 
 
-def lanes(prompts: int, plan: Sequence[int], sizes: Sequence[int] = CHUNKS) -> int:
+def lanes(prompts: int, plan: Sequence[int]) -> int:
     """How many of these prompts are read side by side in such chunks."""
-    most = sizes[-1] // plan[0] if plan else LANES[-1]
+    most = FIRST[-1] // plan[0] if plan else LANES[-1]
     return rounded(prompts, [n for n in LANES if n <= max(1, most)])
 
 
@@ -91,8 +89,8 @@ class Reading:
 class Scheduler:
     """The queue, the prompts that are read, and the slots; a slot b belongs to part b // (slots / parts)."""
 
-    def __init__(self, parts: int, slots: int, sizes: Sequence[int] = CHUNKS):
-        self.parts, self.sizes = parts, sizes
+    def __init__(self, parts: int, slots: int, columns: int = 1):
+        self.parts, self.columns = parts, columns
         self.seats: list[Handle | None] = [None] * slots
         self.queue: collections.deque[Prompt] = collections.deque()
         self.reading: Reading | None = None  # the one that is being read
@@ -165,12 +163,12 @@ class Scheduler:
         wanted = self.wanted()
         if not self.queue or max(wanted) <= 0:
             return None
-        plan = chunks(self.queue[0].to_read, self.sizes)
+        plan = chunks(self.queue[0].to_read, self.columns)
         room = sum(plan)
         fitting = [
             p
             for p in self.queue
-            if p.to_read <= room <= 2 * sum(chunks(p.to_read, self.sizes)) or p is self.queue[0]
+            if p.to_read <= room <= 2 * sum(chunks(p.to_read, self.columns)) or p is self.queue[0]
         ]
         some, left = [], list(wanted)
         for prompt in fitting:
@@ -180,7 +178,7 @@ class Scheduler:
             left[part] -= len(prompt.waiting)
             some.append(prompt)
         share = -(-len(some) // (self.parts * unit))
-        width = unit * lanes(share, plan, self.sizes)
+        width = unit * lanes(share, plan)
         taken: list[list[Prompt]] = [[] for _ in range(self.parts)]
         for prompt in some:
             open_ = [part for part in range(self.parts) if len(taken[part]) < width and wanted[part] > 0]

@@ -325,10 +325,10 @@ class RolloutShapes:
 def room(run: RunConfig, strategy: Strategy) -> RolloutShapes:
     """Shapes of a rollout whose prompts are all as long as they may be."""
     rollout, mesh, decoding = run.rollout, Room.of(strategy), at_a_time(run)
-    plan = chunks(max(1, rollout.max_prompt_tokens - 1), mesh.chunks)
+    plan = chunks(max(1, rollout.max_prompt_tokens - 1), mesh.columns)
     need = rollout.max_prompt_tokens + rollout.max_new_tokens
     return RolloutShapes(
-        prompts=mesh.rows * lanes(-(-rollout.prompts // mesh.rows), plan, mesh.chunks),
+        prompts=mesh.rows * lanes(-(-rollout.prompts // mesh.rows), plan),
         length=plan[0],
         prompt_capacity=slots.bucket(sum(plan), sum(plan), mesh.length, slots.PROMPTS),
         slots=decoding + -decoding % mesh.slots,
