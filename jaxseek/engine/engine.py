@@ -314,7 +314,8 @@ class Engine:
 
     def _state(self, caches: Caches) -> State:
         done_B = np.array([seat is None for seat in self.scheduler.seats])
-        return State(caches, *_placed((self._tokens, self._positions, done_B), self.model.strategy.decode))
+        own = self._tokens.copy(), self._positions.copy(), done_B  # what jit returns may be what it was given
+        return State(caches, *_placed(own, self.model.strategy.decode))
 
     def _set(self, slot: int, handle: Handle) -> None:
         """The slot's settings in the arrays that the programs take."""
@@ -362,8 +363,7 @@ class Engine:
             routed = None
             if experts is not None and EXPERTS in handle.request.record:
                 routed = experts[:, slot, :n]
-            steps = handle.take(columns, routed)
-            made += steps
+            made += handle.take(columns, routed)
             self._tokens[slot], self._positions[slot] = found["tokens"][slot, -1], self._positions[slot] + n
             if handle.ended:
                 line.seats[slot] = None
