@@ -12,7 +12,7 @@ from jaxseek.config.model import ConfigError, ModelConfig
 
 if TYPE_CHECKING:
     from jaxseek.api import load
-    from jaxseek.engine.text import generate
+    from jaxseek.engine.generate import generate
     from jaxseek.model.deepseek import DeepSeek
 
 __version__ = "0.1.0"
@@ -20,7 +20,7 @@ __all__ = ["ConfigError", "DeepSeek", "ModelConfig", "generate", "load"]
 
 _HOMES = {
     "DeepSeek": "jaxseek.model.deepseek",
-    "generate": "jaxseek.engine.text",
+    "generate": "jaxseek.engine.generate",
     "load": "jaxseek.api",
 }
 

@@ -35,7 +35,7 @@ jax.config.update("jax_traceback_in_locations_limit", 0)  # of every operation, 
 # end while the others have nothing to do.
 LONGEST_FIRST = (
     *("grpo_loop", "train_loop", "meshes", "quant", "train_step", "lab", "convert_stream", "verify"),
-    *("quickstart", "replicas", "pipeline", "groups", "engine", "decode_kernels", "rewards", "convert"),
+    *("quickstart", "replicas", "pipeline", "rollout", "engine", "decode_kernels", "rewards", "convert"),
 )
 
 

@@ -62,7 +62,7 @@ def compute(cfg, mesh):
     model = random_model(cfg, mesh)
     with model.on_mesh():
         (_, logits_BTV), grads = value_and_grad(model, jnp.asarray(TOKENS_BT))
-    engine = Engine(model, unroll=False)
+    engine = Engine(model, form="plain")
     completions = engine.generate(PROMPTS, Sampling(max_new_tokens=NEW_TOKENS, temperature=0))
     gradients = {k: np.asarray(v[...]) for k, v in parameters(grads).items()}
     return np.asarray(logits_BTV), gradients, [c.tokens for c in completions]

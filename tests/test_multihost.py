@@ -186,7 +186,7 @@ model = DeepSeek.init(cfg, Strategy.parse("tensor=2,data=4"))
 greedy = [[1, 2, 3]] * 4, Sampling(6, 0.0)
 plain = [c.tokens for c in Engine(model).generate(*greedy)]
 for owns in (False, True):
-    engine = Engine(model, unroll=False, lay_out=True, owns=owns)
+    engine = Engine(model, form="plain", lay_out=True, owns=owns)
     assert plain == [c.tokens for c in engine.generate(*greedy)]
 """
 

@@ -64,7 +64,7 @@ def bench(
     Raises ValueError for fewer than two new tokens, ConfigError if the comparison is not possible here.
     """
     from jaxseek.api import load
-    from jaxseek.engine.engine import Engine
+    from jaxseek.engine.engine import Engine, Timing
     from jaxseek.engine.sampling import Sampling
     from jaxseek.sharding.parameters import parameters
 
@@ -75,15 +75,21 @@ def bench(
     on_cpu = model.mesh.devices.flat[0].platform == "cpu"
     bandwidth = memory_bandwidth() if on_cpu else None
     reference = _transformers(source, model, tokenizer) if against else None
-    engine, rows = Engine(model), []
-    values = [v.get_value() for v in parameters(engine.decoder).values()]
+    if prompt_tokens + new_tokens > cfg.max_position_embeddings:
+        raise ValueError(
+            f"{prompt_tokens} prompt tokens and {new_tokens} new ones are more than the context of "
+            f"{cfg.max_position_embeddings}; lower --prompt-tokens or --new-tokens"
+        )
+    engine, rows = Engine(model, dispatch=new_tokens), []
+    values = [v.get_value() for v in parameters(engine.decoder.weights).values()]
     weight_bytes = sum(v.nbytes for v in values) / cfg.num_params(mtp=bool(len(model.mtp)))
     sampling = Sampling(max_new_tokens=new_tokens, temperature=0)
 
     def ours(prompts: np.ndarray) -> tuple[float, float]:
-        for _ in engine.stream(prompts.tolist(), sampling, new_tokens):
-            pass
-        return engine.timing.prefill_seconds, engine.timing.decode_seconds
+        engine.resize(len(prompts))
+        engine.timing = Timing()
+        engine.generate(prompts.tolist(), sampling)
+        return engine.timing.prefill_seconds, len(prompts) * (new_tokens - 1) / engine.timing.decode_rate
 
     for batch in batches or [1, 8]:
         prompts = np.random.default_rng(batch).integers(3, cfg.vocab_size, (batch, prompt_tokens))

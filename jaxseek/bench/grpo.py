@@ -141,7 +141,7 @@ def _jaxseek(task: dict[str, Any], turns: _Turns) -> None:
     import jax
 
     from jaxseek.config.run import RunConfig
-    from jaxseek.engine.groups import sample_groups
+    from jaxseek.engine.request import LOGPROBS, Request
     from jaxseek.engine.sampling import Sampling
     from jaxseek.machine.host_memory import keep_freed_memory, release_freed_memory
     from jaxseek.rl import grpo
@@ -184,16 +184,15 @@ def _jaxseek(task: dict[str, Any], turns: _Turns) -> None:
         begin = time.perf_counter()
         engine = as_engine(state.model, "float32")
         prompts = [row.tolist() for row in _prompts(task, cfg.vocab_size, step)]
-        requests = [
-            [Sampling(length, 1.0, top_p=1.0, seed=seed_of(0, step, p, g)) for g in range(G)]
-            for p in range(P)
-        ]
-        groups, _ = sample_groups(engine, prompts, requests)
+        engine.resize(P * G, 2 * length)
+        numbered = [(p, Sampling(length, 1.0, top_p=1.0, seed=seed_of(0, step, p, g)))
+                    for p in range(P) for g in range(G)]  # fmt: skip
+        answers = engine.answers([Request(prompts[p], s, record=(LOGPROBS,)) for p, s in numbered])
         del engine
         release_freed_memory()
         rollout = time.perf_counter() - begin
-        rewards_PG = np.array([[a.tokens[0] % 7 for a in group] for group in groups], np.float64)
-        episodes = [Episode(p, a, nothing, 0) for p, group in zip(prompts, groups) for a in group]
+        rewards_PG = np.array([a.tokens[0] % 7 for a in answers], np.float64).reshape(P, G)
+        episodes = [Episode(prompts[p], a, nothing, 0) for (p, _), a in zip(numbered, answers)]
         lengths_N = np.full(P * G, length)
         shares_N = grpo.sequence_weights(lengths_N, np.ones(P * G, bool), run.grpo, length)
         known = {"advantage": list(grpo.advantages(rewards_PG, run.grpo).reshape(-1))}

@@ -7,6 +7,7 @@ example:
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 
 from jaxseek.cli.shared import add_model, add_sampling, load_model, sampling, unicode
@@ -20,13 +21,16 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from jaxseek.cli.writer import Writer, print_rates
-    from jaxseek.engine.text import TextStream, encode, engine_for
+    from jaxseek.engine.engine import Timing
+    from jaxseek.engine.generate import engine_for, request, stream
+    from jaxseek.engine.text import encode
     from jaxseek.tokenizer.chat import split_reasoning
 
     model, tokenizer = load_model(args.model, args.mesh, args.dtype)
     if tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer; chat needs one")
-    engine, out = engine_for(model), Writer()
+    engine, out, base = engine_for(model, 1), Writer(), sampling(args, tokenizer)
+    engine.dispatch = 8
     first = [{"role": "system", "content": args.system}] if args.system else []
     messages, turn = list(first), 0
     print("/reset forgets the conversation, /exit leaves", file=sys.stderr)
@@ -46,18 +50,22 @@ def run(args: argparse.Namespace) -> None:
         ids = encode(tokenizer, messages, False if args.no_think else None)
         opened = tokenizer.opened_think(ids)
         show = out.reasoning(opened)
-        stream = TextStream(engine, tokenizer, [ids], [sampling(args, args.seed + turn)], 8)
+        engine.timing = Timing()
         try:
-            for pieces in stream:
-                show(pieces[0])
+            own = dataclasses.replace(base, seed=args.seed + turn)
+            handle = engine.submit(request(model, tokenizer, ids, own))
         except ValueError as e:
             messages.pop()
             print(f"{e}; /reset starts anew", file=sys.stderr)
             continue
+        try:
+            for piece in stream(engine, handle):
+                show(piece)
         except KeyboardInterrupt:
+            engine.cancel(handle)
             print(" [stopped]", file=sys.stderr)
         out.end()
-        reply = stream.replies()[0].text
-        messages.append({"role": "assistant", "content": split_reasoning(reply, opened)[1]})
+        reply = split_reasoning(handle.answer.text, opened)[1]
+        messages.append({"role": "assistant", "content": reply})
         turn += 1
         print_rates(engine.timing)

@@ -7,6 +7,8 @@ example:
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import sys
 from typing import Any
 
 from jaxseek.cli.prompts import add_prompts, as_chat, encode_prompts, read_prompts
@@ -33,9 +35,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_sampling(parser, 256)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     from jaxseek.cli.writer import Writer, print_rates
-    from jaxseek.engine.text import TextStream, engine_for
+    from jaxseek.engine.engine import Timing
+    from jaxseek.engine.generate import engine_for, in_order, request, seed_for, stream
     from jaxseek.machine.hosts import from_first
     from jaxseek.tokenizer.chat import split_reasoning
 
@@ -44,37 +47,51 @@ def run(args: argparse.Namespace) -> None:
         prompts = as_chat(prompts, args.system)
     model, tokenizer = load_model(args.model, args.mesh, args.dtype, quiet=args.json)
     encoded = encode_prompts(prompts, tokenizer, model.cfg.vocab_size, False if args.no_think else None)
-    jobs: list[tuple[Any, list[int], int]] = [
-        (ids if tokenizer is None else prompt.content, ids, args.seed + sample)
+    base, out = sampling(args, tokenizer), Writer()
+    jobs = [
+        (prompt, ids, args.seed + sample)
         for prompt, ids in zip(prompts, encoded)
         for sample in range(args.samples)
     ]
-    engine, out = engine_for(model), Writer()
-    for start in range(0, len(jobs), args.batch_size):
-        part = jobs[start : start + args.batch_size]
-        requests = [sampling(args, seed) for _, _, seed in part]
-        alone = len(jobs) == 1 and not args.json
-        stream = TextStream(engine, tokenizer, [ids for _, ids, _ in part], requests, 8 if alone else 32)
-        opened = bool(tokenizer) and tokenizer.opened_think(part[0][1])
-        if alone and not args.chat:
-            out.prompt(part[0][0])
-        show = out.reasoning(opened) if args.chat else out.plain
-        for pieces in stream:
-            if alone:
-                show(pieces[0])
-        if alone and tokenizer:
+    requests = [
+        request(model, tokenizer, ids, dataclasses.replace(base, seed=seed_for(seed, ids)))
+        for _, ids, seed in jobs
+    ]
+    engine = engine_for(model, min(args.batch_size, len(jobs)))
+    engine.timing = Timing()
+    if len(jobs) == 1 and not args.json:
+        (prompt, ids, _), engine.dispatch = jobs[0], 8
+        handle = engine.submit(requests[0])
+        if not args.chat:
+            out.prompt(prompt.content)
+        show = out.reasoning(bool(tokenizer) and tokenizer.opened_think(ids)) if args.chat else out.plain
+        for piece in stream(engine, handle):
+            show(piece)
+        if tokenizer:
             out.end()
-        for (prompt, ids, seed), reply in zip(part, stream.replies()):
-            text = reply.text if tokenizer else " ".join(map(str, reply.tokens))
-            if args.json:
-                reasoning, answer = split_reasoning(text, bool(tokenizer) and tokenizer.opened_think(ids))
-                row = {"prompt": prompt, "text": text, "seed": seed, "finish_reason": reply.finish_reason}
-                if args.chat:
-                    row |= {"reasoning": reasoning, "answer": answer}
-                out.json(row | {"tokens": len(reply.tokens)})
-            elif not alone:
-                shown = prompt[-1]["content"] if args.chat and isinstance(prompt[-1], dict) else prompt
-                out.plain(f"--- {shown}\n{text}\n")
-            elif not tokenizer:
-                out.plain(f"{text}\n")
+        else:
+            out.plain(" ".join(map(str, handle.answer.tokens)) + "\n")
         print_rates(engine.timing)
+        return 0
+    failed = False
+    for (prompt, ids, seed), answer in zip(jobs, in_order(engine.run(requests))):
+        content = ids if tokenizer is None else prompt.content
+        if isinstance(answer, ValueError):
+            failed = True
+            print(f"{prompt.where}: {answer}", file=sys.stderr)
+            if args.json:
+                out.json({"prompt": content, "seed": seed, "error": str(answer)})
+            continue
+        text = answer.text if tokenizer else " ".join(map(str, answer.tokens))
+        if args.json:
+            row = {"prompt": content, "text": text, "seed": seed, "finish_reason": answer.finish_reason}
+            if args.chat:
+                opened = bool(tokenizer) and tokenizer.opened_think(ids)
+                row |= dict(zip(("reasoning", "answer"), split_reasoning(text, opened)))
+            out.json(row | {"tokens": len(answer.tokens)})
+        else:
+            shown: Any = content[-1] if args.chat else content
+            shown = shown["content"] if isinstance(shown, dict) else content
+            out.plain(f"--- {shown}\n{text}\n")
+    print_rates(engine.timing)
+    return int(failed)

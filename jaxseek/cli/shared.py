@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import re
 import sys
@@ -104,12 +105,15 @@ def add_model(parser: argparse.ArgumentParser, optional: bool = False) -> None:
 
 
 def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
-    """Declare how replies are sampled, which `sampling` reads."""
+    """Declare how replies are sampled, which `sampling` reads.
+
+    What is not given is as the checkpoint's generation_config.json has it, before the defaults named here.
+    """
     parser.add_argument("-n", "--max-new-tokens", type=whole(), default=max_new_tokens, metavar="N")
-    parser.add_argument("-t", "--temperature", type=number(), default=0.6, help="0 is greedy (default 0.6)")
-    parser.add_argument("--top-k", type=whole(0), default=0, help="0 is off")
-    parser.add_argument("--top-p", type=number(0, 1, above=True), default=0.95)
-    parser.add_argument("--min-p", type=number(0, 1), default=0.0)
+    parser.add_argument("-t", "--temperature", type=number(), help="0 is greedy (default 0.6)")
+    parser.add_argument("--top-k", type=whole(0), help="0 is off (default)")
+    parser.add_argument("--top-p", type=number(0, 1, above=True), help="default 0.95")
+    parser.add_argument("--min-p", type=number(0, 1), help="0 is off (default)")
     parser.add_argument("--seed", type=whole(0, 2**63 - 1), default=0)
     parser.add_argument(
         "--stop",
@@ -122,13 +126,13 @@ def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     parser.add_argument("--no-think", action="store_true", help="ask a thinking model to answer at once")
 
 
-def sampling(args: argparse.Namespace, seed: int) -> Any:
-    """Return the settings of one reply."""
-    from jaxseek.engine.sampling import Sampling
+def sampling(args: argparse.Namespace, tokenizer: Any) -> Any:
+    """Return the settings of replies, with seed 0."""
+    from jaxseek.engine.generate import settings
 
-    return Sampling(
-        args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_p, seed, tuple(args.stop)
-    )
+    given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    found = settings(tokenizer, given)
+    return dataclasses.replace(found, max_new_tokens=args.max_new_tokens, stop=tuple(args.stop))
 
 
 def add_step(parser: argparse.ArgumentParser, model: str) -> None:

@@ -68,7 +68,7 @@ class Writer:
 
 def print_rates(timing: Any) -> None:
     """Print tokens and speed of a batch to standard error."""
-    prefill = timing.prefill_tokens / timing.prefill_seconds
+    prefill = timing.prefill_tokens / max(timing.prefill_seconds, 1e-9)
     print(
         f"[{timing.prefill_tokens} prompt tokens in {timing.prefill_seconds:.2f} s ({prefill:.0f} tok/s); "
         f"{timing.decode_tokens} new at {timing.decode_rate:.1f} tok/s, compilation included]",

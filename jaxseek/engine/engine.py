@@ -1,420 +1,398 @@
-"""Prefill and decode as two compiled programs: one dispatch for a prompt batch, one for many new tokens."""
+"""Continuous batching: requests come and go, prompts are read in chunks beside the answers that decode.
+
+A step reads at most one chunk, gives free slots to those in line, and decodes up to `dispatch` tokens for
+every slot in one compiled loop. What an answer says depends on its request and the weights alone.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import importlib
-import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.layout import Format, Layout
-from jax.sharding import PartitionSpec as P
 
 from jaxseek.decode import forms
-from jaxseek.engine.sampling import Drawn, Mode, Sampling, SamplingArrays, batch_mode, sample
-from jaxseek.model.cache import split_layers
+from jaxseek.engine.programs import Decoder, State, fetch, read_chunk
+from jaxseek.engine.request import EXPERTS, LOGPROBS, Answer, Handle, Request
+from jaxseek.engine.sampling import Mode, Sampling, SamplingArrays, batch_mode
+from jaxseek.engine.scheduler import Reading, Scheduler
+from jaxseek.engine.slots import LENGTH_STEP, PROMPTS, SLOTS, bucket, capacity_of, moved, resized, seated
 from jaxseek.model.deepseek import Caches, DeepSeek
-from jaxseek.ops import few_rows
-from jaxseek.sharding.parameters import in_formats, parameters
+from jaxseek.sharding.strategy import Strategy
 
-CAPACITY_STEP = 256  # cache slots are allotted in steps, so that few programs serve all lengths
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class State:
-    """Between dispatches: caches, each row's last token and its position, and which rows have ended."""
-
-    caches: Any
-    token_B: jax.Array
-    position_B: jax.Array  # of token_B, which is not in the cache yet
-    done_B: jax.Array
-
-
-@dataclass
-class Completion:
-    """Of one request: new token ids (the stop token included), their log-probabilities, and why it ended."""
-
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish_reason: str | None = None  # "stop" or "length"
+WIDTH = 64  # tokens of a dispatch at most
+BETWEEN_CHUNKS = 8  # tokens of a dispatch while prompts wait to be read for free slots
+STOPS = 4  # stop ids of a row come in multiples of it
 
 
 @dataclass
 class Timing:
-    """Seconds and tokens of a batch; compilation counts in the first of each."""
+    """Seconds and tokens since the engine was made or `timing` replaced; compilation counts.
+
+    Reading prompts includes the dispatch that makes a first token where nothing else decodes; these tokens
+    are in `new_tokens`, not in `decode_tokens`. `row_steps` are steps times slots, used or not.
+    """
 
     prefill_seconds: float = 0.0
     prefill_tokens: int = 0
     decode_seconds: float = 0.0
     decode_tokens: int = 0
+    new_tokens: int = 0
+    used: int = 0
+    row_steps: int = 0
 
     @property
     def decode_rate(self) -> float:
-        """New tokens per second over the batch, the first of each row (made by prefill) not counted."""
+        """New tokens per second of decoding."""
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def occupancy(self) -> float:
+        """Share of the slots that were in use."""
+        return self.used / self.row_steps if self.row_steps else 0.0
+
+
+@dataclass(frozen=True)
+class Room:
+    """Shapes that the mesh divides: rows that are read side by side are a multiple of `rows`, a chunk of
+    tokens of `columns`, slots of `slots`, and a cache's capacity of `length`."""
+
+    rows: int
+    columns: int
+    slots: int
+    length: int
+    parts: int  # of the rows of a cache
+
+    @classmethod
+    def of(cls, strategy: Strategy) -> Room:
+        prefill, decode = strategy.prefill, strategy.decode
+        slots = int(np.lcm(strategy.parts(decode, "cache_batch"), strategy.parts(decode, "batch")))
+        rows, own = (strategy.parts(prefill, axis) for axis in ("batch", "cache_batch"))
+        lengths = [strategy.parts(rules, "cache_length") for rules in (prefill, decode)]
+        columns = strategy.parts(prefill, "length")
+        return cls(
+            rows=int(np.lcm.reduce([rows, own, slots])),
+            columns=columns,
+            slots=slots,
+            length=int(np.lcm.reduce([LENGTH_STEP, columns, *lengths])),
+            parts=strategy.parts(decode, "cache_batch"),
+        )
 
 
 class Engine:
-    """Generates for batches of prompts with one model on its mesh.
+    """Generates with one model on its mesh, for up to `slots` requests at a time.
 
-    `unroll` decodes with one module per layer, at the cost of a second copy of the weights; by default on
-    CPU, where a scan over layers copies every layer's weights at every token. `lay_out` has the compiler
-    choose how the model's weights lie in memory, by its first program for decoding; by default on TPU. The
-    model gets the new arrays; its old ones are deleted one by one where the engine `owns` them.
-    `weights` are the arrays that it stands for.
+    A slot holds `capacity` tokens (0: what those in line need, rounded up so that few programs serve all).
+    `form` names the decode step (decode/forms.py). `lay_out` has the compiler choose how the model's weights
+    lie in memory, by default on TPU; the model gets the new arrays, and its old ones are deleted where the
+    engine `owns` them. `mode` names a program that draws, which calls with other settings then share.
     """
 
     def __init__(
         self,
         model: DeepSeek,
+        slots: int = 16,
+        capacity: int = 0,
         cache_dtype: Any = None,
-        unroll: bool | None = None,
+        form: str = "auto",
         lay_out: bool | None = None,
         owns: bool = True,
+        mode: Mode = "greedy",
+        dispatch: int = 32,
     ):
-        self.model = model
-        self.cache_dtype = cache_dtype or model.embed_VD[...].dtype
-        self.platform = platform = model.mesh.devices.flat[0].platform
-        self.form = forms.choose("auto" if unroll is None else "cpu" if unroll else "plain", model)
-        self.decoder = self.form.prepare(model)
-        self.owns, self.weights = owns, jax.tree.leaves(model)
-        self._programs: dict[tuple, jax.stages.Compiled] = {}
-        self.lay_out, self.laid_out = platform == "tpu" if lay_out is None else lay_out, False
-        self.timing = Timing()
+        self.model, self.dispatch = model, dispatch
+        self.mode: Mode = mode
+        self.cache_dtype = jnp.dtype(cache_dtype or model.embed_VD[...].dtype).name
+        on_tpu = model.mesh.devices.flat[0].platform == "tpu"
+        self.decoder = Decoder(model, forms.choose(form, model), on_tpu if lay_out is None else lay_out, owns)
+        self.room, self.timing = Room.of(model.strategy), Timing()
+        self.scheduler = Scheduler(self.room.parts, 0)
+        self.resize(slots, capacity)
+
+    def resize(self, slots: int, capacity: int = 0) -> None:
+        """Change the number of slots and their capacity. Raises ValueError while requests are there."""
+        if slots < 1:
+            raise ValueError(f"slots is {slots}, expected 1 or more")
+        if self.busy:
+            raise ValueError("the engine's slots cannot be changed while it has requests")
+        slots, self.capacity = slots + -slots % self.room.slots, capacity
+        if slots == len(self.scheduler.seats):
+            return
+        self.scheduler, self.state = Scheduler(self.room.parts, slots, self.room.columns), None
+        self._params = SamplingArrays.of([Sampling()] * slots)
+        self._stops = np.full((slots, STOPS), -1, np.int32)
+        self._tokens, self._positions = np.zeros(slots, np.int32), np.zeros(slots, np.int32)
+
+    @property
+    def busy(self) -> bool:
+        """Whether requests are waiting or decoding."""
+        return bool(self.scheduler.live or self.scheduler.waiting)
+
+    # ---------------------------------------------------------------- requests
+
+    def submit(self, request: Request) -> Handle:
+        """Put a request in line. Raises ValueError for a prompt that cannot be answered."""
+        context, n = self.model.cfg.max_position_embeddings, len(request.prompt)
+        if not n:
+            raise ValueError("the prompt has no tokens")
+        if n >= context:
+            raise ValueError(f"the prompt has {n} tokens, which leaves no room in the context of {context}")
+        self.model.check_tokens([request.prompt])
+        if request.sampling.stop and request.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer; use stop_ids")
+        handle = Handle(request, min(request.sampling.max_new_tokens, context - n))
+        self.scheduler.add(handle)
+        return handle
+
+    def cancel(self, handle: Handle) -> None:
+        """End a request now; its answer keeps the tokens that it has."""
+        if not handle.ended:
+            self.scheduler.remove(handle)
+            handle.end("cancelled")
+
+    def run(self, requests: Iterable[Request | ValueError]) -> Iterator[tuple[int, Answer | ValueError]]:
+        """Answer requests as they come from an iterator: (index, answer) of each as soon as it has ended.
+
+        No more are taken from the iterator than have slots or come next. A bad request, or a ValueError in
+        place of one, is given back as its error, and costs the others nothing.
+        """
+        numbered, flying, more = enumerate(requests), dict[Handle, int](), True
+        try:
+            while True:
+                while more and self.scheduler.waiting < len(self.scheduler.seats):
+                    index, request = next(numbered, (-1, None))
+                    if request is None:
+                        more = False
+                        break
+                    try:
+                        if isinstance(request, ValueError):
+                            raise request
+                        flying[self.submit(request)] = index
+                    except ValueError as error:
+                        yield index, error
+                if not flying:
+                    return
+                for handle in self.step():
+                    if handle.ended and handle in flying:
+                        yield flying.pop(handle), handle.answer
+        finally:
+            for handle in flying:
+                self.cancel(handle)
+
+    def answers(self, requests: Sequence[Request]) -> list[Answer]:
+        """All answers, in order. Raises ValueError, which names the first prompt that cannot be answered."""
+        found: dict[int, Answer] = {}
+        for index, answer in self.run(requests):
+            if isinstance(answer, ValueError):
+                raise ValueError(f"prompt {index}: {answer}") from answer
+            found[index] = answer
+        return [found[i] for i in range(len(requests))]
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling | list[Sampling]
-    ) -> list[Completion]:
-        """All completions of a batch of tokenised prompts."""
-        completions: list[Completion] = []
-        for completions in self.stream(prompts, sampling):  # noqa: B007 - the last state is the result
-            pass
-        return completions
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling]
+    ) -> list[Answer]:
+        """Answers to tokenised prompts, in order."""
+        each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
+        if len(each) != len(prompts):
+            raise ValueError(f"{len(each)} requests for {len(prompts)} prompts")
+        return self.answers([Request(p, s) for p, s in zip(prompts, each)])
 
-    def stream(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling | list[Sampling],
-        tokens_per_dispatch: int = 32,
-    ) -> Iterator[list[Completion]]:
-        """Yield the growing completions after prefill and after every dispatch.
+    # ---------------------------------------------------------------- a step
 
-        The caller may set a completion's `finish_reason` (a stop string, say) to end its row. Raises
-        ValueError for an empty prompt, a prompt as long as the context, or a token outside the vocabulary.
+    def step(self) -> list[Handle]:
+        """Read a chunk of prompts, fill free slots, and decode; returns the requests that have new tokens.
+
+        Where it is interrupted, all requests end: the programs had the caches to themselves.
         """
-        requests = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
-        if len(requests) != len(prompts):
-            raise ValueError(f"{len(requests)} requests for {len(prompts)} prompts")
-        if not prompts:
-            return
-        context = self.model.cfg.max_position_embeddings
-        for i, prompt in enumerate(prompts):
-            if not len(prompt):
-                raise ValueError(f"prompt {i} has no tokens")
-            if len(prompt) >= context:
-                raise ValueError(
-                    f"prompt {i} has {len(prompt)} tokens, which leaves no room in the context of {context}"
-                )
-            self.model.check_tokens([prompt])
-        budgets = [min(r.max_new_tokens, context - len(p)) for p, r in zip(prompts, requests)]
-        completions = [Completion() for _ in prompts]
-        self.timing = Timing(prefill_tokens=sum(map(len, prompts)))
+        try:
+            return self._step()
+        except BaseException:
+            for handle in self.scheduler.clear():
+                handle.end("cancelled")
+            self.state = None
+            raise
 
-        start = time.perf_counter()
-        state, params, stops = self._prefill(prompts, requests, budgets, completions)
-        self.timing.prefill_seconds = time.perf_counter() - start
-        yield completions
+    def _step(self) -> list[Handle]:
+        start, line = time.perf_counter(), self.scheduler
+        with self.model.on_mesh():
+            self._seat()
+            line.reading = line.reading or line.next_reading(self.room.rows // self.room.parts)
+            if line.reading is not None:
+                self._read(line.reading)
+                self._seat()
+        fresh = all(not seat.answer.tokens for seat in line.seats if seat is not None)
+        read = time.perf_counter()
+        self.timing.prefill_seconds += read - start
+        if not line.live:
+            return []
+        found, made = self._decode()
+        seconds = time.perf_counter() - read
+        self.timing.new_tokens += made
+        if fresh:
+            self.timing.prefill_seconds += seconds
+        else:
+            self.timing.decode_seconds += seconds
+            self.timing.decode_tokens += made
+        return found
 
-        mode, rows = batch_mode(requests), len(prompts)
-        while True:
-            left = [b - len(c.tokens) if c.finish_reason is None else 0 for b, c in zip(budgets, completions)]
-            if not any(left):
-                return
-            start = time.perf_counter()
-            done_B = np.ones(state.done_B.shape[0], bool)
-            done_B[:rows] = [c.finish_reason is not None for c in completions]
-            steps = min(tokens_per_dispatch, max(left))
-            state, trace, taken = self.decode(
-                state, done_B, params, stops, steps, len(done_B), tokens_per_dispatch, mode
-            )
-            tokens_BN, logprobs_BN = fetch(trace.tokens_BN), fetch(trace.logprobs_BN)
-            for i, completion in enumerate(completions):
-                if completion.finish_reason is None:
-                    n = min(int(taken), left[i])
-                    self._take(completion, tokens_BN[i, :n], logprobs_BN[i, :n], stops[i], budgets[i])
-            self.timing.decode_seconds += time.perf_counter() - start
-            self.timing.decode_tokens = sum(len(c.tokens) - 1 for c in completions)
-            yield completions
+    def _read(self, reading: Reading) -> None:
+        """Read the next chunk; after the last the caches are as decoding has them."""
+        strategy, rows = self.model.strategy, self.room.parts * reading.width
+        if reading.plan:
+            T, begin = reading.plan.pop(0), reading.start
+            reading.start = end = begin + T
+            context = self.model.cfg.max_position_embeddings
+            capacity = bucket(end, max(end, context), self.room.length, PROMPTS)
+            if reading.caches is not None and capacity > capacity_of(reading.caches):
+                reading.caches = resized(reading.caches, capacity, strategy.prefill)
+            tokens_PT, lengths_P = np.zeros((rows, T), np.int32), np.zeros(rows, np.int32)
+            for row, prompt in reading.rows:
+                lengths_P[row], part = prompt.to_read, prompt.tokens[begin : min(end, prompt.to_read)]
+                tokens_PT[row, : len(part)] = part
+            reading.caches, ids_LPTK = read_chunk(
+                self.model, tokens_PT, np.int32(begin), lengths_P, reading.caches, capacity,
+                self.cache_dtype, reading.records_experts,
+            )  # fmt: skip
+            if ids_LPTK is not None:
+                ids = fetch(ids_LPTK).astype(np.int16)
+                for row, prompt in reading.rows:
+                    prompt.routed.append(ids[:, row, : max(0, prompt.to_read - begin)])
+            jax.block_until_ready(reading.caches)
+        if not reading.plan:
+            if reading.caches is not None:
+                reading.caches = self.decoder.form.split(moved(reading.caches, strategy.decode))
+            self.scheduler.read.append(reading)
+            self.scheduler.reading = None
+            self.timing.prefill_tokens += sum(len(prompt.tokens) for _, prompt in reading.rows)
 
-    def decode(
-        self, state: State, done_B, params, stops_BK, steps, enough, width: int, mode: Mode,
-        record: tuple[str, ...] = (),
-    ):  # fmt: skip
-        """`_decode_steps` with the decoder; what `lay_out` says is done here."""
-        args, static = (done_B, params, stops_BK, np.int32(steps), np.int32(enough)), (width, mode, record)
-        with self.decoder.on_mesh():
-            if not self.lay_out:
-                return decode_steps(self.form.__name__)(self.decoder, state, *args, *static)
-            program = self._program(state, args, static)
-            _, cached, *_ = program.input_formats[0]
-            return program(self.decoder, in_formats(state, cached), *args)
+    def _seat(self) -> None:
+        """Give free slots to requests whose prompts are read: caches, settings, the token to begin with."""
+        for reading in list(self.scheduler.read):
+            seats = self.scheduler.seat(reading)
+            if not seats:
+                continue
+            alone = self.scheduler.live == len(seats)
+            need = max(len(prompt.tokens) + handle.budget for _, _, prompt, handle in seats)
+            caches = self._caches(max(need, self.scheduler.need) if alone else need, alone)
+            row_B = np.full(len(self._tokens), -1, np.int32)
+            for slot, row, prompt, handle in seats:
+                row_B[slot] = row % reading.width
+                self._tokens[slot], self._positions[slot] = prompt.tokens[-1], prompt.to_read
+                self._set(slot, handle)
+                if EXPERTS in handle.request.record:
+                    handle.routed = list(prompt.routed)
+            if reading.caches is not None:
+                decode = self.model.strategy.decode
+                if self.model.strategy.parts(decode, "cache_length") > 1:  # slots are where others' are
+                    reading.caches = resized(reading.caches, capacity_of(caches), decode)
+                caches = seated(caches, reading.caches, row_B, decode)
+            self.state = self._state(caches)
 
-    def _program(self, state: State, args: tuple, static: tuple) -> jax.stages.Compiled:
-        """`_decode_steps` compiled for weights as they lie; the first one says how that is."""
-        shapes = (*map(np.shape, jax.tree.leaves((state, args))), static)
-        if shapes not in self._programs:
-            self._programs[shapes] = self._compiled(state, args, static)
-        return self._programs[shapes]
+    def _caches(self, need: int, alone: bool) -> Caches:
+        """The slots' caches, with room for `need` tokens in each; unless `alone`, what is in them stays."""
+        model, context = self.model, self.model.cfg.max_position_embeddings
+        if self.capacity:
+            capacity = max(need, self.capacity)
+            capacity += -capacity % self.room.length
+        else:
+            capacity = bucket(need, context, self.room.length, SLOTS)
+        if self.state is not None:
+            found = capacity_of(self.state.caches)
+            if not alone:
+                if capacity <= found:
+                    return self.state.caches
+                return resized(self.state.caches, capacity, model.strategy.decode)
+            if capacity <= found < 2 * capacity:
+                return self.state.caches
+        self.state = None  # free it before the next is made
+        return _empty(model, len(self._tokens), capacity, self.cache_dtype, self.decoder.form)
 
-    def _compiled(self, state: State, args: tuple, static: tuple) -> jax.stages.Compiled:
-        """From those of all engines, or by the compiler; lays the weights out where they are not yet."""
+    def _state(self, caches: Caches) -> State:
+        done_B = np.array([seat is None for seat in self.scheduler.seats])
+        own = self._tokens.copy(), self._positions.copy(), done_B  # what jit returns may be what it was given
+        return State(caches, *_placed(own, self.model.strategy.decode))
 
-        def abstract() -> tuple[Any, ...]:
-            kept = ((self.decoder, self.laid_out), (state, False), (args, False))
-            return tuple(jax.tree.map(functools.partial(_abstract, laid_out=l), tree) for tree, l in kept)
+    def _set(self, slot: int, handle: Handle) -> None:
+        """The slot's settings in the arrays that the programs take."""
+        request, params = handle.request, self._params
+        for name, one in vars(SamplingArrays.of([request.sampling])).items():
+            if one is not None:
+                getattr(params, name)[slot] = one[0]
+        stops = request.sampling.stop_ids
+        more = -(-len(stops) // STOPS) * STOPS - self._stops.shape[1]
+        if more > 0:
+            self._stops = np.pad(self._stops, ((0, 0), (0, more)), constant_values=-1)
+        self._stops[slot] = -1
+        self._stops[slot, : len(stops)] = stops
 
-        def key() -> str:
-            return str((jax.tree.structure(abstract()), jax.tree.leaves(abstract()), static))
-
-        if key() not in _PROGRAMS:
-            width, mode, record = static
-            weights, cached, _ = abstract()
-            step = laid_out_steps(weights, cached, form=self.form, width=width, mode=mode, record=record)
-            _PROGRAMS[key()] = step.lower(weights, cached, *args).compile()
-        program = _PROGRAMS[key()]
-        if not self.laid_out:
-            formats, *_ = program.input_formats[0]
-            self.weights = []  # so that an old array goes as soon as its new one is there
-            for param, found in zip(parameters(self.decoder).values(), jax.tree.leaves(formats)):
-                param.set_value(in_formats(param[...], found, donate=self.owns))
-            self.laid_out, self.weights = True, jax.tree.leaves(self.model)
-            _PROGRAMS[key()] = program
-        return program
-
-    def _prefill(self, prompts, requests, budgets, completions):
-        model, rules = self.model, self.model.strategy.prefill
-        longest, rows, columns = (
-            max(map(len, prompts)),
-            *(model.strategy.parts(rules, a) for a in ("batch", "length")),
+    def _decode(self) -> tuple[list[Handle], int]:
+        """A dispatch: the requests that have new tokens, and how many these are."""
+        line, B = self.scheduler, len(self.scheduler.seats)
+        live = [(slot, handle) for slot, handle in enumerate(line.seats) if handle is not None]
+        done_B = np.array([seat is None for seat in line.seats])
+        record = tuple(r for r in (LOGPROBS, EXPERTS) if any(r in h.request.record for _, h in live))
+        mode = batch_mode([h.request.sampling for _, h in live], self.mode)
+        steps, enough = min(self.dispatch, WIDTH, max(h.left for _, h in live)), B
+        if line.queue or line.reading or line.read:  # come back when an eighth of the slots is free
+            enough = min(B, B - len(live) + max(1, B // 8))
+        if any(not handle.answer.tokens for _, handle in live):
+            steps = 1
+        elif line.reading or (line.queue and max(line.wanted()) > 0):
+            steps = min(steps, BETWEEN_CHUNKS)
+        self.state, trace, taken = self.decode(
+            self.state, done_B, self._watching(live), self._stops, steps, enough, WIDTH, mode, record
         )
-        decode = (model.strategy.parts(model.strategy.decode, a) for a in ("batch", "cache_batch"))
-        B = len(prompts) + -len(prompts) % np.lcm.reduce([rows, *decode])
-        T = max(16, 1 << (longest - 1).bit_length())
-        T += -T % columns
-        need = max(len(p) + b for p, b in zip(prompts, budgets))
-        step = np.lcm(CAPACITY_STEP, model.strategy.parts(rules, "cache_length"))
-        capacity = int(-(-need // step) * step)
+        n, found = int(taken), {}
+        for name in ("tokens", "logprobs", "tempered", "drawn"):
+            if (a := getattr(trace, f"{name}_BN")) is not None:
+                found[name] = fetch(a)[:, :n]
+        if trace.watched_WBN is not None:
+            found["watched"] = np.moveaxis(fetch(trace.watched_WBN), 0, 2)[:, :n]
+        experts = None if trace.experts_LBNK is None else fetch(trace.experts_LBNK).astype(np.int16)
+        made = 0
+        for slot, handle in live:
+            more = ("tempered", "drawn") if LOGPROBS in handle.request.record else ()
+            columns = {name: found[name][slot].tolist() for name in ("tokens", "logprobs", *more)}
+            if handle.request.watch:
+                columns["watched"] = found["watched"][slot, :, : len(handle.request.watch)].tolist()
+            routed = None
+            if experts is not None and EXPERTS in handle.request.record:
+                routed = experts[:, slot, :n]
+            made += handle.take(columns, routed)
+            self._tokens[slot], self._positions[slot] = found["tokens"][slot, -1], self._positions[slot] + n
+            if handle.ended:
+                line.seats[slot] = None
+        self.timing.used += made
+        self.timing.row_steps += n * B
+        return [handle for _, handle in live], made
 
-        tokens_BT, lengths_B = np.zeros((B, T), np.int32), np.ones(B, np.int32)
-        for i, prompt in enumerate(prompts):
-            tokens_BT[i, : len(prompt)], lengths_B[i] = prompt, len(prompt)
-        padded = requests + [requests[-1]] * (B - len(requests))
-        stops = [tuple(r.stop_ids) for r in padded]
-        width = max(1, *map(len, stops))
-        stops_BK = np.array([s + (-1,) * (width - len(s)) for s in stops], np.int32)
-        params = SamplingArrays.of(padded)
-        with model.on_mesh():
-            state, logprob_B = _prefill(
-                model,
-                tokens_BT,
-                lengths_B,
-                params,
-                capacity,
-                jnp.dtype(self.cache_dtype).name,
-                batch_mode(requests),
-            )
-            if self.decoder is not model:
-                state = State(self.form.split(state.caches), state.token_B, state.position_B, state.done_B)
-        first_B, logprob_B = fetch(state.token_B), fetch(logprob_B)
-        for i, completion in enumerate(completions):
-            self._take(completion, first_B[i : i + 1], logprob_B[i : i + 1], stops_BK[i], budgets[i])
-        return state, params, stops_BK
+    def _watching(self, live: Sequence[tuple[int, Handle]]) -> SamplingArrays:
+        """The settings, with the tokens to watch where a request names some."""
+        most = max(len(handle.request.watch) for _, handle in live)
+        if not most:
+            return self._params
+        watch_WB = np.zeros((most, len(self._tokens)), np.int32)
+        for slot, handle in live:
+            watch_WB[: len(handle.request.watch), slot] = handle.request.watch
+        return SamplingArrays(**vars(self._params) | {"watch_WB": watch_WB})
 
-    @staticmethod
-    def _take(completion: Completion, tokens, logprobs, stops, budget: int) -> None:
-        for token, logprob in zip(tokens.tolist(), logprobs.tolist()):
-            completion.tokens.append(token)
-            completion.logprobs.append(logprob)
-            if token in stops:
-                completion.finish_reason = "stop"
-                return
-        if len(completion.tokens) >= budget:
-            completion.finish_reason = "length"
+    def decode(self, state, done_B, params, stops_BK, steps, enough, width, mode, record):
+        """A dispatch of the compiled decode loop, see programs.py."""
+        args = (done_B, params, stops_BK, np.int32(steps), np.int32(enough))
+        return self.decoder(state, args, {"width": width, "mode": mode, "record": record})
 
 
-def fetch(x: jax.Array) -> np.ndarray:
-    """A small device array on the host, also where other hosts hold parts of it."""
-    if x.is_fully_addressable:
-        return np.asarray(x)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+@functools.partial(jax.jit, static_argnames=("batch", "capacity", "cache_dtype", "form"))
+def _empty(model: DeepSeek, batch: int, capacity: int, cache_dtype: str, form: forms.Form) -> Caches:
+    """Caches of no sequences yet, as the decode step takes them."""
+    return form.split(model.init_caches(batch, capacity, cache_dtype, model.strategy.decode))
 
 
-@functools.partial(jax.jit, static_argnames=("capacity", "cache_dtype", "mode"))
-def _prefill(model: DeepSeek, tokens_BT, lengths_B, params, capacity: int, cache_dtype: str, mode: Mode):
-    """Caches of right-padded prompts, and their first new token with its log-probability."""
-    decode = model.strategy.decode
-    caches, logits_BV, _ = read_prompts(model, tokens_BT, lengths_B, capacity, cache_dtype)
-    drawn = draw(logits_BV, lengths_B, params, mode, decode)
-    position_B = decode.shard(lengths_B, "batch")
-    done_B = jnp.zeros_like(position_B, dtype=bool)
-    return State(caches, drawn.token_B, position_B, done_B), drawn.logprob_B
-
-
-def read_prompts(model: DeepSeek, tokens_BT, lengths_B, capacity: int, cache_dtype: str):
-    """Of right-padded prompts: their caches as decoding lays them out, the logits after their last tokens
-    [B, V], and what the routers did."""
-    B, T = tokens_BT.shape
-    rules, decode = model.strategy.prefill, model.strategy.decode
-    segment_ids_BT = (jnp.arange(T)[None] < lengths_B[:, None]).astype(jnp.int32)
-    caches = model.init_caches(B, capacity, cache_dtype, rules)
-    ctx = model.context(rules, tokens_BT, None, segment_ids_BT, caches)
-    out = model.forward(tokens_BT, ctx, caches)
-    hidden_BTD = rules.shard(out.hidden_BTD, "batch", None, None)
-    last_BT = rules.shard(
-        (jnp.arange(T)[None] == lengths_B[:, None] - 1).astype(hidden_BTD.dtype), "batch", None
-    )
-    last_BD = jnp.einsum("BTD,BT->BD", hidden_BTD, last_BT)
-    logits_BV = model.logits(decode.shard(last_BD, "batch", None)[:, None], decode)[:, 0]
-    return jax.tree.map(lambda a: _as_in_decode(a, decode), out.caches), logits_BV, out.routing
-
-
-def _as_in_decode(cache: jax.Array, rules) -> jax.Array:
-    inner = ("kv_heads",) if cache.ndim == 5 else ()
-    return rules.shard(cache, None, "cache_batch", *inner, "cache_length", None)
-
-
-@jax.jit
-def split(caches: Caches) -> Caches:
-    return tuple(part for cache in caches for part in split_layers(cache))
-
-
-def draw(logits_BV, position_B, params, mode: Mode, rules) -> Drawn:
-    """Sampling with the vocabulary whole, but rows over as many of its chips as divide them."""
-    mesh, batch, axes = jax.sharding.get_abstract_mesh(), rules.axes("batch"), rules.axes("vocab")
-    # from the last axis on: what then is left of the vocabulary on a chip is one piece, and moves as such
-    cut = len(axes)
-    while cut and logits_BV.shape[0] % math.prod(mesh.shape[a] for a in (*batch, *axes[cut - 1 :])) == 0:
-        cut -= 1
-    rows, parts = batch + axes[cut:], axes[:cut]
-
-    def spread(a: jax.Array) -> jax.Array:
-        return jax.sharding.reshard(a, P(rows or None, *(None,) * (a.ndim - 1)))
-
-    logits_BV = jax.sharding.reshard(logits_BV, P(rows or None, parts or None))
-    drawn = sample(spread(logits_BV), spread(position_B), jax.tree.map(spread, params), mode)
-    return jax.tree.map(lambda a: rules.shard(a, "batch"), drawn)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Trace:
-    """Of a dispatch of up to N steps: each row's tokens and their log-probabilities [B, N], as in Drawn.
-
-    Where recorded, also the tempered ones, those drawn from, and the experts that the token *before* each
-    used, [sparse layers, B, N, K].
-    """
-
-    tokens_BN: jax.Array
-    logprobs_BN: jax.Array
-    tempered_BN: jax.Array | None = None
-    drawn_BN: jax.Array | None = None
-    experts_LBNK: jax.Array | None = None
-
-
-def _decode_steps(
-    model: DeepSeek, state: State, done_B, params, stops_BK, steps, enough, width: int, mode: Mode,
-    record: tuple[str, ...] = (), form: Any = None,
-):  # fmt: skip
-    """Up to `steps` (at most `width`) further tokens, fewer when `enough` rows have ended.
-
-    `record` may name "logprobs" and "experts". Returns (state, Trace, steps taken).
-    """
-    rules = model.strategy.decode
-    B = state.token_B.shape[0]
-    stops_BK = rules.shard(stops_BK, "batch", None)
-
-    def step(carry):
-        state, trace, i = carry
-        out = form.step(model, state.caches, state.token_B, state.position_B, ~state.done_B)
-        logits_BV = out.logits_BV
-        new = draw(logits_BV, state.position_B + 1, params, mode, rules)
-        experts = jnp.concatenate([r.ids_BTK for r in out.routing]) if "experts" in record else None
-        made = Trace(new.token_B, new.logprob_B, new.tempered_B, new.drawn_B, experts)
-        trace = jax.tree.map(
-            lambda all, one: (
-                jax.lax.dynamic_update_slice_in_dim(all, one, i, 2)
-                if all.ndim == 4
-                else jax.lax.dynamic_update_index_in_dim(all, one, i, 1)
-            ),
-            trace,
-            made if "logprobs" in record else dataclasses.replace(made, tempered_BN=None, drawn_BN=None),
-        )
-        done_B = state.done_B | (new.token_B[:, None] == stops_BK).any(axis=1)
-        position_B = state.position_B + (~state.done_B).astype(jnp.int32)
-        return State(out.caches, new.token_B, position_B, done_B), trace, i + 1
-
-    def going(carry):
-        state, _, i = carry
-        return (i < steps) & (state.done_B.sum() < enough)
-
-    def blank(dtype, *shape_and_axes):
-        shape, axes = zip(*shape_and_axes)
-        return jnp.zeros(shape, dtype, out_sharding=rules.spec(*axes))
-
-    def per_token(dtype):
-        return blank(dtype, (B, "batch"), (width, None))
-
-    extra = (per_token(jnp.float32), per_token(jnp.float32)) if "logprobs" in record else (None, None)
-    experts = None
-    if "experts" in record:
-        layers, K = model.sparse_layers, model.cfg.num_experts_per_tok
-        experts = blank(jnp.int32, (layers, None), (B, "batch"), (width, None), (K, None))
-    trace = Trace(per_token(jnp.int32), per_token(jnp.float32), *extra, experts)
-    start = State(state.caches, state.token_B, state.position_B, rules.shard(done_B, "batch"))
-    return jax.lax.while_loop(going, step, (start, trace, jnp.zeros((), jnp.int32)))
-
-
-@functools.cache
-def decode_steps(form: str) -> Any:
-    """`_decode_steps` compiled with a form."""
-    return jax.jit(
-        functools.partial(_decode_steps, form=importlib.import_module(form)),
-        static_argnames=("width", "mode", "record"),
-        donate_argnames="state",
-        compiler_options=few_rows.OPTIONS if form.endswith(".cpu") else None,
-    )
-
-
-_PROGRAMS: dict[str, jax.stages.Compiled] = {}
-
-
-def _abstract(a: Any, laid_out: bool) -> jax.ShapeDtypeStruct:
-    where = getattr(a, "format" if laid_out else "sharding", None)  # of arrays, not of numpy's
-    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
-
-
-def laid_out_steps(model: DeepSeek, state: State, form: Any, **static: Any) -> Any:
-    """`_decode_steps` jitted for abstract weights and a state, in layouts that the compiler chooses.
-
-    In the default layout of their shapes it would copy caches, and now and then weights, at every dispatch.
-    """
-
-    def chosen(a: jax.ShapeDtypeStruct) -> Format:
-        return Format(Layout.AUTO, a.sharding) if a.format.layout is None else a.format
-
-    return jax.jit(
-        functools.partial(_decode_steps, form=form, **static),
-        donate_argnums=1,
-        in_shardings=(*jax.tree.map(chosen, (model, state)), *(None,) * 5),
-        out_shardings=Format(Layout.AUTO),
-    )
+@functools.partial(jax.jit, static_argnames="rules")
+def _placed(arrays: Any, rules: Any) -> Any:
+    return jax.tree.map(lambda a: rules.shard(a, "batch"), arrays)

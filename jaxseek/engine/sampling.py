@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -53,16 +54,17 @@ class Sampling:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SamplingArrays:
-    """Of a batch of requests, one value per row."""
+    """Settings of a batch of requests, one value per row; tokens to watch, W per row."""
 
     key_B: Any
     temperature_B: Any
     top_k_B: Any
     top_p_B: Any
     min_p_B: Any
+    watch_WB: Any = None
 
     @classmethod
-    def of(cls, requests: list[Sampling]) -> SamplingArrays:
+    def of(cls, requests: Sequence[Sampling]) -> SamplingArrays:
         def column(name: str, dtype: Any) -> np.ndarray:
             return np.array([getattr(r, name) for r in requests], dtype)
 
@@ -76,9 +78,9 @@ class SamplingArrays:
         )
 
 
-def batch_mode(requests: list[Sampling]) -> Mode:
-    """The cheapest program that serves all of these requests."""
-    modes = {r.mode for r in requests}
+def batch_mode(requests: Sequence[Sampling], least: Mode = "greedy") -> Mode:
+    """The cheapest program that serves all of these requests, no cheaper than `least`."""
+    modes = {least, *(r.mode for r in requests)}
     return next(m for m in ("filtered", "plain", "greedy") if m in modes)
 
 
@@ -86,12 +88,14 @@ def batch_mode(requests: list[Sampling]) -> Mode:
 @dataclass(frozen=True)
 class Drawn:
     """Next tokens [B], and float32 log-probabilities of each: under the model (temperature 1), under the
-    model at the request's temperature (1 where greedy), and under what was drawn from, filters included."""
+    model at the request's temperature (1 where greedy), and under what was drawn from, filters included.
+    `watched` [W, B] are those of the tokens to watch, under the model."""
 
     token_B: jax.Array
     logprob_B: jax.Array
     tempered_B: jax.Array
     drawn_B: jax.Array
+    watched_WB: jax.Array | None = None
 
 
 def sample(logits_BV: jax.Array, position_B: jax.Array, params: SamplingArrays, mode: Mode) -> Drawn:
@@ -101,9 +105,12 @@ def sample(logits_BV: jax.Array, position_B: jax.Array, params: SamplingArrays, 
     text in any batch.
     """
     greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    watched_WB = None
+    if params.watch_WB is not None:
+        watched_WB = jnp.stack([_logprob(logits_BV, watch_B) for watch_B in params.watch_WB])
     if mode == "greedy":
         logprob_B = _logprob(logits_BV, greedy_B)
-        return Drawn(greedy_B, logprob_B, logprob_B, jnp.zeros_like(logprob_B))
+        return Drawn(greedy_B, logprob_B, logprob_B, jnp.zeros_like(logprob_B), watched_WB)
     warm_B = params.temperature_B > 0
     tempered_BV = logits_BV / jnp.where(warm_B, params.temperature_B, 1.0)[:, None]
     kept_BV = tempered_BV
@@ -120,7 +127,8 @@ def sample(logits_BV: jax.Array, position_B: jax.Array, params: SamplingArrays, 
     token_B = jnp.argmax(noisy_BV, axis=-1).astype(jnp.int32)
     token_B = jnp.where(warm_B, token_B, greedy_B)
     drawn_B = jnp.where(warm_B, _logprob(kept_BV, token_B), 0.0)
-    return Drawn(token_B, _logprob(logits_BV, token_B), _logprob(tempered_BV, token_B), drawn_B)
+    logprob_B, tempered_B = _logprob(logits_BV, token_B), _logprob(tempered_BV, token_B)
+    return Drawn(token_B, logprob_B, tempered_B, drawn_B, watched_WB)
 
 
 def _logprob(logits_BV: jax.Array, token_B: jax.Array) -> jax.Array:

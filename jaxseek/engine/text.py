@@ -1,172 +1,81 @@
-"""Generation from text to text: prompts and chats in, replies out, whole or as they come."""
+"""Between text and tokens: prompts and chats in, an answer's text out as its tokens come."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import jax
-
-from jaxseek.engine.engine import Completion, Engine
-from jaxseek.engine.sampling import Sampling
-from jaxseek.model.deepseek import DeepSeek
+import numpy as np
 
 if TYPE_CHECKING:
     from jaxseek.tokenizer.tokenizer import Tokenizer
-
-log = logging.getLogger("jaxseek")
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Text, token ids, or a chat: messages of {"role", "content"}."""
 
 
-@dataclass(frozen=True)
-class Reply:
-    """Of one prompt: its text (end of sequence and stop string cut off), tokens and log-probabilities."""
-
-    text: str
-    tokens: list[int]
-    logprobs: list[float]
-    finish_reason: str
-
-
-def generate(
-    model: DeepSeek,
-    tokenizer: Tokenizer | None,
-    prompts: Prompt | Sequence[Prompt],
-    max_new_tokens: int = 256,
-    temperature: float = 0.6,
-    top_p: float = 0.95,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    seed: int | Sequence[int] = 0,
-    stop: str | Sequence[str] = (),
-    batch_size: int = 16,
-) -> list[str]:
-    """Texts that continue the prompts, one each; without a tokenizer, prompts and results are token ids.
-
-    A prompt is text, a list of ids, or a chat (a list of messages, rendered by the tokenizer's template). One
-    seed serves every prompt, as if it were alone; give one per prompt to sample the same prompt differently.
-    Raises ValueError for bad settings, an empty prompt, or one that leaves no room in the context.
-    """
-    prompts = _as_list(prompts)
-    seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
-    if len(seeds) != len(prompts):
-        raise ValueError(f"{len(seeds)} seeds were given for {len(prompts)} prompts")
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    base = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, 0, stop)
-    requests = [replace(base, seed=s) for s in seeds]
-    engine = engine_for(model)
-    replies: list[Any] = []
-    for start in range(0, len(prompts), batch_size):
-        part = slice(start, start + batch_size)
-        stream = TextStream(engine, tokenizer, [encode(tokenizer, p) for p in prompts[part]], requests[part])
-        for _ in stream:
-            pass
-        replies += [r.text if tokenizer else r.tokens for r in stream.replies()]
-    return replies
-
-
 def encode(tokenizer: Tokenizer | None, prompt: Prompt, thinking: bool | None = None) -> list[int]:
-    """Token ids of a prompt: text gets its BOS, a chat its template, ids stay as they are."""
-    if not isinstance(prompt, str) and all(not isinstance(m, Mapping) for m in prompt):
-        return [int(i) for i in prompt]  # type: ignore[arg-type]
-    if tokenizer is None:
-        raise ValueError("the model has no tokenizer; give prompts as lists of token ids")
-    if isinstance(prompt, str):
-        return tokenizer.encode(prompt)
-    return tokenizer.render_chat(prompt, thinking=thinking)  # type: ignore[arg-type]
+    """Token ids of a prompt: text gets its BOS, a chat its template, ids stay as they are.
 
-
-def _as_list(prompts: Any) -> list[Prompt]:
-    """A single text, list of ids or chat is a batch of one."""
-    if isinstance(prompts, str):
-        return [prompts]
-    prompts = list(prompts)
-    single = prompts and (isinstance(prompts[0], Mapping) or not hasattr(prompts[0], "__len__"))
-    return [prompts] if single else prompts
-
-
-_last: Engine | None = None
-
-
-def engine_for(model: DeepSeek) -> Engine:
-    """An engine for the model; the last one is kept for as long as the same weights are asked for."""
-    global _last
-    leaves = jax.tree.leaves(model)
-    if _last is None or list(map(id, _last.weights)) != list(map(id, leaves)):
-        _last = None  # free its copy of the weights before the next is made
-        _last = Engine(model)
-    return _last
-
-
-class TextStream:
-    """Iterates over new pieces of text, one list per dispatch with a piece for every row.
-
-    Text that may be the beginning of a stop string is held back; what follows a stop string is never shown.
+    Raises ValueError for anything else, and for text or a chat without a tokenizer.
     """
+    if isinstance(prompt, Mapping):
+        raise ValueError(
+            f"a prompt is a mapping with {', '.join(map(str, prompt))}; expected text, token ids (its "
+            "input_ids, say) or a list of messages"
+        )
+    if isinstance(prompt, str) or any(isinstance(m, Mapping) for m in prompt):
+        if tokenizer is None:
+            raise ValueError("the model has no tokenizer; give prompts as lists of token ids")
+        if isinstance(prompt, str):
+            return tokenizer.encode(prompt)
+        return tokenizer.render_chat(prompt, thinking=thinking)  # type: ignore[arg-type]
+    ids = np.asarray(prompt)
+    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+        raise ValueError(
+            f"a prompt of token ids is {ids.dtype}{list(ids.shape)}, expected whole numbers in a row"
+        )
+    return ids.tolist()
 
-    def __init__(
-        self,
-        engine: Engine,
-        tokenizer: Tokenizer | None,
-        prompts: list[list[int]],
-        requests: list[Sampling],
-        tokens_per_dispatch: int = 32,
-    ):
+
+class Text:
+    """The text of an answer, which ends before the first stop string in it."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...], skip_special: bool = True):
         from jaxseek.tokenizer.tokenizer import StreamDecoder
 
-        eos = (*engine.model.cfg.eos_ids, *(tokenizer.eos_ids if tokenizer else ()))
-        self.requests = [replace(r, stop_ids=tuple(dict.fromkeys((*r.stop_ids, *eos)))) for r in requests]
-        if tokenizer is None and any(r.stop for r in requests):
-            raise ValueError("stop strings need a tokenizer; use stop_ids")
-        self.completions: list[Completion] = [Completion() for _ in prompts]
-        self.texts = [""] * len(prompts)
-        self._shown, self._fed = [0] * len(prompts), [0] * len(prompts)
-        self._decoders = [StreamDecoder(tokenizer) for _ in prompts] if tokenizer else None
-        self._stream = engine.stream(prompts, self.requests, tokens_per_dispatch)
+        self.text, self._stops = "", stops
+        self._decoder, self._shown, self._ended = StreamDecoder(tokenizer, skip_special), 0, False
 
-    def __iter__(self) -> Iterator[list[str]]:
-        for completions in self._stream:
-            self.completions = completions
-            yield [self._advance(i, c) for i, c in enumerate(completions)]
+    def feed(self, tokens: Sequence[int]) -> tuple[int, bool]:
+        """Add tokens; returns how many belong to the answer, and whether a stop string ended it."""
+        if not self._stops:
+            self.text += self._decoder.feed(tokens) if len(tokens) else ""
+            return len(tokens), False
+        for i, token in enumerate(tokens):
+            self.text += self._decoder.feed(token)
+            if self._cut():
+                return i + 1, True
+        return len(tokens), False
 
-    def _advance(self, i: int, completion: Completion) -> str:
-        if self._decoders is None:
-            return ""
-        stops, fresh = self.requests[i].stop, completion.tokens[self._fed[i] :]
-        for token in fresh:
-            self._fed[i] += 1
-            self.texts[i] += self._decoders[i].feed(token)
-            if stops and self._cut(i, stops, completion):
-                break
-        if completion.finish_reason is not None and self._fed[i] == len(completion.tokens):
-            self.texts[i] += self._decoders[i].flush()
-            self._cut(i, stops, completion)
-            held = 0
-        else:
-            held = max((_overlap(self.texts[i], s) for s in stops), default=0)
-        end = max(len(self.texts[i]) - held, self._shown[i])
-        piece, self._shown[i] = self.texts[i][self._shown[i] : end], end
-        return piece
+    def end(self) -> None:
+        """No more tokens will come: what was held back belongs to the text."""
+        if not self._ended:
+            self.text += self._decoder.flush()
+            self._cut()
+            self._ended = True
 
-    def _cut(self, i: int, stops: tuple[str, ...], completion: Completion) -> bool:
-        """End the row at the first stop string in its text, tokens beyond it included."""
-        found = [at for s in stops if (at := self.texts[i].find(s)) >= 0]
+    def piece(self) -> str:
+        """Text since the last call, but for an end that may be the beginning of a stop string."""
+        held = 0 if self._ended else max((_overlap(self.text, s) for s in self._stops), default=0)
+        start, self._shown = self._shown, max(len(self.text) - held, self._shown)
+        return self.text[start : self._shown]
+
+    def _cut(self) -> bool:
+        found = [at for s in self._stops if (at := self.text.find(s)) >= 0]
         if found:
-            self.texts[i] = self.texts[i][: min(found)]
-            del completion.tokens[self._fed[i] :], completion.logprobs[self._fed[i] :]
-            completion.finish_reason = "stop"
+            self.text, self._ended = self.text[: min(found)], True
         return bool(found)
-
-    def replies(self) -> list[Reply]:
-        """The finished replies."""
-        return [
-            Reply(text, c.tokens, c.logprobs, c.finish_reason or "length")
-            for text, c in zip(self.texts, self.completions)
-        ]
 
 
 def _overlap(text: str, stop: str) -> int:

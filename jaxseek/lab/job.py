@@ -20,17 +20,18 @@ from jax.sharding import PartitionSpec as P
 
 from jaxseek.config.model import ConfigError, ModelConfig
 from jaxseek.config.run import RunConfig
-from jaxseek.decode import tpu
-from jaxseek.engine import engine, groups
+from jaxseek.decode import plain, tpu
+from jaxseek.engine import programs, slots
+from jaxseek.engine.engine import Room
 from jaxseek.engine.sampling import Sampling, SamplingArrays
+from jaxseek.engine.scheduler import chunks, lanes
 from jaxseek.experts.replicate import place_experts, refuse_slots
 from jaxseek.hardware import Topology
 from jaxseek.model.deepseek import DeepSeek
 from jaxseek.model.weight import is_adapted, quantize_abstract
-from jaxseek.rl.evaluate import at_a_time
 from jaxseek.rl.objective import PolicyLoss, make_logprobs
 from jaxseek.rl.packing import MOST_IN_A_ROW, PolicyBatch
-from jaxseek.rl.rollout import as_in_decode, cast, in_decode
+from jaxseek.rl.rollout import as_in_decode, at_a_time, cast, in_decode
 from jaxseek.sharding.parameters import device_bytes, fill
 from jaxseek.sharding.rules import Rules
 from jaxseek.sharding.strategy import Strategy
@@ -209,12 +210,12 @@ def abstract_step(job: Job, mesh: Mesh) -> tuple[Any, tuple, dict[str, int]]:
     return step, args, given
 
 
-def _state(job: Job, model: DeepSeek, dtype: str, array: Any, placed: Any) -> engine.State:
+def _state(job: Job, model: DeepSeek, dtype: str, array: Any, placed: Any) -> programs.State:
     """Abstract engine state between dispatches, for `batch` sequences of `context` tokens."""
     B, rules = job.batch, job.rules
     caches = placed(jax.eval_shape(lambda: model.init_caches(B, job.context, dtype, rules)))
     kinds = (jnp.int32, jnp.int32, jnp.bool)
-    return engine.State(caches, *(array((B,), kind, rules.spec("batch")) for kind in kinds))
+    return programs.State(caches, *(array((B,), kind, rules.spec("batch")) for kind in kinds))
 
 
 def _decode(job: Job, model: DeepSeek, array: Any, placed: Any) -> tuple[Any, tuple]:
@@ -226,15 +227,20 @@ def _decode(job: Job, model: DeepSeek, array: Any, placed: Any) -> tuple[Any, tu
         record += ("experts",) if _records_experts(job.run) else ()
     state = _state(job, model, dtype, array, placed)
     params, done_B, stops_BK = SamplingArrays.of([sampling] * B), np.zeros(B, bool), np.full((B, 1), -1)
-    step = engine.laid_out_steps(model, state, form=tpu, width=width, mode=sampling.mode, record=record)
-    return step, (model, state, done_B, params, stops_BK.astype(np.int32), np.int32(width), np.int32(B))
+    form: Any = tpu if jax.sharding.get_mesh().devices.flat[0].platform == "tpu" else plain
+    weights = placed(jax.eval_shape(form.prepare, model))
+    step = programs.laid_out_steps(weights, state, width=width, mode=sampling.mode, record=record, form=form)
+    return step, (weights, state, done_B, params, stops_BK.astype(np.int32), np.int32(width), np.int32(B))
 
 
 def _prefill(job: Job, model: DeepSeek) -> tuple[Any, tuple]:
-    tokens_BT, lengths_B = np.zeros((job.batch, job.context), np.int32), np.ones(job.batch, np.int32)
-    sampling = Sampling(temperature=0.0)
-    params = SamplingArrays.of([sampling] * job.batch)
-    return engine._prefill, (model, tokens_BT, lengths_B, params, job.context, "bfloat16", sampling.mode)
+    return programs.read_chunk, (model, *_chunk(job), None, job.context, "bfloat16", False)
+
+
+def _chunk(job: Job) -> tuple[Any, ...]:
+    """Tokens, the position of the first, and lengths, of `batch` prompts that are read in one chunk."""
+    tokens_PT, lengths_P = np.zeros((job.batch, job.context), np.int32), np.full(job.batch, job.context)
+    return tokens_PT, np.int32(0), lengths_P.astype(np.int32)
 
 
 def train_run(job: Job) -> RunConfig:
@@ -311,15 +317,29 @@ def sampling_dtype(run: RunConfig) -> str:
     return run.rollout.dtype or run.compute_dtype or "bfloat16"
 
 
-def room(run: RunConfig, strategy: Strategy) -> groups.Room:
-    """Return array shapes that hold both a rollout and an evaluation, which has one answer per prompt."""
-    rollout, eval_prompts = run.rollout, at_a_time(run)
+@dataclass(frozen=True)
+class RolloutShapes:
+    """Arrays of a rollout: a chunk of `length` tokens of `prompts` is read at a time, into caches of
+    `prompt_capacity`, and `slots` sequences decode, with caches of `capacity`."""
+
+    prompts: int
+    length: int
+    prompt_capacity: int
+    slots: int
+    capacity: int
+
+
+def room(run: RunConfig, strategy: Strategy) -> RolloutShapes:
+    """Shapes of a rollout whose prompts are all as long as they may be."""
+    rollout, mesh, decoding = run.rollout, Room.of(strategy), at_a_time(run)
+    plan = chunks(max(1, rollout.max_prompt_tokens - 1), mesh.columns)
     need = rollout.max_prompt_tokens + rollout.max_new_tokens
-    sizes = (rollout.max_prompt_tokens, need, rollout.slots)
-    one = groups.Room.of(strategy, rollout.prompts, run.grpo.group_size, *sizes)
-    other = groups.Room.of(strategy, eval_prompts, 1, *sizes)
-    return dataclasses.replace(
-        one, prompts=max(one.prompts, other.prompts), slots=max(one.slots, other.slots)
+    return RolloutShapes(
+        prompts=mesh.rows * lanes(-(-rollout.prompts // mesh.rows), plan),
+        length=plan[0],
+        prompt_capacity=slots.bucket(sum(plan), sum(plan), mesh.length, slots.PROMPTS),
+        slots=decoding + -decoding % mesh.slots,
+        capacity=need + -need % mesh.length,
     )
 
 
@@ -340,17 +360,14 @@ def _reference(run: RunConfig, model: DeepSeek) -> DeepSeek:
 
 
 def _read(job: Job, run: RunConfig, model: DeepSeek) -> tuple[Any, tuple]:
-    found = room(run, job.strategy)
-    tokens_PT, lengths_P = np.zeros((found.prompts, found.length), np.int32), np.ones(found.prompts, np.int32)
-    how = (found.prompt_capacity, sampling_dtype(run), _records_experts(run))
-    return groups._read, (model, tokens_PT, lengths_P, *how)
+    how = (room(run, job.strategy).prompt_capacity, sampling_dtype(run), _records_experts(run))
+    return programs.read_chunk, (model, *_chunk(job), None, *how)
 
 
 def _seat(job: Job, run: RunConfig, model: DeepSeek, array: Any, placed: Any) -> tuple[Any, tuple]:
-    found, rules, dtype, sampling = room(run, job.strategy), job.rules, sampling_dtype(run), _sampling(run)
-    state, size = _state(job, model, dtype, array, placed), (found.prompts, found.prompt_capacity)
-    caches = placed(jax.eval_shape(lambda: model.init_caches(*size, dtype, rules)))
-    logits_PV = array((found.prompts, job.cfg.vocab_size), jnp.float32, rules.spec("batch", "vocab"))
-    lengths_P, prompt_B = np.ones(found.prompts, np.int32), np.zeros(job.batch, np.int32)
-    params = SamplingArrays.of([sampling] * job.batch)
-    return groups._fill, (model, state, caches, logits_PV, lengths_P, prompt_B, params, sampling.mode)
+    found, rules, dtype = room(run, job.strategy), job.rules, sampling_dtype(run)
+    split = job.strategy.parts(rules, "cache_length") > 1
+    size = (found.prompts, found.capacity if split else found.prompt_capacity)
+    read = placed(jax.eval_shape(lambda: model.init_caches(*size, dtype, rules)))
+    caches = _state(job, model, dtype, array, placed).caches
+    return slots.seated, (caches, read, np.zeros(job.batch, np.int32), rules)

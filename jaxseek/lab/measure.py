@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from jaxseek.config.model import ConfigError
-from jaxseek.engine import engine
+from jaxseek.engine import programs
 from jaxseek.hardware import Topology
 from jaxseek.lab.job import TOKENS_PER_DISPATCH, Job, abstract_step
 from jaxseek.model.deepseek import DeepSeek
@@ -102,7 +102,7 @@ class _Calls:
             self.args[1] = in_formats(self.args[1], self.cached)
         out = jax.block_until_ready(self.step(*self.args))
         for i, a in enumerate(self.args):
-            if isinstance(a, engine.State):  # every call decodes from the same cache length
+            if isinstance(a, programs.State):  # every call decodes from the same cache length
                 again = {"position_B": _last_position(self.job, a.position_B.sharding)}
                 again["done_B"] = constant(out[0].done_B, False)
                 self.args[i] = dataclasses.replace(out[0], **again)
@@ -119,9 +119,9 @@ def realise(arg: Any, job: Job) -> Any:
     vocab = job.cfg.vocab_size
     if isinstance(arg, DeepSeek):
         return fill(arg, jax.sharding.get_mesh(), _weight(job))
-    if isinstance(arg, engine.State):
+    if isinstance(arg, programs.State):
         caches = jax.tree.map(lambda a: uniform(a, 1.0), arg.caches)
-        return engine.State(
+        return programs.State(
             caches,
             tokens(arg.token_B, vocab),
             _last_position(job, arg.position_B.sharding),

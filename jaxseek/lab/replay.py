@@ -16,7 +16,7 @@ from rich.table import Table
 
 from jaxseek.config.model import ConfigError
 from jaxseek.engine.engine import Engine
-from jaxseek.engine.groups import sample_groups
+from jaxseek.engine.request import EXPERTS, Request
 from jaxseek.engine.sampling import Sampling
 from jaxseek.experts import balance
 from jaxseek.experts.balance import Placement, contiguous, imbalance, place, serve
@@ -90,9 +90,10 @@ def record(
     cfg = model.cfg
     if not cfg.n_routed_experts:
         raise ConfigError(f"a {cfg.model_type} model without experts has no routing to record")
-    requests = [[dataclasses.replace(sampling, seed=sampling.seed + i)] for i in range(len(prompts))]
-    answers, _ = sample_groups(Engine(model), prompts, requests, record_experts=True)
-    own = [a.experts[:, len(p) :] for p, (a,) in zip(prompts, answers) if a.experts is not None]
+    seeds = [dataclasses.replace(sampling, seed=sampling.seed + i) for i in range(len(prompts))]
+    requests = [Request(prompt, s, record=(EXPERTS,)) for prompt, s in zip(prompts, seeds)]
+    answers = Engine(model, slots=len(prompts)).answers(requests)
+    own = [a.experts[:, len(p) :] for p, a in zip(prompts, answers) if a.experts is not None]
     steps = max(ids_LTK.shape[1] for ids_LTK in own)
     if not steps:
         raise ConfigError("every answer ended with its first token: there is no decode step to record")

@@ -93,20 +93,11 @@ class Evaluation:
 
 
 def evaluate(run: RunConfig, sampler: Sampler, held_out: HeldOut, marking: Marking) -> Evaluation:
-    """Answer every held-out problem `task.samples` times, at task.temperature.
-
-    As many at a time as a rollout decodes: every one of them has a prompt of its own, whose cache is kept.
-    """
-    task, size = run.task, at_a_time(run)
-    numbered = enumerate(held_out.problems)
-    work = [(p, prompt, (n, s)) for n, (p, prompt) in numbered for s in range(task.samples)]
-    episodes: list[Episode] = []
-    for begin in range(0, len(work), size):
-        some = work[begin : begin + size]
-        problems, prompts, numbers = zip(*(some + [some[-1]] * (size - len(some))))  # one program for all
-        seeds = [[seed_of(EVALUATION, *n)] for n in numbers]
-        groups, _ = sampler.sample(problems, prompts, seeds, task.temperature)
-        episodes += [group[0] for group in groups[: len(some)]]
+    """Answer every held-out problem `task.samples` times, at task.temperature."""
+    task, (problems, prompts) = run.task, zip(*held_out.problems)
+    seeds = [[seed_of(EVALUATION, n, s) for s in range(task.samples)] for n in range(len(problems))]
+    groups, _ = sampler.sample(problems, prompts, seeds, task.temperature)
+    episodes = [episode for group in groups for episode in group]
     totals_N, parts = marking([e.answer for e in episodes])
     correct_N = np.nan_to_num(next(iter(parts.values())))
     values = {"accuracy": float(correct_N.mean())} | of_answers(episodes)
@@ -127,12 +118,6 @@ def evaluate(run: RunConfig, sampler: Sampler, held_out: HeldOut, marking: Marki
         for e, total, correct in zip(episodes, totals_N, correct_N)
     ]
     return Evaluation(values, answers)
-
-
-def at_a_time(run: RunConfig) -> int:
-    """Held-out problems that are answered side by side."""
-    answers = run.rollout.prompts * run.grpo.group_size
-    return min(answers, run.rollout.slots or answers)
 
 
 def of_answers(episodes: list[Episode]) -> dict[str, float]:

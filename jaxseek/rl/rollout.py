@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxseek.config.run import RunConfig
-from jaxseek.engine.engine import Engine
-from jaxseek.engine.groups import GroupTiming, Sampled, sample_groups
+from jaxseek.engine.engine import Engine, Timing
+from jaxseek.engine.request import EXPERTS, LOGPROBS, Request
+from jaxseek.engine.request import Answer as Sampled
 from jaxseek.engine.sampling import Sampling
 from jaxseek.engine.text import encode
 from jaxseek.model.deepseek import DeepSeek
@@ -53,7 +54,7 @@ class Sampler:
         start = time.perf_counter()
         self._engine = as_engine(model, self.dtype)
         self.eos_ids = tuple(dict.fromkeys((*model.cfg.eos_ids, *self.tokenizer.eos_ids)))
-        jax.block_until_ready(jax.tree.leaves(self._engine.decoder))
+        jax.block_until_ready(jax.tree.leaves(self._engine.decoder.weights))
         return time.perf_counter() - start
 
     def free(self) -> None:
@@ -74,48 +75,43 @@ class Sampler:
         temperature: float,
         record_experts: bool = False,
         progress: Callable[[int], None] = lambda tokens: None,
-    ) -> tuple[list[list[Episode]], GroupTiming]:
-        """An answer per problem and seed; temperature 0 is greedy, and knows no other filters."""
+    ) -> tuple[list[list[Episode]], Timing]:
+        """An answer per problem and seed; temperature 0 is greedy, and knows no other filters.
+
+        `progress` is told how many tokens there are, as they come.
+        """
         engine, rollout = self._engine, self.run.rollout
         assert engine is not None, "load comes first"
         filters = (rollout.top_k, rollout.top_p, rollout.min_p)
         # An evaluation shares the rollout's program, unless that has filters: they sort the vocabulary.
         plain = Sampling(1, rollout.temperature, *filters).mode == "plain"
         filters = filters if temperature else (0, 1.0, 0.0)
+        record = (LOGPROBS, EXPERTS) if record_experts else (LOGPROBS,)
+        tokenizer = self.tokenizer if rollout.stop else None
         requests = [
-            [
-                Sampling(rollout.max_new_tokens, temperature, *filters, seed=s, stop_ids=self.eos_ids)
-                for s in group
-            ]
-            for group in seeds
-        ]
-        groups, timing = sample_groups(
-            engine,
-            prompts,
-            requests,
-            slots=rollout.slots,
-            capacity=rollout.max_prompt_tokens + rollout.max_new_tokens,
-            record_experts=record_experts,
-            ended=self._ended if rollout.stop else None,
-            progress=progress,
-            mode="plain" if plain else None,
-        )
+            Request(
+                prompt,
+                Sampling(
+                    rollout.max_new_tokens, temperature, *filters, seed=s, stop=tuple(rollout.stop),
+                    stop_ids=self.eos_ids,
+                ),
+                tokenizer, record, special=True,
+            )
+            for prompt, group in zip(prompts, seeds) for s in group
+        ]  # fmt: skip
+        engine.mode, engine.timing = "plain" if plain else "greedy", Timing()
+        engine.resize(at_a_time(self.run), rollout.max_prompt_tokens + rollout.max_new_tokens)
+        sampled: dict[int, Sampled] = {}
+        for index, answer in engine.run(requests):
+            if isinstance(answer, ValueError):
+                raise answer
+            sampled[index] = answer
+            progress(engine.timing.new_tokens)
+        numbers = iter(range(len(requests)))
         return [
-            [self._episode(problem, prompt, sampled) for sampled in group]
-            for problem, prompt, group in zip(problems, prompts, groups)
-        ], timing
-
-    def _ended(self, tokens: list[int]) -> int | None:
-        """How many tokens reach to the end of the first stop string."""
-        stops, decode = self.run.rollout.stop, self.tokenizer.decode
-        if not any(stop in decode(tokens, False) for stop in stops):
-            return None
-        low, high = 1, len(tokens)  # the text of a beginning only grows
-        while low < high:
-            middle = (low + high) // 2
-            found = any(stop in decode(tokens[:middle], False) for stop in stops)
-            low, high = (low, middle) if found else (middle + 1, high)
-        return low
+            [self._episode(problem, prompt, sampled[next(numbers)]) for _ in group]
+            for problem, prompt, group in zip(problems, prompts, seeds)
+        ], engine.timing
 
     def _episode(self, problem: Problem, prompt: list[int], sampled: Sampled) -> Episode:
         tokens = sampled.tokens
@@ -139,9 +135,15 @@ def as_engine(model: DeepSeek, dtype: Any) -> Engine:
     Quantised weights stay as they are.
     """
     if quantization(model):
-        return Engine(model, dtype, owns=False)
+        return Engine(model, cache_dtype=dtype, owns=False)
     with model.on_mesh():  # what need not be changed are the policy's own arrays
-        return Engine(as_in_decode(model, jnp.dtype(dtype).name), dtype, owns=False)
+        return Engine(as_in_decode(model, jnp.dtype(dtype).name), cache_dtype=dtype, owns=False)
+
+
+def at_a_time(run: RunConfig) -> int:
+    """Answers that a rollout, or an evaluation, decodes side by side."""
+    answers = run.rollout.prompts * run.grpo.group_size
+    return min(answers, run.rollout.slots or answers)
 
 
 def seed_of(*parts: int) -> int:

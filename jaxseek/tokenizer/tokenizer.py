@@ -44,7 +44,7 @@ class Tokenizer:
 
     vocab_size is the largest id + 1; bos_id and pad_id may be None; eos_ids are all ids that end a reply.
     template names the chat template: one of `jaxseek.tokenizer.chat.TEMPLATES`, "jinja" for the model's own
-    chat_template, or None if it has none.
+    chat_template, or None if it has none. generation holds generation_config.json, with sampling settings.
     """
 
     def __init__(self, files: Mapping[str, bytes], template: str | None = None):
@@ -52,12 +52,11 @@ class Tokenizer:
 
         Raises TokenizerError if a file cannot be read or names a BOS or EOS that does not exist.
         """
-        self._files = dict(files)
+        self._files, self.generation = dict(files), _read_json(files, "generation_config.json")
         models = sorted(name for name in files if name.endswith(".model"))
         source = next(name for name in ("tokenizer.json", "tokenizer.model", *models) if name in files)
         special_map = _read_json(files, "special_tokens_map.json")
         config = _read_json(files, "tokenizer_config.json")
-        generation = _read_json(files, "generation_config.json")
         names = {key: _content(c[key]) for c in (special_map, config) for key in _NAMED if c.get(key)}
         try:
             if source == "tokenizer.json":
@@ -75,7 +74,7 @@ class Tokenizer:
                 raise TokenizerError(f"the config names {key} {names[key]!r}, which {source} does not hold")
 
         def ids(key: str) -> list[int]:
-            also = generation.get(f"{key}_token_id")
+            also = self.generation.get(f"{key}_token_id")
             found = [backend.control.get(names.get(f"{key}_token", ""))]
             return [i for i in found + (also if isinstance(also, list) else [also]) if i is not None]
 

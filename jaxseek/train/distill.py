@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,9 @@ from jaxseek.api import load
 from jaxseek.config.model import ConfigError
 from jaxseek.config.run import RunConfig
 from jaxseek.data.dataset import open_prompts
+from jaxseek.engine.generate import engine_for, in_order, request
 from jaxseek.engine.sampling import Sampling
-from jaxseek.engine.text import TextStream, encode, engine_for
+from jaxseek.engine.text import encode
 from jaxseek.machine.hosts import from_first
 from jaxseek.sharding.strategy import Strategy
 from jaxseek.storage.place import Log, Place, place, read_log, write_bytes
@@ -29,6 +31,8 @@ from jaxseek.train.loss import Loss, divergence
 from jaxseek.train.pretrain import Pretrain, cross_entropy
 from jaxseek.train.sft import Sft
 from jaxseek.train.start import Setup, compute_dtype
+
+log = logging.getLogger("jaxseek")
 
 FILE = "samples.jsonl"
 BATCH = 16  # answers that are sampled together
@@ -107,40 +111,40 @@ def _sample(run: RunConfig, strategy: Strategy, tokenizer: Tokenizer, prompts: A
 
     teacher, own = load(run.distill.teacher, strategy)
     own = own or tokenizer
-    engine, distill, names = engine_for(teacher), run.distill, run.data.columns
+    distill, names, left = run.distill, run.data.columns, prompts[done:]
+    base = Sampling(distill.max_new_tokens, distill.temperature, top_p=distill.top_p)
+    opened: dict[int, bool] = {}  # whether a prompt ends within a thought
+
+    def requests():
+        for i, (talk, _) in enumerate(left):
+            try:
+                ids = encode(own, talk)
+                opened[i] = own.opened_think(ids)
+                yield request(teacher, own, ids, dataclasses.replace(base, seed=run.seed + done + i))
+            except ValueError as error:
+                yield error
+
+    answers = in_order(engine_for(teacher, BATCH).run(requests()))
     writes = jax.process_index() == 0
     with (
         Log(path) if writes else contextlib.nullcontext() as out,
         Progress(transient=True, disable=not writes) as progress,
     ):
         task = progress.add_task("sampling the teacher", total=len(prompts), completed=done)
-        for begin in range(done, len(prompts), BATCH):
-            some = prompts[begin : begin + BATCH]
-            requests = [
-                Sampling(
-                    distill.max_new_tokens,
-                    distill.temperature,
-                    top_p=distill.top_p,
-                    seed=run.seed + begin + i,
-                )
-                for i in range(len(some))
-            ]
-            encoded = [encode(own, talk) for talk, _ in some]
-            stream = TextStream(engine, own, encoded, requests)
-            for _ in stream:
-                pass
-            progress.update(task, advance=len(some))
+        for i, answer in enumerate(answers):
+            progress.update(task, advance=1)
             if out is None:
                 continue
-            for (talk, _), ids, reply in zip(some, encoded, stream.replies()):
-                opening = f"{chat.THINK}\n" if own.opened_think(ids) else ""  # stood in the prompt
-                talk = [*talk, {"role": "assistant", "content": opening + reply.text}]
-                record = {
-                    names.messages: [{names.role: m["role"], names.content: m["content"]} for m in talk]
-                }
-                record |= {"finish_reason": reply.finish_reason}
-                out.add(json.dumps(record, ensure_ascii=False))
-            progress.update(task, advance=len(some))
+            talk = left[i][0]
+            if isinstance(answer, ValueError):
+                log.warning("prompt %d is left out: %s", done + i, answer)
+                reason = "refused"
+            else:
+                opening = f"{chat.THINK}\n" if opened[i] else ""  # stood in the prompt
+                talk = [*talk, {"role": "assistant", "content": opening + answer.text}]
+                reason = answer.finish_reason
+            messages = [{names.role: m["role"], names.content: m["content"]} for m in talk]
+            out.add(json.dumps({names.messages: messages, "finish_reason": reason}, ensure_ascii=False))
 
 
 def _finished(path: Place) -> Place:

@@ -10,8 +10,9 @@ from jaxseek.cli.main import VERBS, main
 from jaxseek.config.model import ModelConfig
 from jaxseek.config.run import find_run_file, shipped_runs
 from jaxseek.engine.engine import Engine
+from jaxseek.engine.generate import generate, stream
+from jaxseek.engine.request import Request
 from jaxseek.engine.sampling import Sampling
-from jaxseek.engine.text import TextStream, generate
 from jaxseek.model.deepseek import DeepSeek
 from jaxseek.tokenizer.tokenizer import train_sentencepiece
 from jaxseek_convert import save_hf
@@ -157,16 +158,18 @@ def test_generate_is_a_function_even_after_its_package_was_imported(tiny):
 
 def test_streamed_pieces_make_the_text_and_end_before_a_stop_string(tiny):
     model, tokenizer = jaxseek.load(tiny)
-    engine, prompt = Engine(model), tokenizer.encode("seven wizards")
-    whole = TextStream(engine, tokenizer, [prompt], [Sampling(24, 0.0)], 4)
-    pieces = [p[0] for p in whole]
-    text = whole.replies()[0].text
+    engine, prompt = Engine(model, dispatch=4), tokenizer.encode("seven wizards")
+
+    def streamed(**more):
+        handle = engine.submit(Request(prompt, Sampling(24, 0.0, **more), tokenizer))
+        return list(stream(engine, handle)), handle.answer
+
+    pieces, whole = streamed()
+    text = whole.text
     assert "".join(pieces) == text
     assert len(text) > 8
     stop = text[5:8]
-    stopped = TextStream(engine, tokenizer, [prompt], [Sampling(24, 0.0, stop=(stop,))], 4)
-    pieces = [p[0] for p in stopped]
-    reply = stopped.replies()[0]
+    pieces, reply = streamed(stop=(stop,))
     assert reply.text == "".join(pieces) == text[: text.find(stop)]
     assert reply.finish_reason == "stop"
-    assert len(reply.tokens) == len(reply.logprobs) < len(whole.replies()[0].tokens)
+    assert len(reply.tokens) == len(reply.logprobs) < len(whole.tokens)

@@ -3,11 +3,8 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from oracles import (
     forward,
     random_model,
@@ -20,8 +17,9 @@ from oracles import (
     weights,
 )
 
-from jaxseek.engine.engine import Engine
-from jaxseek.engine.sampling import Sampling, SamplingArrays, batch_mode, sample
+from jaxseek.engine.engine import Engine, Timing
+from jaxseek.engine.request import Request
+from jaxseek.engine.sampling import Sampling
 from jaxseek.model.deepseek import DeepSeek
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -76,8 +74,16 @@ def test_dispatches_of_any_length_give_the_same_tokens():
     w = weights(small_model())
     expected = [greedy_as_written(small_model().cfg, w, p, 10)[0] for p in PROMPTS]
     assert [c.tokens for c in small()] == expected
-    *_, last = engine("small").stream(PROMPTS, GREEDY, tokens_per_dispatch=4)
-    assert [c.tokens for c in last] == expected
+    assert [c.tokens for c in Engine(small_model(), dispatch=4).generate(PROMPTS, GREEDY)] == expected
+
+
+@pytest.mark.parametrize("name", ["v3", slow("llama"), slow("v3.2")])
+def test_a_prompt_read_in_chunks_is_answered_as_the_formula_says(name):
+    """Of 64, 64, 16 and 16 tokens, the last not full: those after the first attend to the cache."""
+    model = random_model(tiny_config(name, max_position_embeddings=256))
+    long = [random_tokens(n, seed=n).tolist() for n in (152, 65)]
+    for prompt, answer in zip(long, Engine(model, slots=2).generate(long, GREEDY)):
+        assert answer.tokens == greedy_as_written(model.cfg, weights(model), prompt, 10)[0]
 
 
 def test_a_request_gives_the_same_text_in_any_batch():
@@ -138,110 +144,133 @@ def test_rows_end_at_their_own_length_and_at_the_context():
         assert short.tokens[:common] == full.tokens[:common]
 
 
-def test_streams_grow_and_a_row_can_be_ended_by_the_reader():
-    lengths = []
-    for completions in engine("small").stream(PROMPTS, GREEDY, tokens_per_dispatch=4):
-        lengths.append([len(c.tokens) for c in completions])
-        completions[2].finish_reason = "stop"
-    assert lengths == [[1] * 4, [5, 5, 1, 5], [9, 9, 1, 9], [10, 10, 1, 10]]
+def test_answers_grow_by_dispatches_and_can_be_cancelled():
+    one, lengths = Engine(small_model(), dispatch=4), []
+    handles = [one.submit(Request(PROMPTS[0], GREEDY)) for _ in range(3)]
+    while one.busy:
+        one.step()
+        lengths.append([len(h.answer.tokens) for h in handles])
+        one.cancel(handles[2])
+    assert lengths == [[1, 1, 1], [5, 5, 1], [9, 9, 1], [10, 10, 1]]
+    assert [h.answer.finish_reason for h in handles] == ["length", "length", "cancelled"]
+    waiting = one.submit(Request(PROMPTS[1], GREEDY))
+    one.cancel(waiting)
+    assert not one.busy
+    assert one.step() == []
 
 
 def test_timing_counts_the_tokens_of_each_phase():
-    timing = engine("small").timing
-    engine("small").generate(PROMPTS, GREEDY)
-    timing = engine("small").timing
-    assert (timing.prefill_tokens, timing.decode_tokens) == (sum(map(len, PROMPTS)), 4 * 9)
+    engine("small").timing = timing = Timing()
+    engine("small").generate([PROMPTS[0]] * 4, GREEDY)
+    assert (timing.prefill_tokens, timing.decode_tokens, timing.new_tokens) == (len(PROMPTS[0]), 4 * 9, 40)
     assert timing.decode_rate == pytest.approx(36 / timing.decode_seconds)
+    assert timing.occupancy == 4 / 16
 
 
-# -------------------------------------------------------------------- distributions
+# -------------------------------------------------------------------- requests that come and go
 
 
-def probabilities(logits_V, request):
-    """transformers' warpers in their order: temperature, top-k, top-p, min-p."""
-    scores = np.asarray(logits_V, np.float64) / request.temperature
-    if request.top_k:
-        k = min(request.top_k, len(scores))
-        scores = np.where(scores < np.sort(scores)[-k], -np.inf, scores)
-    if request.top_p < 1:
-        ascending = np.argsort(scores, kind="stable")
-        remove = np.cumsum(softmax(scores)[ascending]) <= 1 - request.top_p
-        remove[-1] = False
-        scores[ascending[remove]] = -np.inf
-    if request.min_p > 0:
-        p = softmax(scores)
-        scores = np.where(p < request.min_p * p.max(), -np.inf, scores)
-    return softmax(scores)
+def mixed(count, context):
+    """Requests of all lengths, settings, seeds and ends; some share a prompt."""
+    settings = [
+        {"temperature": 0.0}, {"temperature": 1.3}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1},
+        {"temperature": 0.7, "top_p": 0.9, "top_k": 9},
+    ]  # fmt: skip
+    out = []
+    for i in range(count):
+        prompt = random_tokens(1 + (7 * (i // 2)) % (context - 8), seed=i // 2).tolist()
+        own = {"temperature": 1.0, "top_p": 1.0} | settings[i % len(settings)]
+        own |= {"max_new_tokens": 1 + (5 * i) % 23, "seed": i, "stop_ids": (3, 5, 9)[: i % 4]}
+        out.append(Request(prompt, Sampling(**own)))
+    return out
 
 
-@functools.partial(jax.jit, static_argnames="mode")
-def draw(logits_BV, position_B, params, mode):
-    drawn = sample(logits_BV, position_B, params, mode)
-    return drawn.token_B, drawn.logprob_B
+def test_each_of_64_mixed_requests_gets_the_tokens_that_it_gets_alone():
+    model = random_model(tiny_config("v3", num_hidden_layers=1, first_k_dense_replace=0,
+                                     max_position_embeddings=96))  # fmt: skip
+    requests, few = mixed(64, 96), Engine(model, slots=5)
+    together = few.answers(requests)
+    assert few.timing.prefill_tokens < 0.6 * sum(len(r.prompt) for r in requests)  # shared ones are read once
+    alone = Engine(model, slots=1, capacity=96, mode="filtered")
+    for request, answer in zip(requests, together):
+        (own,) = alone.answers([request])
+        assert (answer.tokens, answer.finish_reason) == (own.tokens, own.finish_reason)
+        np.testing.assert_allclose(answer.logprobs, own.logprobs, atol=2e-5)
 
 
-def frequencies(logits_V, request, rows=4096):
-    """How often each token is drawn, over rows that differ in their seed alone."""
-    params = SamplingArrays.of([request])
-    keys = np.random.default_rng(1).integers(0, 2**32, (rows, 2), np.uint32)
-    columns = {
-        n: np.repeat(getattr(params, n), rows) for n in ("temperature_B", "top_k_B", "top_p_B", "min_p_B")
-    }
-    logits_BV = np.broadcast_to(np.asarray(logits_V, np.float32), (rows, len(logits_V)))
-    tokens, logprobs = draw(
-        logits_BV, np.full(rows, 7, np.int32), SamplingArrays(keys, **columns), batch_mode([request])
+def test_a_thousand_prompts_pass_in_one_go_and_bad_ones_cost_the_others_nothing():
+    taken, answered = [0], 0
+    expected = {n: engine("small").generate([[n] * 3], Sampling(2, 0.0))[0].tokens for n in (5, 6)}
+
+    def requests():
+        for i in range(1000):
+            taken[0] += 1
+            bad = {300: [], 500: [1] * CONTEXT, 700: [64]}
+            yield (
+                ValueError("unreadable")
+                if i == 900
+                else Request(bad.get(i, [5 + i % 2] * 3), Sampling(2, 0.0))
+            )
+
+    errors = {}
+    for index, answer in engine("small").run(requests()):
+        answered += 1
+        assert taken[0] - answered <= 3 * 16  # those with a slot and those next in line
+        if isinstance(answer, ValueError):
+            errors[index] = str(answer)
+        else:
+            assert answer.tokens == expected[5 + index % 2]
+    assert answered == 1000
+    assert sorted(errors) == [300, 500, 700, 900]
+    assert f"has {CONTEXT} tokens, which leaves no room" in errors[500]
+
+
+def test_a_long_prompt_is_read_beside_answers_that_go_on():
+    model = random_model(tiny_config("llama", num_hidden_layers=1, max_position_embeddings=8192))
+    one = Engine(model, slots=2)
+    short = one.submit(Request(PROMPTS[0], Sampling(40, 0.0)))
+    one.step()
+    long = one.submit(Request(random_tokens(4100, seed=1).tolist(), Sampling(2, 0.0)))
+    lengths = []
+    while not long.ended:
+        one.step()
+        lengths.append(len(short.answer.tokens))
+    assert lengths[:4] == [9, 17, 25, 33]  # a chunk of 1,024 tokens between them
+    assert short.answer.tokens == Engine(model).generate(PROMPTS[:1], Sampling(40, 0.0))[0].tokens
+
+
+def test_a_slot_grows_for_a_longer_request_while_others_decode():
+    model = random_model(tiny_config("v3", num_hidden_layers=1, first_k_dense_replace=0,
+                                     max_position_embeddings=2048))  # fmt: skip
+    prompts = [random_tokens(n, seed=n).tolist() for n in (9, 300)]
+    one = Engine(model, slots=2, dispatch=8)
+    first = one.submit(Request(prompts[0], Sampling(30, 0.0)))
+    one.step()
+    one.step()
+    second = one.submit(Request(prompts[1], Sampling(600, 0.0)))
+    while one.busy:
+        one.step()
+    alone = [Engine(model, slots=1).generate([p], Sampling(n, 0.0))[0] for p, n in zip(prompts, (30, 600))]
+    assert [first.answer.tokens, second.answer.tokens] == [a.tokens for a in alone]
+
+
+def test_a_chat_of_twenty_turns_compiles_only_where_it_outgrows_its_programs():
+    model, counts = random_model(tiny_config("llama", num_hidden_layers=1, max_position_embeddings=2048)), []
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
     )
-    expected = np.log(softmax(np.asarray(logits_V, np.float64)))[np.asarray(tokens)]
-    np.testing.assert_allclose(logprobs, expected, atol=1e-4)  # of the model, whatever the filters
-    return np.bincount(tokens, minlength=len(logits_V))
-
-
-@given(
-    seed=st.integers(0, 2**32),
-    temperature=st.floats(0.2, 3),
-    top_k=st.sampled_from([0, 1, 3, 8, 100]),
-    top_p=st.sampled_from([1.0, 0.95, 0.8, 0.5, 0.1]),
-    min_p=st.sampled_from([0.0, 0.0, 0.05, 0.3, 1.0]),
-)
-@settings(max_examples=60, deadline=None)
-def test_draws_follow_the_filters_of_transformers(seed, temperature, top_k, top_p, min_p):
-    request = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    logits_V = np.random.default_rng(seed).standard_normal(12)
-    expected_V, counts_V = probabilities(logits_V, request), frequencies(logits_V, request)
-    assert not counts_V[expected_V == 0].any()
-    likely = expected_V * counts_V.sum() > 20
-    assert (counts_V[likely] > 0).all()
-    chi_square = ((counts_V - expected_V * counts_V.sum()) ** 2)[likely] / (expected_V * counts_V.sum())[
-        likely
-    ]
-    assert chi_square.sum() < 45  # 11 degrees of freedom: one in 200,000 exceeds it
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_plain_sampling_follows_the_softmax_at_its_temperature(temperature):
-    request = Sampling(temperature=temperature, top_p=1.0)
-    assert request.mode == "plain"
-    logits_V = np.linspace(-1, 2, 12)
-    counts_V, expected_V = frequencies(logits_V, request), 4096 * probabilities(logits_V, request)
-    assert ((counts_V - expected_V) ** 2 / expected_V).sum() < 35
-
-
-def test_requests_of_all_kinds_share_a_batch_and_keep_their_draws():
-    rng, rows = np.random.default_rng(0), 64
-    plain = [Sampling(temperature=1.2, top_p=1.0, seed=i) for i in range(rows)]
-    greedy = [Sampling(temperature=0, seed=i) for i in range(rows)]
-    filtered = [Sampling(temperature=1.2, top_k=2, top_p=1.0, seed=i) for i in range(rows)]
-    logits_BV = jnp.asarray(rng.standard_normal((rows, 5000)), jnp.float32)  # a tail that sums must not lose
-    position_B = np.arange(rows, dtype=np.int32)
-
-    def run(requests):
-        return np.asarray(draw(logits_BV, position_B, SamplingArrays.of(requests), batch_mode(requests))[0])
-
-    kinds = (plain, greedy, filtered)
-    mixed = [kinds[i % 3][i] for i in range(rows)]
-    assert batch_mode(mixed) == "filtered"
-    np.testing.assert_array_equal(run(mixed), np.choose(np.arange(rows) % 3, [run(k) for k in kinds]))
-    np.testing.assert_array_equal(run(greedy), logits_BV.argmax(-1))
+    one, talk = Engine(model, slots=1), random_tokens(70, seed=3).tolist()
+    for turn in range(20):
+        before = len(compiled)
+        (answer,) = one.generate([talk], Sampling(300, 0.0, stop_ids=tuple(range(0, 64, 7))))
+        talk = [*talk, *answer.tokens, *random_tokens(8, seed=turn).tolist()]
+        counts.append(len(compiled) - before)
+    assert counts[0] > 3
+    assert len(talk) > 4 * 70
+    later = [count for count in counts[3:] if count]  # another chunk size or capacity
+    assert len(later) <= 4, counts
+    assert sum(later) <= 12, counts
 
 
 # -------------------------------------------------------------------- errors
@@ -250,10 +279,10 @@ def test_requests_of_all_kinds_share_a_batch_and_keep_their_draws():
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        ([[1], []], "prompt 1 has no tokens"),
+        ([[1], []], "prompt 1: the prompt has no tokens"),
         (
             [[1], [2] * CONTEXT],
-            f"prompt 1 has {CONTEXT} tokens, which leaves no room in the context of {CONTEXT}",
+            f"prompt 1: the prompt has {CONTEXT} tokens, which leaves no room in the context of {CONTEXT}",
         ),
         ([[1, 64]], r"outside the vocabulary 0\.\.63"),
         ([[-1]], r"outside the vocabulary 0\.\.63"),
@@ -274,36 +303,12 @@ def test_no_prompts_give_no_completions():
     assert engine("small").generate([], GREEDY) == []
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("max_new_tokens", 0),
-        ("temperature", -0.1),
-        ("temperature", float("inf")),
-        ("temperature", float("nan")),
-        ("top_k", -1),
-        ("top_p", 0.0),
-        ("top_p", 1.1),
-        ("min_p", -0.1),
-        ("seed", -1),
-    ],
-)
-def test_sampling_values_out_of_range_are_named(field, value):
-    with pytest.raises(ValueError, match=f"{field} is {value}"):
-        Sampling(**{field: value})
-
-
-def test_an_empty_stop_string_is_refused():
-    with pytest.raises(ValueError, match="a stop string is empty"):
-        Sampling(stop=("",))
-
-
 @pytest.mark.parametrize("mesh", [slow(None), "data=2,tensor=2"])
 def test_weights_laid_out_by_the_compiler_give_the_same(mesh):
     model, sampling = DeepSeek.init(tiny_config("llama"), mesh), Sampling(temperature=0.0, max_new_tokens=6)
     prompts = PROMPTS[:2]
-    want = Engine(model, unroll=False).generate(prompts, sampling)
-    engine = Engine(model, unroll=False, lay_out=True)
+    want = Engine(model, form="plain").generate(prompts, sampling)
+    engine = Engine(model, form="plain", lay_out=True)
     for batch in (prompts, prompts, prompts * 2):  # laid out, as it lies, another shape for the same weights
         for found, expected in zip(engine.generate(batch, sampling), want * 2):
             assert found.tokens == expected.tokens
@@ -314,8 +319,8 @@ def test_weights_laid_out_by_the_compiler_give_the_same(mesh):
 def test_arrays_that_an_engine_does_not_own_stay(owns):
     model = DeepSeek.init(tiny_config("llama"))
     twin = jax.tree.unflatten(jax.tree.structure(model), jax.tree.leaves(model))  # the same arrays
-    engine = Engine(model, unroll=False, lay_out=True, owns=owns)
+    engine = Engine(model, form="plain", lay_out=True, owns=owns)
     engine.generate(PROMPTS[:1], Sampling(max_new_tokens=2, temperature=0))
-    assert all(a is b for a, b in zip(engine.weights, jax.tree.leaves(model)))
+    assert all(a is b for a, b in zip(engine.decoder.arrays, jax.tree.leaves(model)))
     if not owns:
         assert not any(a.is_deleted() for a in jax.tree.leaves(twin))

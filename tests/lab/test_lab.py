@@ -725,14 +725,15 @@ def test_without_a_reference_nothing_computes_log_probabilities():
     assert {j.workload for j in found.values()} == set(found)
 
 
-def test_an_evaluation_reads_a_prompt_for_every_answer_that_decodes_at_a_time():
+def test_a_rollout_reads_as_many_prompts_at_a_time_as_the_engine_does():
     run = train_run(job("fsdp=8", workload="grpo", batch=64))
     strategy = Strategy.parse("fsdp=8")
     assert (run.rollout.prompts, run.grpo.group_size) == (4, 16)
     found = room(run, strategy)
-    assert (found.prompts, found.slots, found.capacity) == (64, 64, 512)
+    assert (found.slots, found.capacity) == (64, 512)
+    assert (found.prompts, found.length, found.prompt_capacity) == (8, 256, 256)  # a prompt on every device
     run = run.replace(rollout=dataclasses.replace(run.rollout, slots=16))
-    assert (room(run, strategy).prompts, room(run, strategy).slots) == (16, 16)
+    assert room(run, strategy).slots == 16
 
 
 RUNS = configs_dir() / "runs"

@@ -19,7 +19,7 @@ from processes import free_port, start
 from jaxseek.checkpoint import models
 from jaxseek.cli.main import main
 from jaxseek.config.model import ConfigError
-from jaxseek.engine.text import generate
+from jaxseek.engine.generate import generate
 from jaxseek.machine import hosts
 from jaxseek.machine.hosts import Cluster
 from jaxseek.model.deepseek import DeepSeek

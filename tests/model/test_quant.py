@@ -142,21 +142,21 @@ def test_logits_equal_the_formula_with_the_numbers(name, kind):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "unroll"),
+    ("name", "kind", "form"),
     [
-        ("v3", "fp8", True),
-        slow("qwen2", "int4", True),
-        slow("v3.2", "int8", False),
-        slow("v2-lite", "int8", True),
-        slow("v3", "int4", False),
+        ("v3", "fp8", "cpu"),
+        slow("qwen2", "int4", "cpu"),
+        slow("v3.2", "int8", "plain"),
+        slow("v2-lite", "int8", "cpu"),
+        slow("v3", "int4", "plain"),
     ],
 )
-def test_greedy_tokens_are_those_of_an_ordinary_model_and_of_whole_passes(name, kind, unroll):
+def test_greedy_tokens_are_those_of_an_ordinary_model_and_of_whole_passes(name, kind, form):
     cfg = tiny_config(name, num_hidden_layers=2, num_nextn_predict_layers=0)
     model, ordinary = quantized_model(cfg, kind), ordinary_model(cfg, kind)
     prompts = [row[: 5 + 2 * i].tolist() for i, row in enumerate(TOKENS_BT)]
-    completions = Engine(model, unroll=unroll).generate(prompts, GREEDY)
-    expected = Engine(ordinary, unroll=False).generate(prompts, GREEDY)
+    completions = Engine(model, form=form).generate(prompts, GREEDY)
+    expected = Engine(ordinary, form="plain").generate(prompts, GREEDY)
     assert [c.tokens for c in completions] == [c.tokens for c in expected]
     whole = [prompt + completion.tokens for prompt, completion in zip(prompts, completions)]
     longest = max(map(len, whole))  # what stands behind a sequence changes nothing before it
@@ -189,7 +189,7 @@ def test_every_mesh_computes_what_one_device_computes(name, mesh, kind):
     model, tokens_BT = quantized_model(cfg, kind, mesh), random_tokens(8, 8)
     assert_close(model(tokens_BT), quantized_model(cfg, kind)(tokens_BT), 1e-5)
     prompts = [row[: 3 + i % 4].tolist() for i, row in enumerate(tokens_BT)]
-    ours, theirs = (Engine(m, unroll=False) for m in (model, quantized_model(cfg, kind)))
+    ours, theirs = (Engine(m, form="plain") for m in (model, quantized_model(cfg, kind)))
     assert [c.tokens for c in ours.generate(prompts, GREEDY)] == [
         c.tokens for c in theirs.generate(prompts, GREEDY)
     ]

@@ -6,8 +6,8 @@ Needs the extra `parity`.
 import pytest
 
 import jaxseek
+from jaxseek.engine.generate import engine_for
 from jaxseek.engine.sampling import Sampling
-from jaxseek.engine.text import engine_for
 from jaxseek.recipes.quickstart import quickstart
 from jaxseek.rl.arithmetic import demonstrations
 

@@ -8,8 +8,9 @@ import importlib.util
 import pytest
 
 import jaxseek
+from jaxseek.engine.generate import engine_for
 from jaxseek.engine.sampling import Sampling
-from jaxseek.engine.text import encode, engine_for
+from jaxseek.engine.text import encode
 from jaxseek_convert import convert
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]

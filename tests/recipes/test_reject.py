@@ -12,7 +12,7 @@ from policies import config, make_home
 from jaxseek.config.model import ConfigError
 from jaxseek.config.run import RunConfig
 from jaxseek.data.dataset import open_rows
-from jaxseek.engine.groups import Sampled
+from jaxseek.engine.request import Answer as Sampled
 from jaxseek.recipes import reject as rejecting
 from jaxseek.recipes.reject import FILE, _good, _whole_rounds, reject
 from jaxseek.rl.arithmetic import WORDS
@@ -64,7 +64,7 @@ def group(name, *texts):
     problem = Problem(name, "4")
     ends = ["length" if "!" in text else "stop" for text in texts]
     answers = [Answer(problem, text.rstrip("!"), None, "", 3, end) for text, end in zip(texts, ends)]
-    return [Episode([], Sampled([], [], "stop"), answer, 0) for answer in answers]
+    return [Episode([], Sampled(finish_reason="stop"), answer, 0) for answer in answers]
 
 
 def kept(home, groups, **reject):

@@ -13,7 +13,7 @@ from oracles import assert_close, log_softmax, random_tokens
 from policies import policy
 
 from jaxseek.config.run import RunConfig
-from jaxseek.engine.groups import Sampled
+from jaxseek.engine.request import Answer as Sampled
 from jaxseek.rl.grpo import advantages, sequence_weights
 from jaxseek.rl.objective import PolicyLoss, make_logprobs
 from jaxseek.rl.packing import Shapes, answers_of, make_policy_batch, pack
@@ -53,7 +53,7 @@ def episodes(experts=False):
         tokens = asked + random_tokens(new, seed=i, vocab=48).tolist()
         logprob = exact(tokens)[prompt - 1 :]
         noise = 0.3 * np.random.default_rng(i).standard_normal(new)
-        sampled = Sampled(tokens[prompt:], (logprob + noise).tolist(), [], "stop")
+        sampled = Sampled(tokens[prompt:], tempered=(logprob + noise).tolist(), finish_reason="stop")
         if experts:
             sampled.experts = np.concatenate([drawn(100 + prompt, prompt - 1), drawn(i, new)], axis=1)
         answer = Answer(Problem("", ""), "", None, "", new, "stop")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from oracles import assert_close, log_softmax, random_model, random_tokens, slow, tiny_config
 
-from jaxseek.engine.engine import Engine
-from jaxseek.engine.groups import sample_groups
+from jaxseek.engine.engine import Engine, Timing
+from jaxseek.engine.request import EXPERTS, LOGPROBS, Request
 from jaxseek.engine.sampling import Sampling
 from jaxseek.rl.rollout import as_engine, seed_of
 from jaxseek.sharding.parameters import parameters
@@ -47,10 +47,20 @@ def engine(name, mesh=None):
     return Engine(random_model(CFG[name], mesh))
 
 
+def sample_groups(engine, prompts, groups, slots=0, experts=False, mode="greedy", tokenizer=None):
+    """Answers to every prompt, one per request of its group, and the timing."""
+    record = (LOGPROBS, EXPERTS) if experts else (LOGPROBS,)
+    requests = [Request(p, r, tokenizer, record) for p, group in zip(prompts, groups) for r in group]
+    engine.mode, engine.timing = mode, Timing()
+    engine.resize(slots or len(requests))
+    found = iter(engine.answers(requests))
+    return [[next(found) for _ in group] for group in groups], engine.timing
+
+
 @functools.cache
 def whole(name):
     """All groups at once, on one device."""
-    return sample_groups(engine(name), PROMPTS, REQUESTS, record_experts=name == "sparse")[0]
+    return sample_groups(engine(name), PROMPTS, REQUESTS, experts=name == "sparse")[0]
 
 
 def flat(groups):
@@ -73,16 +83,16 @@ def assert_same(got, expected):
 
 @pytest.mark.parametrize("slots", [7, *(slow(n) for n in (1, 4))])
 def test_answers_do_not_depend_on_the_number_of_slots(slots):
-    got, timing = sample_groups(engine("sparse"), PROMPTS, REQUESTS, slots=slots, record_experts=True)
+    got, timing = sample_groups(engine("sparse"), PROMPTS, REQUESTS, slots=slots, experts=True)
     assert_same(got, whole("sparse"))
     assert timing.new_tokens == sum(len(a.tokens) for group in got for a in group)
-    assert timing.prompt_tokens == sum(map(len, PROMPTS))
+    assert timing.prefill_tokens == sum(map(len, PROMPTS))  # each is read once for its group
     assert 0 < timing.occupancy <= 1
 
 
 def test_answers_do_not_depend_on_their_order_or_on_other_prompts():
     turned, _ = sample_groups(
-        engine("sparse"), PROMPTS[::-1], [g[::-1] for g in REQUESTS[::-1]], slots=7, record_experts=True
+        engine("sparse"), PROMPTS[::-1], [g[::-1] for g in REQUESTS[::-1]], slots=7, experts=True
     )
     assert_same([group[::-1] for group in turned[::-1]], whole("sparse"))
     alone, _ = sample_groups(engine("dense"), PROMPTS[3:4], REQUESTS[3:4])
@@ -108,7 +118,7 @@ def test_answers_are_those_of_the_engine_for_one_prompt_at_a_time():
 )
 def test_answers_do_not_depend_on_the_mesh(mesh):
     """Prompts and slots do not fill the mesh's parts."""
-    got, _ = sample_groups(engine("sparse", mesh), PROMPTS, REQUESTS, slots=9, record_experts=True)
+    got, _ = sample_groups(engine("sparse", mesh), PROMPTS, REQUESTS, slots=9, experts=True)
     assert_same(got, whole("sparse"))
 
 
@@ -238,43 +248,44 @@ def test_a_stop_token_ends_an_answer_and_is_kept_even_as_the_first():
             assert len(answer.tokens) == len(answer.tempered) == len(answer.drawn)
 
 
+class Letters:
+    """A letter for every token."""
+
+    def decode(self, ids, skip_special=True):
+        return "".join(chr(ord("A") + i) for i in ids)
+
+
 @pytest.mark.parametrize("budget", [1, 10])
-def test_what_the_caller_sees_as_the_end_ends_an_answer_and_the_rest_is_cut(budget):
+def test_a_stop_string_ends_an_answer_with_the_token_that_completes_it(budget):
     tokens = free(budget)
     marks = {tokens[0][0][0], tokens[1][0][-1], tokens[3][0][budget // 2]}
-
-    def ended(answer):
-        return next((i + 1 for i, t in enumerate(answer) if t in marks), None)
-
-    asked = [[Sampling(max_new_tokens=budget, temperature=0)] * 2] * 5
-    got, _ = sample_groups(engine("sparse"), PROMPTS, asked, slots=3, record_experts=True, ended=ended)
+    stops = tuple(Letters().decode([mark]) for mark in marks)
+    asked = [[Sampling(max_new_tokens=budget, temperature=0, stop=stops)] * 2] * 5
+    got, _ = sample_groups(engine("sparse"), PROMPTS, asked, slots=3, experts=True, tokenizer=Letters())
     for group, prompt in zip(got, PROMPTS):
         for answer in group:
             assert answer.experts.shape[1] == len(prompt) + len(answer.tokens) - 1
-    got, _ = sample_groups(engine("dense"), PROMPTS, asked, slots=3, ended=ended)
+    got, _ = sample_groups(engine("dense"), PROMPTS, asked, slots=3, tokenizer=Letters())
     for group, (all_, _) in zip(got, tokens):
         for answer in group:
-            keep = ended(all_)
+            keep = next((i + 1 for i, t in enumerate(all_) if t in marks), None)
             assert answer.tokens == all_[:keep]
             assert answer.finish_reason == ("length" if keep is None else "stop")
+            assert answer.text == Letters().decode(all_ if keep is None else all_[: keep - 1])
             assert len(answer.tokens) == len(answer.tempered) == len(answer.drawn)
 
 
-def test_the_context_ends_an_answer_and_leaves_no_room_for_a_longer_prompt():
+def test_the_context_ends_an_answer():
     prompts = [random_tokens(n, seed=n).tolist() for n in (CONTEXT - 1, CONTEXT - 4, 2)]
     asked = [[Sampling(max_new_tokens=6, temperature=0)] * 2] * 3
     groups, _ = sample_groups(engine("dense"), prompts, asked, slots=2)
     assert [[len(a.tokens) for a in group] for group in groups] == [[1, 1], [4, 4], [6, 6]]
     for prompt, group in zip(prompts, groups):
-        alone = engine("dense").generate([prompt], asked[0][0])[0]
+        (alone,) = engine("dense").generate([prompt], asked[0][0])
         assert group[0].tokens == group[1].tokens == alone.tokens
-    with pytest.raises(ValueError, match=f"prompt 1 has {CONTEXT} tokens, expected 1 to {CONTEXT - 1}"):
-        sample_groups(engine("dense"), [[1], [1] * CONTEXT], asked[:2])
-    with pytest.raises(ValueError, match="prompt 0 has 0 tokens"):
-        sample_groups(engine("dense"), [[], [1]], asked[:2])
 
 
 def test_answers_longer_than_a_dispatch_are_whole(monkeypatch):
-    monkeypatch.setattr("jaxseek.engine.groups.WIDTH", 4)
-    got, _ = sample_groups(engine("sparse"), PROMPTS, REQUESTS, slots=7, record_experts=True)
+    monkeypatch.setattr("jaxseek.engine.engine.WIDTH", 4)
+    got, _ = sample_groups(engine("sparse"), PROMPTS, REQUESTS, slots=7, experts=True)
     assert_same(got, whole("sparse"))

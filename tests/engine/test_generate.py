@@ -1,0 +1,127 @@
+"""`jaxseek.generate` and what lies between text and tokens: arguments as given, noise, stop strings."""
+
+import functools
+import itertools
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis
+from hypothesis import strategies as st
+from oracles import random_model, tiny_config
+
+from jaxseek.engine.engine import Engine
+from jaxseek.engine.generate import engine_for, generate, in_order, seed_for, settings
+from jaxseek.engine.sampling import Sampling
+from jaxseek.engine.text import Text
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@functools.cache
+def model():
+    return random_model(tiny_config("llama", num_hidden_layers=1, max_position_embeddings=64))
+
+
+def ids(prompts, **more):
+    return generate(model(), None, prompts, **{"max_new_tokens": 4, "temperature": 0} | more)
+
+
+def test_a_prompt_of_ids_is_a_list_an_array_or_several():
+    (expected,) = ids([[1, 2, 3]])
+    for given_ in ([1, 2, 3], (1, 2, 3), np.array([1, 2, 3]), jnp.array([1, 2, 3]), np.array([[1, 2, 3]])):
+        assert ids(given_) == [expected]
+    assert ids([np.array([1, 2, 3]), [4]]) == [expected, *ids([4])]
+    assert ids([]) == []
+
+
+def test_seeds_are_whole_numbers_of_any_kind_and_defaults_may_be_none():
+    drawn = ids([1, 2], temperature=1.0, seed=3)
+    assert ids([1, 2], temperature=1.0, seed=np.int64(3)) == ids([1, 2], temperature=1.0, seed=[3]) == drawn
+    assert ids([1, 2], temperature=1.0, seed=None) == ids([1, 2], temperature=1.0, seed=0)
+    assert ids([1, 2], stop=None, top_k=None) == ids([1, 2])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "more", "message"),
+    [
+        ({"input_ids": [1, 2]}, {}, "mapping with input_ids"),
+        ([{"input_ids": [1, 2]}, [1]], {}, "no tokenizer"),
+        ([{"role": "user", "content": "hi"}], {}, "no tokenizer"),
+        ("hi", {}, "no tokenizer"),
+        ([[0.5]], {}, "expected whole numbers"),
+        ([[1]], {"batch_size": -1}, "batch_size is -1"),
+        ([[1]], {"seed": [1, 2]}, "2 seeds were given for 1 prompts"),
+        ([[1], []], {}, "prompt 1"),
+        ([[1]], {"stop": "x"}, "stop strings need a tokenizer"),
+    ],
+)
+def test_what_cannot_be_a_prompt_or_a_setting_is_named(prompts, more, message):
+    with pytest.raises(ValueError, match=message):
+        ids(prompts, **more)
+
+
+def test_one_seed_gives_each_prompt_noise_of_its_own_and_the_same_alone():
+    prompts = [[1, 2], [3, 4], [1, 2]]
+    assert len({seed_for(7, p) for p in prompts}) == 2
+    assert seed_for(7, [1]) != seed_for(8, [1])
+    together = ids(prompts, temperature=1.3, seed=7)
+    assert together == [ids(p, temperature=1.3, seed=7)[0] for p in prompts]
+
+
+def test_settings_are_those_given_then_of_the_checkpoint_then_the_defaults():
+    file = SimpleNamespace(generation={"temperature": 0.01, "top_k": 1, "do_sample": True, "top_p": None})
+    found = settings(file, {"temperature": None, "top_k": None, "top_p": None, "min_p": 0.1})
+    assert (found.temperature, found.top_k, found.top_p, found.min_p) == (0.01, 1, Sampling().top_p, 0.1)
+    assert settings(file, {"temperature": 0.5}).temperature == 0.5
+    greedy = SimpleNamespace(generation={"temperature": 0.6, "do_sample": False})
+    assert settings(greedy, {"temperature": None}).temperature == 0
+    assert settings(None, {"temperature": None}) == Sampling()
+
+
+def test_the_engine_is_kept_for_the_same_weights_and_refuses_to_change_in_use():
+    one = engine_for(model(), 3)
+    assert engine_for(model(), 4) is one  # both have four slots
+    assert isinstance(one, Engine)
+    other = random_model(tiny_config("llama", num_hidden_layers=1), dtype=jnp.bfloat16)
+    assert engine_for(other) is not one
+
+
+@given(st.permutations(range(9)))
+@hypothesis(deadline=None)
+def test_results_come_in_order_however_they_are_made(order):
+    assert list(in_order((i, i) for i in order)) == list(range(9))
+
+
+class Letters:
+    """A letter for every token."""
+
+    def decode(self, ids, skip_special=True):
+        return "".join(chr(ord("a") + i) for i in ids)
+
+
+@given(
+    tokens=st.lists(st.integers(0, 2), max_size=20),
+    stops=st.lists(st.text("abc", min_size=1, max_size=3), max_size=2),
+    cuts=st.sets(st.integers(0, 20)),
+)
+@hypothesis(deadline=None)
+def test_text_ends_before_the_first_stop_string_and_pieces_never_take_anything_back(tokens, stops, cuts):
+    whole, text = Letters().decode(tokens), Text(Letters(), tuple(stops))
+    parts = [0, *sorted(cut for cut in cuts if cut < len(tokens)), len(tokens)]
+    kept, pieces, found = 0, "", False
+    for begin, end in itertools.pairwise(parts):
+        more, found = text.feed(tokens[begin:end])
+        kept += more
+        pieces += text.piece()
+        if found:
+            break
+    text.end()
+    pieces += text.piece()
+    ends = [n for n in range(len(whole) + 1) if any(whole[:n].endswith(s) for s in stops)]
+    assert found == bool(ends)
+    assert kept == (ends[0] if ends else len(tokens))
+    before = whole[: ends[0]] if ends else whole
+    assert text.text == pieces == before[: min([before.find(s) for s in stops if s in before], default=None)]
