@@ -18,12 +18,12 @@ from jaxseek.config.run import Program
 from jaxseek.model.context import Context
 from jaxseek.model.deepseek import DeepSeek
 from jaxseek.model.moe import MoE, RouterBias, Routing
+from jaxseek.model.weight import is_adapted
 from jaxseek.ops.platform import platform
 from jaxseek.sharding.parameters import parameters
 from jaxseek.sharding.rules import Rules
 from jaxseek.sharding.strategy import Strategy
 from jaxseek.train.batch import Batch
-from jaxseek.train.lora import is_adapted
 
 # Elements of float32 logits on a device at a time: 128 MiB, and 512 MiB on TPU, where every chunk reads and
 # writes the sum of the head's gradients, which is larger.

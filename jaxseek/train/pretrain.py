@@ -17,8 +17,8 @@ import numpy as np
 from jaxseek.config.model import ConfigError
 from jaxseek.config.run import at_fraction
 from jaxseek.data.dataset import open_rows
+from jaxseek.model.context import Context
 from jaxseek.model.deepseek import DeepSeek
-from jaxseek.model.layer import Context
 from jaxseek.storage.place import Place
 from jaxseek.train.batch import Batch, blank_row, make_batch, to_devices
 from jaxseek.train.loss import Loss, StepInputs, Totals, token_logprobs
