@@ -16,7 +16,7 @@ from jaxseek.engine.request import EXPERTS, Handle
 # Tokens that are read at a time: few sizes, so that few programs serve all prompts. Those of later chunks are
 # compiled for every capacity of the cache that they attend to.
 FIRST, REST = (16, 64, 128, 256, 1024), (64, 256, 1024)
-LANES = (1, 4, 16)  # prompts that each part reads side by side, where they are short
+LANES = (1, 4, 8, 16)  # prompts that each part reads side by side, where they are short
 
 
 def rounded(n: int, sizes: Sequence[int]) -> int:
