@@ -82,7 +82,7 @@ class Reading:
 
     @property
     def waited_for(self) -> bool:
-        """Whether requests for these prompts have no slot yet."""
+        """True while a request for one of these prompts has no slot yet."""
         return any(prompt.waiting for _, prompt in self.rows)
 
 
