@@ -130,7 +130,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether requests are waiting or decoding."""
+        """True while requests wait or decode."""
         return bool(self.scheduler.live or self.scheduler.waiting)
 
     # ---------------------------------------------------------------- requests

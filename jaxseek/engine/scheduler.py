@@ -16,7 +16,7 @@ from jaxseek.engine.request import EXPERTS, Handle
 # Tokens that are read at a time: few sizes, so that few programs serve all prompts. Those of later chunks are
 # compiled for every capacity of the cache that they attend to.
 FIRST, REST = (16, 64, 128, 256, 1024), (64, 256, 1024)
-LANES = (1, 4, 16)  # prompts that each part reads side by side, where they are short
+LANES = (1, 4, 8, 16)  # prompts that each part reads side by side, where they are short
 
 
 def rounded(n: int, sizes: Sequence[int]) -> int:
@@ -82,7 +82,7 @@ class Reading:
 
     @property
     def waited_for(self) -> bool:
-        """Whether requests for these prompts have no slot yet."""
+        """True while a request for one of these prompts has no slot yet."""
         return any(prompt.waiting for _, prompt in self.rows)
 
 

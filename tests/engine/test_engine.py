@@ -31,7 +31,7 @@ CONTEXT = 30
 
 @functools.cache
 def engine(name):
-    """Of a tiny model; that of the small dense one has a context that generation can reach."""
+    """An engine of a tiny model; that of the small dense one has a context that generation can reach."""
     return Engine(small_model() if name == "small" else tiny_model(name))
 
 
@@ -61,7 +61,7 @@ def greedy_as_written(cfg, w, prompt, count):
 
 @pytest.mark.parametrize("name", ["v3", slow("v3.2")])
 def test_greedy_tokens_are_the_argmax_of_full_forward_passes(name):
-    """Of a batch of prompts, through prefill and decode: so each row also equals the prompt alone."""
+    """A batch of prompts goes through prefill and decode, so each row also equals the prompt alone."""
     model, w = tiny_model(name), tiny_weights(name)
     for prompt, completion in zip(PROMPTS, engine(name).generate(PROMPTS, GREEDY)):
         tokens, logprobs = greedy_as_written(model.cfg, w, prompt, 10)
@@ -79,7 +79,7 @@ def test_dispatches_of_any_length_give_the_same_tokens():
 
 @pytest.mark.parametrize("name", ["v3", slow("llama"), slow("v3.2")])
 def test_a_prompt_read_in_chunks_is_answered_as_the_formula_says(name):
-    """Of 64, 64, 16 and 16 tokens, the last not full: those after the first attend to the cache."""
+    """Chunks after the first attend to the cache; the last is not full."""
     model = random_model(tiny_config(name, max_position_embeddings=256))
     long = [random_tokens(n, seed=n).tolist() for n in (152, 65)]
     for prompt, answer in zip(long, Engine(model, slots=2).generate(long, GREEDY)):
