@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from jaxseek.config.model import ModelConfig
 from jaxseek.model.cache import Cache
@@ -28,7 +28,7 @@ from jaxseek.model.moe import MoE, Routing
 from jaxseek.model.mtp import MTP
 from jaxseek.model.norm import RMSNorm
 from jaxseek.model.weight import Weight, quantization
-from jaxseek.sharding.parameters import Init, fill, random_values
+from jaxseek.sharding.parameters import Init, fill, parameters, random_values
 from jaxseek.sharding.rules import Rules
 from jaxseek.sharding.strategy import Strategy
 
@@ -210,10 +210,35 @@ class DeepSeek(nnx.Module):
         """Number of layers that route to experts, multi-token modules not counted."""
         return sum(stack.depth for stack in self.stacks if isinstance(stack.mlp, MoE))
 
-    def on_mesh(self):
-        """A context in which the model may be traced and run; inside a trace the mesh is already set."""
-        traced = isinstance(self.embed_VD[...], Tracer)
-        return nullcontext() if traced else jax.set_mesh(self.mesh)
+    def on_mesh(self) -> Any:
+        """A context in which the model may be traced and run, also within the caller's own jit.
+
+        Raises RuntimeError within a gradient or vmap outside jit, where a mesh can no longer be set.
+        """
+        inside = not jax.sharding.get_abstract_mesh().empty
+        if isinstance(jnp.zeros(()), Tracer):  # within jit
+            mesh = jax.typeof(self.embed_VD[...]).sharding.mesh
+            return nullcontext() if inside else jax.sharding.use_abstract_mesh(mesh)
+        with suppress(ValueError):  # of set_mesh within another transformation
+            if not isinstance(self.embed_VD[...], Tracer):
+                return jax.set_mesh(self.mesh)
+        if not inside:
+            raise RuntimeError(
+                "the model is called in a gradient or vmap where no mesh is set; put that within jax.jit, or "
+                "write `with model.on_mesh():` around it"
+            )
+        return nullcontext()
+
+    def __getstate__(self) -> dict[str, Any]:
+        layout = {path: (p.get_value().sharding.spec) for path, p in parameters(self).items()}
+        return {"model": vars(self), "layout": layout}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Put the arrays, which pickle brings to one device, back on a mesh of the model's strategy."""
+        vars(self).update(state["model"])
+        mesh = self.strategy.make_mesh()
+        for path, param in parameters(self).items():
+            param.set_value(jax.device_put(param.get_value(), NamedSharding(mesh, state["layout"][path])))
 
     def init_caches(self, batch: int, capacity: int, dtype: Any, rules: Rules) -> Caches:
         """Empty caches, one per stack."""
@@ -228,6 +253,7 @@ class DeepSeek(nnx.Module):
             raise ValueError(f"{np.shape(tokens_BT)[1]} tokens are more than the context of {longest}")
         if isinstance(tokens_BT, Tracer) or not np.size(tokens_BT):
             return
+        tokens_BT = np.asarray(tokens_BT)  # or JAX would trace what follows within the caller's jit
         low, high = int(np.min(tokens_BT)), int(np.max(tokens_BT))
         if low < 0 or high >= self.cfg.vocab_size:
             raise ValueError(
