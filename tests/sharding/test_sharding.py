@@ -124,8 +124,8 @@ def test_a_mesh_that_means_nothing_is_refused_with_a_hint(mesh, message):
         ("[train]\nbacth = 'data'\n", r"unknown logical axis in \[train\] 'bacth'; did you mean batch\?"),
         ("[train]\nbatch = 'dta'\n", r"\[train\] batch names mesh axis 'dta'; known: data, fsdp"),
         ("[decode]\ndispatch = 'a2a'\n", r"\[decode\] dispatch is 'a2a', expected one of local, replicated"),
-        ("[train]\ncapacity_factor = 0.0\n", r"\[train\] capacity_factor is 0\.0, expected above 0"),
-        ("[train]\nroom_factor = -1\n", r"\[train\] room_factor is -1, expected above 0"),
+        ("[train]\ncapacity_factor = 0.0\n", r"\[train\] capacity_factor is 0\.0, expected a number above 0"),
+        ("[train]\nroom_factor = -1\n", r"\[train\] room_factor is -1, expected a number above 0"),
         ("[decode]\nroom_factor = 2.0\n", r"\[decode\] room_factor is for dispatch 'all_to_all'"),
         (
             "[mesh]\nexpert = 2\n[train]\nbatch = ['data', 'fsdp']\n",

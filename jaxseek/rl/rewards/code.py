@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxseek.rl.problem import Answer
 from jaxseek.rl.rewards.answers import tagged
-from jaxseek.rl.sandbox import programs
+from jaxseek.rl.sandbox import execute
 
 FENCED = r"^[ \t]*```[ \t]*{}[ \t]*\r?\n(.*?)^[ \t]*```"
 PYTHON = re.compile(FENCED.format(r"(?:python\d?|py)"), re.MULTILINE | re.DOTALL | re.IGNORECASE)
@@ -41,11 +41,11 @@ def code(answer: Answer, seconds: float, megabytes: int) -> float:
         # Functions that the reference defines are taken from the answer, even if named like a builtin.
         functions = tuple(re.findall(r"^def (\w+)", record.get("code", ""), re.MULTILINE))
         setup = record.get("test_setup_code") or ""
-        verdicts = programs.judge(program, tests, setup=setup, functions=functions, **limits)
+        verdicts = execute.judge(program, tests, setup=setup, functions=functions, **limits)
     elif "test" in record and "prompt" in record:
         verdicts = _human_eval(record, program, limits)
     elif (tests := record.get("tests")) and all(isinstance(test, str) for test in tests):
-        verdicts = programs.judge(program, tests, **limits)
+        verdicts = execute.judge(program, tests, **limits)
     elif tests:
         verdicts = _programs(tests, program, limits)
     else:
@@ -60,7 +60,7 @@ def _human_eval(record: dict[str, Any], program: str, limits: dict[str, Any]) ->
         test += f"\ncheck({name})\n"
     # The test uses the prompt's own helpers, even if the answer redefines them.
     trusted = record["prompt"]
-    return programs.judge(trusted + program, [test], trusted=trusted, functions=(name,), **limits)
+    return execute.judge(trusted + program, [test], trusted=trusted, functions=(name,), **limits)
 
 
 def _programs(tests: list[dict[str, str]], program: str, limits: dict[str, Any]) -> list[bool]:
@@ -70,7 +70,7 @@ def _programs(tests: list[dict[str, str]], program: str, limits: dict[str, Any])
         left = deadline - time.monotonic()
         if left <= 0 or (i and left < 0.02 * limits["seconds"]):
             break
-        outcome = programs.run(program, test["input"], left, limits["megabytes"])
+        outcome = execute.run(program, test["input"], left, limits["megabytes"])
         verdicts[i] = outcome.ok and _lines(outcome.stdout) == _lines(test["output"])
     return verdicts
 

@@ -1,7 +1,7 @@
 """The reward of an answer: a weighted sum of terms, none of which can stop the run.
 
 Cheap terms are computed here, `math` and `python` in worker processes (sandbox/pool.py), `code` in a sandbox
-(sandbox/programs.py). A term that raises, times out or is not a finite number fails for that answer alone.
+(sandbox/execute.py). A term that raises, times out or is not a finite number fails for that answer alone.
 Nothing here imports JAX, since the workers import this module.
 """
 
@@ -25,7 +25,7 @@ from jaxseek.rl.rewards.countdown import countdown
 from jaxseek.rl.rewards.format import format, length
 from jaxseek.rl.rewards.language import language
 from jaxseek.rl.sandbox.pool import Pool, WorkerError
-from jaxseek.rl.sandbox.programs import check_platform
+from jaxseek.rl.sandbox.execute import check_platform
 
 
 @dataclass(frozen=True)
