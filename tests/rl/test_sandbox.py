@@ -16,7 +16,7 @@ import pytest
 from jaxseek.config.model import ConfigError
 from jaxseek.rl.problem import Answer, Problem
 from jaxseek.rl.rewards.code import code, extract
-from jaxseek.rl.sandbox import jail, programs, seccomp
+from jaxseek.rl.sandbox import execute, jail, seccomp
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 SUPPORTED = sys.platform == "linux" and platform.machine() in seccomp.MACHINES
@@ -34,8 +34,8 @@ def score(text, /, **record):
 
 @inside
 def test_a_program_reads_its_input_and_is_heard():
-    outcome = programs.run("import sys\nprint(sum(map(int, sys.stdin)), 'é')", "1\n2\n", SECONDS)
-    assert outcome == programs.Outcome(True, "3 é\n")
+    outcome = execute.run("import sys\nprint(sum(map(int, sys.stdin)), 'é')", "1\n2\n", SECONDS)
+    assert outcome == execute.Outcome(True, "3 é\n")
 
 
 MODULES = "math re collections itertools functools heapq bisect string json random datetime typing decimal"
@@ -52,18 +52,18 @@ thread.start(); thread.join()
 @inside
 @pytest.mark.parametrize("landlock", [True, False])
 def test_what_honest_programs_use_works(landlock, monkeypatch):
-    if landlock and not programs._landlock():
+    if landlock and not execute._landlock():
         pytest.skip("this kernel has no Landlock")
     if not landlock:
-        monkeypatch.setattr(programs, "_landlock", lambda: 0)
+        monkeypatch.setattr(execute, "_landlock", lambda: 0)
     imports = f"import {MODULES.replace(' ', ', ')}\n"
     dates = "print(datetime.datetime.strptime('2024-02-29', '%Y-%m-%d').year)\n"
     data = "@dataclasses.dataclass\nclass A:\n    x: 'int' = 1\nprint(A())\n"
     ending = "import sys\nsys.exit(0)"
-    outcome = programs.run(imports + dates + data + THREADS + ending, "", SECONDS)
-    assert outcome == programs.Outcome(True, "2024\nA(x=1)\n5000\n")
-    assert "Operation not permitted" in programs.run("open('x', 'w')", "", SECONDS).reason
-    assert "not permitted" in programs.run("open('/etc/passwd')", "", SECONDS).reason or landlock
+    outcome = execute.run(imports + dates + data + THREADS + ending, "", SECONDS)
+    assert outcome == execute.Outcome(True, "2024\nA(x=1)\n5000\n")
+    assert "Operation not permitted" in execute.run("open('x', 'w')", "", SECONDS).reason
+    assert "not permitted" in execute.run("open('/etc/passwd')", "", SECONDS).reason or landlock
 
 
 # Each prints "escaped" if it gets what it wants, and fails or is ended otherwise. None does harm
@@ -110,7 +110,7 @@ def test_no_escape_succeeds(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXSEEK_SECRET", "1")
     sources = [TRY + f"TARGET = {str(target)!r}\n" + e for e in ESCAPES.values()]
     with ThreadPoolExecutor(2) as pool:
-        outcomes = dict(zip(ESCAPES, pool.map(lambda s: programs.run(s, "", SECONDS), sources)))
+        outcomes = dict(zip(ESCAPES, pool.map(lambda s: execute.run(s, "", SECONDS), sources)))
     assert {name: o for name, o in outcomes.items() if "escaped" in o.stdout or o.reason == "timed out"} == {}
     # They failed for the sandbox's reasons, not by a slip in this file.
     slips = [
@@ -155,10 +155,10 @@ GREEDY = {
 def test_a_greedy_or_broken_program_ends_with_a_reason(name):
     source, reason = GREEDY[name]
     started = time.monotonic()
-    outcome = programs.run(source, "", SECONDS, 128)
+    outcome = execute.run(source, "", SECONDS, 128)
     assert not outcome.ok
     assert reason in outcome.reason
-    assert len(outcome.stdout) < 2 * programs.OUTPUT
+    assert len(outcome.stdout) < 2 * execute.OUTPUT
     assert time.monotonic() - started < SECONDS / 2
 
 
@@ -178,7 +178,7 @@ HANGS = {
 def test_a_program_that_hangs_is_killed_in_time():
     started = time.monotonic()
     with ThreadPoolExecutor(len(HANGS)) as pool:
-        outcomes = dict(zip(HANGS, pool.map(lambda s: programs.run(s, "", 1.5), HANGS.values())))
+        outcomes = dict(zip(HANGS, pool.map(lambda s: execute.run(s, "", 1.5), HANGS.values())))
     took = time.monotonic() - started
     assert {name: o.reason for name, o in outcomes.items()} == dict.fromkeys(HANGS, "timed out")
     assert 1.5 <= took < 6.5
@@ -188,9 +188,9 @@ def test_a_program_that_hangs_is_killed_in_time():
 def test_nothing_is_left_behind(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     descriptors = len(os.listdir("/proc/self/fd"))
-    programs.run("print(1)", "", SECONDS)
-    programs.run("while True: pass", "", 1.0)
-    programs.judge("def f(): return 1", ["assert f() == 1"], seconds=SECONDS)
+    execute.run("print(1)", "", SECONDS)
+    execute.run("while True: pass", "", 1.0)
+    execute.judge("def f(): return 1", ["assert f() == 1"], seconds=SECONDS)
     assert list(tmp_path.iterdir()) == []
     assert len(os.listdir("/proc/self/fd")) == descriptors
     with pytest.raises(ChildProcessError):
@@ -230,7 +230,7 @@ FORGERIES = {
 @inside
 def test_a_test_is_not_passed_by_other_means():
     def judged(source):
-        return programs.judge(source, ["assert f(1) == 2"], seconds=SECONDS, megabytes=256)
+        return execute.judge(source, ["assert f(1) == 2"], seconds=SECONDS, megabytes=256)
 
     with ThreadPoolExecutor(2) as pool:
         verdicts = dict(zip(FORGERIES, pool.map(judged, FORGERIES.values())))
@@ -249,8 +249,8 @@ def test_a_test_has_its_own_builtins_and_modules():
     tests.append("assert helper(f(1)) == 0")
     trusted = "def helper(x): return x - 2"
     right = cheat.replace("return 100", "return 2")
-    assert programs.judge(cheat, tests, trusted=trusted, seconds=SECONDS) == [False] * 4
-    assert programs.judge(right, tests, trusted=trusted, seconds=SECONDS) == [True] * 4
+    assert execute.judge(cheat, tests, trusted=trusted, seconds=SECONDS) == [False] * 4
+    assert execute.judge(right, tests, trusted=trusted, seconds=SECONDS) == [True] * 4
 
 
 @inside
@@ -278,7 +278,7 @@ def test_plain_data_and_objects_pass_between_test_and_code():
         "assert list(squares()) == [0, 1, 4]",
         "assert total(Node(3)) == 4",
     ]
-    assert programs.judge(source, tests, seconds=SECONDS) == [True] * 6 + [False]
+    assert execute.judge(source, tests, seconds=SECONDS) == [True] * 6 + [False]
 
 
 def test_what_is_read_from_the_candidate_makes_plain_data_only():
@@ -298,24 +298,24 @@ def test_what_is_read_from_the_candidate_makes_plain_data_only():
 def test_tests_before_a_hang_count_and_those_after_it_do_not():
     source = "def f(x):\n    while x == 2: pass\n    return x"
     tests = ["assert f(1) == 1", "assert f(0) == 0", "assert f(2) == 2", "assert f(1) == 1"]
-    assert programs.judge(source, tests, seconds=2.0) == [True, True, False, False]
+    assert execute.judge(source, tests, seconds=2.0) == [True, True, False, False]
 
 
 @inside
 def test_tests_that_are_no_python_are_an_error():
     with pytest.raises(ValueError, match="cannot be read"):
-        programs.judge("def f(): return 1", ["assert f( == 1"], seconds=SECONDS)
+        execute.judge("def f(): return 1", ["assert f( == 1"], seconds=SECONDS)
 
 
 def test_elsewhere_than_on_linux_code_rewards_are_refused(monkeypatch):
-    programs.check_platform.cache_clear()
-    monkeypatch.setattr(programs.sys, "platform", "darwin")
+    execute.check_platform.cache_clear()
+    monkeypatch.setattr(execute.sys, "platform", "darwin")
     with pytest.raises(ConfigError, match=r"need Linux on x86_64 or aarch64.*darwin"):
-        programs.check_platform()
-    monkeypatch.setattr(programs.sys, "platform", "linux")
-    monkeypatch.setattr(programs.platform, "machine", lambda: "riscv64")
+        execute.check_platform()
+    monkeypatch.setattr(execute.sys, "platform", "linux")
+    monkeypatch.setattr(execute.platform, "machine", lambda: "riscv64")
     with pytest.raises(ConfigError, match="riscv64"):
-        programs.check_platform()
+        execute.check_platform()
 
 
 def interpret(program, number, arguments=(), arch=None, machine="x86_64"):

@@ -24,8 +24,8 @@ from jaxseek.rl.rewards.code import code
 from jaxseek.rl.rewards.countdown import countdown
 from jaxseek.rl.rewards.format import format, length
 from jaxseek.rl.rewards.language import language
-from jaxseek.rl.sandbox.pool import Pool, WorkerError
 from jaxseek.rl.sandbox.execute import check_platform
+from jaxseek.rl.sandbox.pool import Pool, WorkerError
 
 
 @dataclass(frozen=True)
