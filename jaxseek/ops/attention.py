@@ -22,6 +22,7 @@ from jaxseek.ops.platform import platform
 from jaxseek.sharding.rules import Rules
 
 QUERY_BLOCK = 1024  # queries at a time: scores take B * N * QUERY_BLOCK * S floats
+QUERY_BLOCK_CPU = 128  # scores of one head stay in a core's cache, which makes long prompts twice as fast
 
 
 def attend(
@@ -39,14 +40,15 @@ def attend(
     `head_axes` are the logical names of K and G, `key_axis` that of S: over a split S, maximum and sums are
     reduced across the shards (a log-sum-exp combine).
     """
-    T, blocks = q_BTKGH.shape[1], q_BTKGH.shape[1] // QUERY_BLOCK
-    whole = blocks < 2 or T % QUERY_BLOCK != 0 or bool(rules.axes("length"))
+    T, on_cpu, split = q_BTKGH.shape[1], platform() == "cpu", bool(rules.axes("length"))
     if key_axis is None and mask.kv_seg_BS is not None and mask.chosen_BTS is None:
         if platform() == "tpu":
             return _flash(q_BTKGH, k_BKSH, v_BKSH, mask, scale, rules, head_axes)
-        if platform() == "cpu" and whole:
+        if on_cpu and (T < 2 * QUERY_BLOCK or T % QUERY_BLOCK or split):
             return _causal(q_BTKGH, k_BKSH, v_BKSH, mask, scale, rules, head_axes)
-    if whole:
+    size = QUERY_BLOCK_CPU if on_cpu else QUERY_BLOCK
+    blocks = T // size
+    if blocks < 2 or T % size or split:
         return _attend(q_BTKGH, k_BKSH, v_BKSH, mask, scale, rules, head_axes, key_axis)
 
     def cut(x):
@@ -56,6 +58,8 @@ def attend(
     def block(args):
         q, q_pos, q_seg, chosen, prefix = args
         part = replace(mask, q_pos_BT=q_pos, q_seg_BT=q_seg, chosen_BTS=chosen, q_prefix_BT=prefix)
+        if on_cpu and not rules.axes(key_axis):
+            return _causal(q, k_BKSH, v_BKSH, part, scale, rules, head_axes)
         return _attend(q, k_BKSH, v_BKSH, part, scale, rules, head_axes, key_axis)
 
     of_queries = q_BTKGH, mask.q_pos_BT, mask.q_seg_BT, mask.chosen_BTS, mask.q_prefix_BT
