@@ -159,12 +159,22 @@ def test_no_block_of_queries_reads_keys_after_it(monkeypatch):
 
 
 def test_many_queries_are_computed_in_blocks(monkeypatch):
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 4)
+    for name in ("QUERY_BLOCK", "QUERY_BLOCK_CPU"):
+        monkeypatch.setattr(attention, name, 4)
     strategy = Strategy.default()
     with jax.set_mesh(strategy.make_mesh()):
         jaxpr = jax.make_jaxpr(lambda *a: attend(*a, packed(), 0.3, strategy.train, HEADS))(*arrays())
     largest = max(math.prod(v.aval.shape) for eqn in jaxpr.eqns for v in eqn.outvars)
     assert largest < B * K * G * T * S
+
+
+def test_queries_against_a_cache_in_blocks_give_the_same_softmax(monkeypatch):
+    q, k, v = arrays()
+    seen = np.arange(S)[None, None] <= np.asarray(packed().q_pos_BT)[:, :, None]
+    mask = dataclasses.replace(packed(), kv_pos_BS=jnp.arange(S)[None], kv_seg_BS=None)
+    monkeypatch.setattr(attention, "QUERY_BLOCK_CPU", 4)
+    out, _ = run(None, q, k, v, mask, phase="decode", key_axis="cache_length")
+    assert_close(out, written(q, k, v, 0.3, seen), 1e-6)
 
 
 @pytest.mark.parametrize("mesh", ["context=4", "context=2,tensor=2,data=2"])
