@@ -75,8 +75,14 @@ class Rules:
         return P(*(axes if len(axes) > 1 else axes[0] if axes else None for axes in map(self.axes, names)))
 
     def for_cache(self) -> Rules:
-        """Return the rules for attention against the cache, where batch and heads follow the cache axes."""
+        """Return the rules for attention against the cache, where batch and heads follow the cache axes.
+
+        Queries are gathered over the mesh axes that split the cache's slots: each shard has all queries for
+        its slots.
+        """
         moved = {name: self.axes(cached) for cached, name in _ACTIVATION_AXIS.items()}
+        taken = (*self.axes("cache_length"), *moved["batch"], *moved["heads"])
+        moved["length"] = tuple(axis for axis in self.axes("length") if axis not in taken)
         return replace(self, table=tuple((dict(self.table) | moved).items()))
 
     def shard(self, x: jax.Array, *names: str | None) -> jax.Array:
