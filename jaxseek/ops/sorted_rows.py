@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 
 def sorted_by_expert(ids_NK: jax.Array, E: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Where each assignment goes in the stable order by expert [N, K], which assignment is where [N * K],
-    and rows per expert [E]. Ids of E have no place: they go to N * K."""
+    """Place of each assignment in the stable order by expert [N, K], the assignment at each place [N * K],
+    and rows per expert [E]. Assignments to expert E (none) get the place N * K."""
     N, K = ids_NK.shape
     hot_NKE = ids_NK[:, :, None] == jnp.arange(E)[None, None]
     hot_NE = hot_NKE.sum(1, dtype=jnp.int32)
