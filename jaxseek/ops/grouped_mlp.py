@@ -79,25 +79,25 @@ def _tile_sizes(m: int, k: int, n: int) -> tuple[int, int, int]:
 
 
 @jax.custom_vjp
-def _matmul(a_TK: jax.Array, w_KN: jax.Array) -> jax.Array:
-    """Product with or without a leading axis E.
+def _matmul(a: jax.Array, w: jax.Array) -> jax.Array:
+    """Product [T, K] x [K, N], with or without a leading axis E.
 
     Without one, the backward pass transposes the left operand on its own: XLA:CPU is slow to do that within
     the product.
     """
-    return a_TK @ w_KN
+    return a @ w
 
 
-def _matmul_fwd(a_TK, w_KN):
-    return a_TK @ w_KN, (a_TK, w_KN)
+def _matmul_fwd(a, w):
+    return a @ w, (a, w)
 
 
-def _matmul_bwd(operands, dy_TN):
+def _matmul_bwd(operands, dy):
     barrier = jax.lax.optimization_barrier
-    a_TK, w_KN = operands
-    a_TK, dy_TN = barrier((a_TK, dy_TN))  # so that each product does not recompute them
-    a_KT = a_TK.mT if a_TK.ndim > 2 else barrier(a_TK.mT)
-    return dy_TN @ w_KN.mT, a_KT @ dy_TN
+    a, w = operands
+    a, dy = barrier((a, dy))  # so that each product does not recompute them
+    transposed = a.mT if a.ndim > 2 else barrier(a.mT)
+    return dy @ w.mT, transposed @ dy
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
