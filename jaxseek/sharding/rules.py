@@ -13,8 +13,8 @@ Shape legend (suffix letters are einsum letters, for arrays and parameters of th
 A *strategy* is a TOML file: sizes of the mesh axes, the layout of stored weights (`[weights]`), and for each
 phase (`[train]`, `[prefill]`, `[decode]`) the layout of its activations and of the weights it computes with.
 For serving, `[weights]` may set `redundant_experts`, slots beyond one for each expert, and name the
-`placement` that says which expert is in which. Layers know logical names only; this module alone knows mesh
-axes. One sharding mode everywhere: Explicit.
+`placement` that says which expert is in which. Layers know logical names only; jaxseek/sharding alone knows
+mesh axes. One sharding mode everywhere: Explicit.
 """
 
 from __future__ import annotations
