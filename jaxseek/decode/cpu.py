@@ -24,7 +24,7 @@ from jaxseek.sharding.parameters import jit_sharing
 if TYPE_CHECKING:
     from jaxseek.model.context import Context
 
-# Matrices that the layers multiply with as a whole; the other ones are used head by head or expert by expert.
+# Matrices of one product each; the others are used per head or per expert.
 _PRODUCTS = (
     "q_DKGH", "k_DKH", "v_DKH", "o_KGHD", "q_DNH", "q_a_DQ", "q_b_QNH", "kv_a_DA", "o_NHD",
     "gate_DF", "up_DF", "down_FD",
@@ -53,7 +53,7 @@ def split(caches: Caches) -> Caches:
 def step(
     weights: DeepSeek, caches: Caches, token_B: jax.Array, position_B: jax.Array, live_B: jax.Array
 ) -> Stepped:
-    """As `plain.step`."""
+    """The same contract as `plain.step`."""
     out = hidden_states(weights, caches, token_B, position_B, live_B)
     head_VD = weights.embed_VD if weights.head_DV is None else weights.head_DV.by_output
     logits_BV = product_by_output(out.hidden_BTD[:, 0], head_VD[...])
@@ -70,7 +70,7 @@ class ByOutput(nnx.Module):
         self.by_output = nnx.Param(w.reshape(math.prod(w.shape[:contract]), -1).T)
 
     def matmul(self, x: jax.Array, ctx: Context, *axes: str | None, contract: int = 1, weight_axes: Any = ()):
-        """As `Weight.matmul`."""
+        """The same contract as `Weight.matmul`."""
         tokens = x.shape[: x.ndim - contract]
         y_MO = product_by_output(x.reshape(math.prod(tokens), -1), self.by_output[...])
         return y_MO.astype(x.dtype).reshape(*tokens, *self.outputs)

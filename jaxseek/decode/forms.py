@@ -1,8 +1,8 @@
 """One decode step, in three forms by name: `plain`, `tpu`, `cpu`.
 
-A form says whether it `applies` to a model (the reason why not, or nothing), makes its `weights` of one
-(`prepare`), takes over the caches that prefill wrote (`split`), and gives the logits of a step:
-`step(weights, caches, token_B, position_B, live_B)`. All are tested against the same oracle.
+A form has `applies(model)`, the reason why it cannot serve a model, or an empty string; `prepare(model)`, its
+weights; `split(caches)`, the caches that prefill wrote as this form keeps them; and `step(weights, caches,
+token_B, position_B, live_B)`, the logits of a step. All are tested against the same oracle.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NAMES = ("tpu", "cpu", "plain")  # in the order in which `auto` asks them
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Stepped:
-    """Logits float32 [B, V] after a step, the caches with its tokens, and what the routers did."""
+    """Result of a step: float32 logits [B, V], the caches with its tokens, each sparse stack's routing."""
 
     logits_BV: jax.Array
     caches: Caches

@@ -1,7 +1,7 @@
-"""A decode step's attention and experts in Pallas kernels, on TPU: see decode/kernels.py for what each does.
+"""Attention and experts of a decode step in Pallas kernels, on TPU; decode/kernels.py says what each does.
 
-They serve where one token for each of few rows is on every chip; heads, experts and widths may be split
-over any axes, and the cache by rows and slots. Elsewhere MLA and MoE say the same in plain JAX.
+They apply if every chip has one token of each of few rows. Heads, experts and widths may be split over any
+axes, and the cache by rows and slots. Otherwise MLA and MoE compute the same in plain JAX.
 """
 
 from __future__ import annotations
@@ -97,9 +97,10 @@ def attention(
         if rows:  # from all rows of some heads to some rows of all heads that the cache's chips share
             q_NBA = jax.lax.all_to_all(q_NBA, rows, split_axis=1, concat_axis=0, tiled=True)
         B, S = q_NBA.shape[1], latent_LBSA.shape[2]
-        mine = B * jax.lax.axis_index(rows) if rows else 0
+        first_row = B * jax.lax.axis_index(rows) if rows else 0
         position_B, slot_B, new_BA = (
-            jax.lax.dynamic_slice_in_dim(a, mine, B) for a in (position_BT[:, 0], slot_BT[:, 0], latent_BA)
+            jax.lax.dynamic_slice_in_dim(a, first_row, B)
+            for a in (position_BT[:, 0], slot_BT[:, 0], latent_BA)
         )
         start = S * jax.lax.axis_index(slots) if slots else 0
         at_B = jnp.where((slot_B >= start) & (slot_B < start + S), slot_B - start, S)
@@ -137,14 +138,13 @@ def attention(
 def experts(
     norm: RMSNorm, stack: Any, layer: jax.Array | int, x_BTD: jax.Array, y_BTD: jax.Array, ctx: Context
 ) -> tuple[jax.Array, jax.Array, Routing]:
-    """Norm, router and experts of a stack's layer for x + y: that, the experts' sum [B, 1, D], and what the
-    router did."""
+    """Norm, router and experts of a stack's layer on x + y; returns x + y, the experts' sum, the routing."""
     cfg, rules, expert_axes, sum_axes = stack.cfg, ctx.rules, ctx.rules.axes("expert"), _sum_axes(ctx.rules)
     E, K, B = cfg.n_routed_experts, cfg.num_experts_per_tok, x_BTD.shape[0]
 
     def local(layer, x_BTD, y_BTD, valid_BT, norm_LD, router_LDE, bias_LE, slots_LXS, experts, shared):
-        held = experts[2].shape[1]
-        first = held * (jax.lax.axis_index(expert_axes) if expert_axes else 0)
+        here = experts[2].shape[1]
+        first = here * (jax.lax.axis_index(expert_axes) if expert_axes else 0)
         x_BD, xn_BD, logits_BE, gates_BS, ids_BK, *listed = kernels.router(
             x_BTD[:, 0],
             y_BTD[:, 0],
@@ -157,9 +157,9 @@ def experts(
             norm.eps,
             cfg,
             first,
-            held,
+            here,
         )
-        touched = held * touched_share(E, gates_BS.shape[1], K, B)
+        touched = here * touched_share(E, gates_BS.shape[1], K, B)
         gate, up, down = experts
         with_token = (listed[0], listed[1], jnp.asarray(first, jnp.int32).reshape(1))
         y_BD = chosen_experts_mlp(xn_BD, gates_BS, gate, up, down, layer, touched, with_token, shared)

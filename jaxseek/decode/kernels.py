@@ -115,7 +115,7 @@ def queries(
     interleaved: bool,
     interpret: bool = False,
 ) -> jax.Array:
-    """Each head's query for the latents, [N, B, A]: the part without rotation through the keys' expansion."""
+    """Queries against the latents, [N, B, A], with the keys' expansion absorbed."""
     q_LNHQ = jnp.moveaxis(value_of(q_b_LQNH), 1, 3)
     k_LNPC = value_of(k_b_LNPC)
     (B, Q), (_, N, H, _), (_, _, P, C) = cq_BQ.shape, q_LNHQ.shape, k_LNPC.shape
@@ -166,9 +166,9 @@ def outputs(
     layer: jax.Array | int,
     interpret: bool = False,
 ) -> jax.Array:
-    """Of attention over the latents: the heads' values through the output projection, summed, [B, D]."""
-    v_LNHC, o_LNHD_ = value_of(v_b_LNHC), value_of(o_LNHD)
-    (N, B, C), (_, _, H, D) = z_NBC.shape, o_LNHD_.shape
+    """Expand attention over the latents to values, and project them: the sum over heads, [B, D]."""
+    v_LNHC, o_value_LNHD = value_of(v_b_LNHC), value_of(o_LNHD)
+    (N, B, C), (_, _, H, D) = z_NBC.shape, o_value_LNHD.shape
     scales = []
     if found := scales_of(v_b_LNHC, o_LNHD):
         scales = [found[0], found[1][:, 0]]  # [L, N, H, 1] and [L, 1, D]
@@ -210,7 +210,7 @@ def outputs(
         cost_estimate=_cost(B, N * H * (C + D), v_LNHC.dtype),
         interpret=interpret,
         name="outputs",
-    )(_index(layer), z_NBC, v_LNHC, o_LNHD_, *scales)  # fmt: skip
+    )(_index(layer), z_NBC, v_LNHC, o_value_LNHD, *scales)  # fmt: skip
 
 
 def router(
@@ -225,16 +225,16 @@ def router(
     eps: float,
     cfg: ModelConfig,
     first: jax.Array | int,
-    held: int,
+    experts: int,
     interpret: bool = False,
 ) -> tuple[jax.Array, ...]:
-    """Of one layer: x + y [B, D], the same normed, the router's logits [B, E], the gates [B, E], the ids of
-    the chosen [B, K], and which experts have a token.
+    """Add y to x, norm the sum, and route it by one layer's router.
 
-    Gates are 0 for experts that were not chosen, and for rows that are not valid. The last are two arrays:
-    of the `held` experts from `first` on those with a token, counted from `first`, [held]; how many are
-    meant, [1]. Where experts lie in slots (model/replicas.py), gates are the slots' [B, S], and so are these.
-    Sources as `layers.moe.choose_experts`, with its rule for ties.
+    Returns x + y [B, D], the same normed, the router's logits [B, E], the gates [B, E], the ids of the chosen
+    experts [B, K], and the local experts with a token: their sorted local ids [X] and their count [1]. Local
+    are the X = `experts` ids from `first` on. Gates are 0 for experts that were not chosen, and for rows that
+    are not valid. With expert replicas (model/replicas.py), gates [B, S] and local ids are those of slots.
+    The same contract as `choose_experts` in model/moe.py, ties included.
     """
     (B, D), (_, _, E), K = x_BD.shape, router_LDE.shape, cfg.num_experts_per_tok
     tile = _divisor(D, _TILE // (4 * E))
@@ -273,12 +273,12 @@ def router(
             if slots_refs:
                 gates_BE, chosen_BE = to_slots(gates_BE, chosen_BE, slots_refs[0][...])
             gates_ref[...] = gates_BE
-            listed_ref[...], count_ref[...] = listed(chosen_BE, first_ref[0], held)
+            listed_ref[...], count_ref[...] = listed(chosen_BE, first_ref[0], experts)
 
     rows = [(D, x_BD.dtype), (D, x_BD.dtype), (E, jnp.float32), (S, jnp.float32), (K, jnp.int32)]
-    shapes = [((B, n), dtype) for n, dtype in rows] + [((1, n), jnp.int32) for n in (held, 1)]
+    shapes = [((B, n), dtype) for n, dtype in rows] + [((1, n), jnp.int32) for n in (experts, 1)]
     valid_B1 = valid_B[:, None].astype(jnp.int32)
-    *of_rows, listed_1E, count_11 = pl.pallas_call(
+    *of_rows, listed_1X, count_11 = pl.pallas_call(
         kernel,
         out_shape=[jax.ShapeDtypeStruct(*s) for s in shapes],
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -297,7 +297,7 @@ def router(
         interpret=interpret,
         name="router",
     )(_index(layer), _index(first), x_BD, y_BD, norm_LD, valid_B1, router_LDE, *bias, *slots)  # fmt: skip
-    return *of_rows, listed_1E[0], count_11[0]
+    return *of_rows, listed_1X[0], count_11[0]
 
 
 # -------------------------------------------------------------------- inside kernels
@@ -316,7 +316,7 @@ def _inverse_rms(x: jax.Array, eps: float) -> jax.Array:
 
 
 def _row(ref: Any, layer: jax.Array, at: Any = slice(None)) -> jax.Array:
-    """The layer's row [1, D] of what `_near_layer` brings."""
+    """The layer's row [1, D] in the tile that `_near_layer` fetches."""
     return _pick(ref[:, at], layer % ref.shape[0])
 
 
@@ -331,12 +331,12 @@ def _scaled(x: jax.Array, inverse: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def _normed(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """`layers.norm.RMSNorm` of rows."""
+    """`RMSNorm` (model/norm.py) of rows."""
     return _scaled(x, _inverse_rms(x, eps), scale)
 
 
 def _rotated(x_BR: jax.Array, cos_Br: jax.Array, sin_Br: jax.Array, interleaved: bool) -> jax.Array:
-    """`layers.rope.rotate` of [B, R]. Exact products with matrices of 0 and 1 move the lanes."""
+    """`rotate` (model/rope.py) of [B, R]. Exact products with matrices of 0 and 1 move the lanes."""
     R = x_BR.shape[1]
     half = R // 2
     row, column = (jax.lax.broadcasted_iota(jnp.int32, (R, half), axis) for axis in (0, 1))
@@ -370,13 +370,13 @@ def _whole(*shape: int) -> pl.BlockSpec:
 
 
 def _of_layer(*shape: int, rank: int) -> pl.BlockSpec:
-    """What a stack [L, ...] has of the layer; the first scalar is its index."""
+    """The layer's part of a stack [L, ...]; the first scalar is the layer's index."""
     return pl.BlockSpec((None, *shape), lambda *at: (at[1][0], *(0,) * rank))
 
 
 def _near_layer(stack_LD: jax.Array) -> pl.BlockSpec:
-    """The tile of rows of a stack [L, D] that holds the layer's: a row alone would need the stack copied into
-    another layout."""
+    """The tile of a stack [L, D] that has the layer's row; fetching that row alone would need a copy of the
+    stack in another layout."""
     L, D = stack_LD.shape
     rows = min(L, 8)
     return pl.BlockSpec((rows, D), lambda *at: (at[1][0] // rows, 0))

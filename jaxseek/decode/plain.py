@@ -1,5 +1,4 @@
-"""The decode step by the model's own forward pass: correct everywhere, and what the other forms are tested
-against."""
+"""The decode step by the model's forward pass: it serves every model on every platform."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ def step(
 ) -> Stepped:
     """Logits of the token after each row's `token_B`, which goes into the caches at `position_B`.
 
-    Rows that are not `live` leave the caches and the experts alone; their logits mean nothing.
+    Rows that are not `live` change no cache and reach no expert; their logits are meaningless.
     """
     out = hidden_states(weights, caches, token_B, position_B, live_B)
     assert out.caches is not None

@@ -1,8 +1,8 @@
-"""The decode step of Pallas kernels, on TPU: each reads its weights where they lie in the stack of layers.
+"""The decode step by Pallas kernels, on TPU: each reads its weights in place, in the stack of layers.
 
-A scan over layers would slice, and copy, the parameters of each layer. Where a layer is latent attention and
-experts laid out as decode/fused.py takes them, a few kernels make the whole of it; elsewhere the layer's own
-modules, with experts read in the stack.
+A scan over layers would slice, and copy, the parameters of each layer. The fused kernels (decode/fused.py)
+compute latent attention and experts in the layouts that they take; the layer's own modules compute the rest,
+with experts read in the stack.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def applies(model: DeepSeek) -> str:
 def step(
     weights: DeepSeek, caches: Caches, token_B: jax.Array, position_B: jax.Array, live_B: jax.Array
 ) -> Stepped:
-    """As `plain.step`."""
+    """The same contract as `plain.step`."""
     token_B1, rules = token_B[:, None], weights.strategy.decode
     ctx = context(weights, caches, token_B1, position_B, live_B)
     with jax.named_scope("embed"):

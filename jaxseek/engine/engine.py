@@ -72,11 +72,11 @@ class Room:
     def of(cls, strategy: Strategy) -> Room:
         prefill, decode = strategy.prefill, strategy.decode
         slots = int(np.lcm(strategy.parts(decode, "cache_batch"), strategy.parts(decode, "batch")))
-        rows, own = (strategy.parts(prefill, axis) for axis in ("batch", "cache_batch"))
+        rows, cached = (strategy.parts(prefill, axis) for axis in ("batch", "cache_batch"))
         lengths = [strategy.parts(rules, "cache_length") for rules in (prefill, decode)]
         columns = strategy.parts(prefill, "length")
         return cls(
-            rows=int(np.lcm.reduce([rows, own, slots])),
+            rows=int(np.lcm.reduce([rows, cached, slots])),
             columns=columns,
             slots=slots,
             length=int(np.lcm.reduce([LENGTH_STEP, columns, *lengths])),
@@ -230,14 +230,14 @@ class Engine:
         self.timing.prefill_seconds += read - start
         if not line.live:
             return []
-        found, made = self._decode()
+        found, new_tokens = self._decode()
         seconds = time.perf_counter() - read
-        self.timing.new_tokens += made
+        self.timing.new_tokens += new_tokens
         if fresh:
             self.timing.prefill_seconds += seconds
         else:
             self.timing.decode_seconds += seconds
-            self.timing.decode_tokens += made
+            self.timing.decode_tokens += new_tokens
         return found
 
     def _read(self, reading: Reading) -> None:
@@ -314,8 +314,9 @@ class Engine:
 
     def _state(self, caches: Caches) -> State:
         done_B = np.array([seat is None for seat in self.scheduler.seats])
-        own = self._tokens.copy(), self._positions.copy(), done_B  # what jit returns may be what it was given
-        return State(caches, *_placed(own, self.model.strategy.decode))
+        # copies: jit may return an argument's buffer, and the engine changes its arrays
+        rows = self._tokens.copy(), self._positions.copy(), done_B
+        return State(caches, *_placed(rows, self.model.strategy.decode))
 
     def _set(self, slot: int, handle: Handle) -> None:
         """The slot's settings in the arrays that the programs take."""
@@ -354,7 +355,7 @@ class Engine:
         if trace.watched_WBN is not None:
             found["watched"] = np.moveaxis(fetch(trace.watched_WBN), 0, 2)[:, :n]
         experts = None if trace.experts_LBNK is None else fetch(trace.experts_LBNK).astype(np.int16)
-        made = 0
+        used = 0
         for slot, handle in live:
             more = ("tempered", "drawn") if LOGPROBS in handle.request.record else ()
             columns = {name: found[name][slot].tolist() for name in ("tokens", "logprobs", *more)}
@@ -363,13 +364,13 @@ class Engine:
             routed = None
             if experts is not None and EXPERTS in handle.request.record:
                 routed = experts[:, slot, :n]
-            made += handle.take(columns, routed)
+            used += handle.take(columns, routed)
             self._tokens[slot], self._positions[slot] = found["tokens"][slot, -1], self._positions[slot] + n
             if handle.ended:
                 line.seats[slot] = None
-        self.timing.used += made
+        self.timing.used += used
         self.timing.row_steps += n * B
-        return [handle for _, handle in live], made
+        return [handle for _, handle in live], used
 
     def _watching(self, live: Sequence[tuple[int, Handle]]) -> SamplingArrays:
         """The settings, with the tokens to watch where a request names some."""

@@ -56,22 +56,22 @@ def generate(
     stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
     base = replace(settings(tokenizer, given), max_new_tokens=max_new_tokens, stop=stops)
     requests = []
-    for prompt, own in zip(prompts, seeds):
-        ids, sampling = encode(tokenizer, prompt), replace(base, seed=own)
-        requests.append(request(model, tokenizer, ids, replace(sampling, seed=seed_for(own, ids))))
+    for prompt, one in zip(prompts, seeds):
+        ids = encode(tokenizer, prompt)
+        requests.append(request(model, tokenizer, ids, replace(base, seed=seed_for(one, ids))))
     found = engine_for(model, min(batch_size, len(requests))).answers(requests)
     return [a.text if tokenizer else a.tokens for a in found]  # type: ignore[misc]
 
 
 def settings(tokenizer: Tokenizer | None, given: Mapping[str, Any]) -> Sampling:
     """Sampling by the settings given; where None, by those of the checkpoint's generation_config.json."""
-    file, own = tokenizer.generation if tokenizer else {}, {}
+    file, chosen = tokenizer.generation if tokenizer else {}, {}
     for name, value in given.items():
         value = file.get(name) if value is None else value
-        own |= {name: value} if isinstance(value, int | float) else {}
+        chosen |= {name: value} if isinstance(value, int | float) else {}
     if file.get("do_sample") is False and given.get("temperature") is None:
-        own["temperature"] = 0.0
-    return Sampling(**own)
+        chosen["temperature"] = 0.0
+    return Sampling(**chosen)
 
 
 def request(

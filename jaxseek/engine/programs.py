@@ -101,9 +101,9 @@ def _decode_steps(
         stepped = form.step(weights, state.caches, state.token_B, state.position_B, ~state.done_B)
         new = draw(stepped.logits_BV, state.position_B + 1, params, mode, rules)
         experts = jnp.concatenate([r.ids_BTK for r in stepped.routing]) if EXPERTS in record else None
-        made = Trace(new.token_B, new.logprob_B, new.tempered_B, new.drawn_B, new.watched_WB, experts)
+        one = Trace(new.token_B, new.logprob_B, new.tempered_B, new.drawn_B, new.watched_WB, experts)
         if LOGPROBS not in record:
-            made = dataclasses.replace(made, tempered_BN=None, drawn_BN=None)
+            one = dataclasses.replace(one, tempered_BN=None, drawn_BN=None)
 
         def put(all, one):
             if all.ndim == 4:
@@ -112,7 +112,7 @@ def _decode_steps(
 
         done_B = state.done_B | (new.token_B[:, None] == stops_BK).any(axis=1)
         position_B = state.position_B + (~state.done_B).astype(jnp.int32)
-        return State(stepped.caches, new.token_B, position_B, done_B), jax.tree.map(put, trace, made), i + 1
+        return State(stepped.caches, new.token_B, position_B, done_B), jax.tree.map(put, trace, one), i + 1
 
     def going(carry):
         state, _, i = carry

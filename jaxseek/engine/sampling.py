@@ -15,7 +15,7 @@ Mode = Literal["greedy", "plain", "filtered"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one request is sampled. Temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 filter nothing.
+    """Sampling settings of one request. Temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 filter nothing.
 
     Filters apply in the order temperature, top_k, top_p, min_p (transformers' order). `stop` are strings and
     `stop_ids` tokens that end the text besides the tokenizer's end of sequence.

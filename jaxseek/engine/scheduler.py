@@ -1,4 +1,4 @@
-"""Which prompt is read next, in which chunks, and which answer gets which slot. Pure Python.
+"""Scheduling in pure Python: the prompts to read next, their chunks, and the slots of answers.
 
 On a mesh every part of the batch has its own slots and reads its own prompts, so that no cache moves.
 """
@@ -40,7 +40,7 @@ def chunks(n: int, columns: int = 1) -> list[int]:
 
 
 def lanes(prompts: int, plan: Sequence[int]) -> int:
-    """How many of these prompts are read side by side in such chunks."""
+    """Number of these prompts to read side by side in such chunks."""
     most = FIRST[-1] // plan[0] if plan else LANES[-1]
     return rounded(prompts, [n for n in LANES if n <= max(1, most)])
 
@@ -147,8 +147,8 @@ class Scheduler:
 
     def free(self, part: int) -> list[int]:
         """Free slots of a part."""
-        own = len(self.seats) // self.parts
-        return [b for b in range(part * own, part * own + own) if self.seats[b] is None]
+        each = len(self.seats) // self.parts
+        return [b for b in range(part * each, (part + 1) * each) if self.seats[b] is None]
 
     def wanted(self) -> list[int]:
         """Free slots of each part that no prompt is read for."""

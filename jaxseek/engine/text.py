@@ -59,7 +59,7 @@ class Text:
         return len(tokens), False
 
     def end(self) -> None:
-        """No more tokens will come: what was held back belongs to the text."""
+        """Finish: no more tokens will come, so withheld characters belong to the text."""
         if not self._ended:
             self.text += self._decoder.flush()
             self._cut()
@@ -67,8 +67,8 @@ class Text:
 
     def piece(self) -> str:
         """Text since the last call, but for an end that may be the beginning of a stop string."""
-        held = 0 if self._ended else max((_overlap(self.text, s) for s in self._stops), default=0)
-        start, self._shown = self._shown, max(len(self.text) - held, self._shown)
+        withheld = 0 if self._ended else max((_overlap(self.text, s) for s in self._stops), default=0)
+        start, self._shown = self._shown, max(len(self.text) - withheld, self._shown)
         return self.text[start : self._shown]
 
     def _cut(self) -> bool:
@@ -79,5 +79,5 @@ class Text:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of the text begin the stop string."""
+    """Number of characters at the end of the text with which the stop string begins."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

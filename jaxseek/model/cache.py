@@ -43,6 +43,6 @@ Cache = LatentCache | KVCache
 
 
 def split_layers(cache: Cache) -> tuple[Cache, ...]:
-    """The cache of each layer on its own, for a model whose layers are unrolled."""
+    """Split a stack's cache into one per layer, for a model in which every layer is a stack of its own."""
     L = jax.tree.leaves(cache)[0].shape[0]
     return tuple(jax.tree.map(operator.itemgetter(slice(l, l + 1)), cache) for l in range(L))

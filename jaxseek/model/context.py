@@ -1,4 +1,4 @@
-"""What the layers of one forward pass share: rules, positions, mask, precision."""
+"""Shared by the layers of one forward pass: rules, positions, mask, precision."""
 
 from __future__ import annotations
 

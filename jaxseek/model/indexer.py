@@ -77,8 +77,8 @@ class Indexer(nnx.Module):
     def _layer_norm(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
         x32 = (x32 - x32.mean(-1, keepdims=True)) * jax.lax.rsqrt(x32.var(-1, keepdims=True) + 1e-6)
-        scale_H, bias_H = (p[...][None, None] for p in (self.k_norm_H, self.k_norm_bias_H))
-        return (x32 * scale_H + bias_H).astype(x.dtype)
+        scale_11H, bias_11H = (p[...][None, None] for p in (self.k_norm_H, self.k_norm_bias_H))
+        return (x32 * scale_11H + bias_11H).astype(x.dtype)
 
     def _choose(
         self, scores_BTS: jax.Array, mask: Mask, key_axis: str | None, rules: Rules

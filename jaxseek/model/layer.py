@@ -61,7 +61,7 @@ class Layer(nnx.Module):
         ctx: Context,
         replay_BTK: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None, Routing | None]:
-        """x after the block, the cache with this block's tokens in `layer`, and what the router did."""
+        """x after the block, the cache with this block's tokens in `layer`, and the routing."""
         with jax.named_scope("attention"):
             y_BTD, cache = self.attn(self.attn_norm(x_BTD), cache, layer, ctx)
         with jax.named_scope("mlp"):

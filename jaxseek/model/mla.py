@@ -81,7 +81,7 @@ class MLA(nnx.Module):
             assert cache is not None, "queries without fresh keys need a cache"
             if self._expanding_pays(x_BTD.shape[1]):
                 latent_BSA = cache.latent_LBSA[layer].astype(x_BTD.dtype)
-                out_BTNH = self._expanded(qn_BTNP, qr_BTNR, latent_BSA, mask, ctx)
+                out_BTNH = self._expanded(qn_BTNP, qr_BTNR, latent_BSA, mask.with_whole_keys(rules), ctx)
             else:
                 out_BTNH = self._absorbed(qn_BTNP, qr_BTNR, cache.latent_LBSA, layer, mask, rules)
         y_BTD = self.o_NHD.matmul(out_BTNH, ctx, "batch", "length", None, contract=2)

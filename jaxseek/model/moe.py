@@ -27,7 +27,7 @@ class RouterBias(nnx.Variable):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Routing:
-    """What the router did.
+    """Decisions of the router.
 
     Chosen experts per token; mean affinity of each expert over the tokens of a sequence (they sum to one);
     assignments per expert; assignments dropped; and, where experts were replayed, the router's own choice.

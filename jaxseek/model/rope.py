@@ -48,7 +48,7 @@ def _llama3(rope: RopeConfig, freq: np.ndarray) -> np.ndarray:
 
 
 def attention_factor(rope: RopeConfig) -> float:
-    """What cos and sin are multiplied by: 1 for every released DeepSeek model (both mscales equal)."""
+    """Factor of cos and sin: 1 for every released DeepSeek model (both mscales equal)."""
     if rope.rope_type != "yarn":
         return 1.0
     if rope.attention_factor is not None:

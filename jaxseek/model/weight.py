@@ -97,7 +97,7 @@ def scale_shape(name: str, shape: tuple[int, ...], group: int | None) -> tuple[i
 
 
 class Quantized(nnx.Module):
-    """A matrix as values of few bits and their scale; `spec` says how it was made."""
+    """A matrix as values of few bits and their scale; `spec` is its format."""
 
     def __init__(self, name: str, param: nnx.Variable, spec: Spec):
         value, axes = param.get_value(), param.get_metadata("axes")
@@ -107,8 +107,8 @@ class Quantized(nnx.Module):
         divided = (s if n % _parts(mesh, s) == 0 else None for n, s in zip(scale, split))
 
         def abstract(shape: tuple[int, ...], dtype: str, spec: P) -> nnx.Param:
-            made = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=NamedSharding(mesh, spec))
-            return nnx.Param(made, axes=axes, fill=None)
+            value = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=NamedSharding(mesh, spec))
+            return nnx.Param(value, axes=axes, fill=None)
 
         self.spec = spec
         self.group = 0 if spec.group is None else group_size(name, shape, spec.group)
@@ -138,12 +138,12 @@ class Quantized(nnx.Module):
     def matmul(
         self, x: jax.Array, ctx: Context, *axes: str | None, contract: int = 1, weight_axes: Axes = ()
     ) -> jax.Array:
-        """As `Weight.matmul`."""
+        """The same contract as `Weight.matmul`."""
         return scaled_matmul(x, self.operand(ctx.rules, x.dtype, *weight_axes), ctx.rules, axes, contract)
 
 
 def _parts(mesh: Any, axes: Any) -> int:
-    """Into how many parts mesh axes, one or several or None, split an array's axis."""
+    """Number of parts into which mesh axes (one, several or None) split an array's axis."""
     return math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from jaxseek.ops.causal_attention import causal_attention
 from jaxseek.ops.decode_attention import attend_in_cache
+from jaxseek.ops.few_rows import FEW, product_of_few
 from jaxseek.ops.flash_attention import flash_attention
 from jaxseek.ops.mask import Mask
 from jaxseek.ops.platform import platform
@@ -135,7 +136,11 @@ def _causal(q_BTKGH, k_BKSH, v_BKSH, mask, scale, rules, head_axes):
 def _attend(q_BTKGH, k_BKSH, v_BKSH, mask, scale, rules, head_axes, key_axis):
     # dot_general, not einsum: with heads before tokens on both sides no operand is transposed for it
     q_BKGTH = jnp.moveaxis(q_BTKGH, 1, 3)
-    if platform() == "cpu" and q_BTKGH.shape[1] == 1:  # with keys first, XLA:CPU does not transpose them
+    _, T, _, G, _ = q_BTKGH.shape
+    on_cpu, one_device = platform() == "cpu", jax.sharding.get_abstract_mesh().size == 1
+    if on_cpu and T == 1 and G <= FEW and one_device and key_axis is not None:  # which has no gradient
+        scores_BKGTS = product_of_few(q_BKGTH[..., 0, :], k_BKSH)[..., None, :]
+    elif on_cpu and T == 1:  # with keys first, XLA:CPU does not transpose them
         scores_BKSGT = jax.lax.dot_general(
             k_BKSH,
             q_BKGTH,

@@ -11,15 +11,15 @@ from jaxseek.sharding.rules import Rules
 
 
 def write_slots(
-    cache_LBSH: jax.Array, layer: jax.Array | int, slots_BT: jax.Array, new_BTH: jax.Array, rules: Rules
+    cache: jax.Array, layer: jax.Array | int, slots_BT: jax.Array, new: jax.Array, rules: Rules
 ) -> jax.Array:
     """Write each row's tokens into its own slots of one layer; slots below 0 are dropped (padding).
 
-    `cache_LBSH` may have further axes between B and S (kv heads), which `new` has after T.
+    `cache` is [L, B, S, H] and `new` [B, T, H], or with kv heads [L, B, K, S, H] and [B, T, K, H].
     """
-    inner = ("kv_heads",) if cache_LBSH.ndim == 5 else ()
+    inner = ("kv_heads",) if cache.ndim == 5 else ()
     cache_spec = rules.spec(None, "cache_batch", *inner, "cache_length", None)
-    new_BTH = rules.shard(new_BTH, "cache_batch", None, *inner, None)
+    new = rules.shard(new, "cache_batch", None, *inner, None)
     slots_BT = rules.shard(slots_BT, "cache_batch", None)
     length_axes = rules.axes("cache_length")
 
@@ -51,4 +51,4 @@ def write_slots(
             rules.spec("cache_batch", None, *inner, None),
         ),
         out_specs=cache_spec,
-    )(cache_LBSH, jnp.asarray(layer), slots_BT, new_BTH)
+    )(cache, jnp.asarray(layer), slots_BT, new)

@@ -1,7 +1,7 @@
 """Attention of one query token per row against a cache, on TPU: a Pallas flash-decode kernel.
 
-It is given the cache of all layers, and reads the slots of one layer up to each row's position; XLA would
-copy the layer's slice first. A latent is its own value, but for the rotary part, and is read once.
+It takes the cache of all layers, and reads the slots of one layer up to each row's position; XLA would copy
+the layer's slice first. A latent without its rotary part is both key and value, and is read once.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def decode_attention(
     start: jax.Array | int = 0,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of every row and head: sum over slots of exp(score - most) * value, float32 [B, K, G, width]; sum of
-    the exponentials and the most, float32 [B, K, G]. The first over the second is attention.
+    """Attention of each row and head over the slots here, before the division: the sum of exp(score - most) *
+    value, float32 [B, K, G, width]; the sum of the exponentials, and `most`, the highest score, [B, K, G].
 
     Slot s stands for position start + s; a row sees positions up to its own. Where it sees none, sums are
     zero. For one device or inside shard_map. Source: DeepSeek-V2 paper, section 2.1.2 and appendix C.

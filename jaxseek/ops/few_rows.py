@@ -32,7 +32,7 @@ def product_by_output(x_MI: jax.Array, w_OI: jax.Array) -> jax.Array:
 def product_of_few(x_MI: jax.Array, w_OI: jax.Array) -> jax.Array:
     """`product_by_output` for up to some 16 rows; both operands may have leading axes."""
     (*lead, M, I), O = x_MI.shape, w_OI.shape[-2]
-    x_MI = _made(x_MI.astype(jnp.float32))
+    x_MI = _materialised(x_MI.astype(jnp.float32))
     n = next((n for n in range(1, O // 64) if O % n == 0 and O // n * I <= _BLOCK), 1)
     if lead or M <= _ROWS or O * I < 8 * _BLOCK or n == 1:
         return _product(x_MI, w_OI)
@@ -55,7 +55,7 @@ def _product(x_MI: jax.Array, w_OI: jax.Array) -> jax.Array:
     return jnp.moveaxis(y_MP, (0, 1), (-3, -2)).reshape(*lead, M, -1)
 
 
-def _made(x: jax.Array) -> jax.Array:
-    """x in memory, as a product is: anything else XLA:CPU would make again for every output."""
+def _materialised(x: jax.Array) -> jax.Array:
+    """Materialise x by a product, so that XLA:CPU does not recompute it for every output."""
     b = math.gcd(x.shape[-1], 8)
     return (x.reshape(-1, b) @ jnp.eye(b)).reshape(x.shape) if b > 1 else x

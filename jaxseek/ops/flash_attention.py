@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 QUERIES, KEYS = 1024, 512  # of a block
 QUERIES_BACKWARD = 8192  # at a time: a head's gradient for them stays in the core's memory
 _VMEM = 64 * 2**20
-_MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # exp(it - it) is a number
+_MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite, so that exp(masked - masked) is not NaN
 _NN, _NT, _TN = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ()))
 
 
@@ -68,7 +68,7 @@ def _run(a_BX: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _seen(q_pos_BT, q_segs_BT, kv_pos_BS, kv_seg_BS, bq: int, bk: int) -> jax.Array:
-    """Whether a query of block i may see a key of block j, [B, i, j]: never false where one does.
+    """Mask of the pairs of blocks [B, i, j] in which a query may see a key; no pair that counts is left out.
 
     `q_segs_BT` are the segments that a query sees: one or two for each.
     """
@@ -81,7 +81,7 @@ def _seen(q_pos_BT, q_segs_BT, kv_pos_BS, kv_seg_BS, bq: int, bk: int) -> jax.Ar
 
 
 def _cost(args: tuple, pairs: float, widths: int, vector: int, moved: float) -> pl.CostEstimate:
-    """Of scores for `pairs`, each in products of `widths` in all.
+    """Cost of the scores of `pairs`, whose products have `widths` in total.
 
     Flops are what the matrix unit does, whose sides are 128 wide. The `vector` operations on each score are
     counted as if nothing overlapped, as the flops that a v5e or v5p could have done in that time: 32.
@@ -113,7 +113,7 @@ def _scores(q_ref: Any, k_ref: Any, masks: Any, scale: float) -> tuple[jax.Array
 
 
 class _Call:
-    """What both kernels share: operands padded to blocks, where a block's parts lie, which blocks count."""
+    """Shared by both kernels: operands padded to blocks, the blocks of the grid, and the pairs that count."""
 
     def __init__(self, q_BKGTH, k_BKSH, v_BKSH, q_pos_BT, q_seg_BT, kv_pos_BS, kv_seg_BS, q_prefix_BT):
         self.B, self.K, self.G, self.T, self.H = q_BKGTH.shape
@@ -137,7 +137,7 @@ class _Call:
         return _padded(a_BKSX.reshape(self.B * self.K, self.S, -1), 1, self.bk)
 
     def specs(self, i: Any, j: Any) -> list[pl.BlockSpec]:
-        """Of the operands; i and j give the block of queries and of keys from the indices of the grid."""
+        """BlockSpecs of the operands; i and j map grid indices to the block of queries and of keys."""
         group, row, spec = self.G, self.K * self.G, pl.BlockSpec
         q_row = spec((None, 1, self.bq), lambda n, a, b, *t: (n // row, 0, i(n, a, b, *t)))
         kv_column = spec((None, self.bk, 1), lambda n, a, b, *t: (n // row, j(n, a, b, *t), 0))
@@ -149,12 +149,12 @@ class _Call:
         ]  # fmt: skip
 
     def at(self, n: Any, i: Any, j: Any) -> Any:
-        """Of a pair of blocks in `table`."""
+        """Index of a pair of blocks in `table`."""
         return ((n // (self.K * self.G)) * self.nq + i) * self.nk + j
 
     def table(self, axis: int) -> tuple[jax.Array, jax.Array]:
-        """For every pair of blocks, flat: whether it counts; the block to have at hand along `axis` (1:
-        queries, 2: keys), which changes only where it does."""
+        """Two flat tables over the pairs of blocks: 1 if the pair counts; and the block to have at hand along
+        `axis` (1: queries, 2: keys), which changes only at pairs that count."""
         number_Bij = jax.lax.broadcasted_iota(jnp.int32, self.seen_Bij.shape, axis)
         at_hand_Bij = jax.lax.cummax(jnp.where(self.seen_Bij, number_Bij, 0), axis)
         return self.seen_Bij.astype(jnp.int32).reshape(-1), at_hand_Bij.reshape(-1)

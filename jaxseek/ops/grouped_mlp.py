@@ -79,22 +79,25 @@ def _tile_sizes(m: int, k: int, n: int) -> tuple[int, int, int]:
 
 
 @jax.custom_vjp
-def _matmul(a_TK: jax.Array, w_KN: jax.Array) -> jax.Array:
-    """Their product, E leading or not. Backward the left operand of a single one is transposed apart: XLA:CPU
-    does it slowly in the product."""
-    return a_TK @ w_KN
+def _matmul(a: jax.Array, w: jax.Array) -> jax.Array:
+    """Product [T, K] x [K, N], with or without a leading axis E.
+
+    Without one, the backward pass transposes the left operand on its own: XLA:CPU is slow to do that within
+    the product.
+    """
+    return a @ w
 
 
-def _matmul_fwd(a_TK, w_KN):
-    return a_TK @ w_KN, (a_TK, w_KN)
+def _matmul_fwd(a, w):
+    return a @ w, (a, w)
 
 
-def _matmul_bwd(operands, dy_TN):
+def _matmul_bwd(operands, dy):
     barrier = jax.lax.optimization_barrier
-    a_TK, w_KN = operands
-    a_TK, dy_TN = barrier((a_TK, dy_TN))  # else what makes them is computed again in each product
-    a_KT = a_TK.mT if a_TK.ndim > 2 else barrier(a_TK.mT)
-    return dy_TN @ w_KN.mT, a_KT @ dy_TN
+    a, w = operands
+    a, dy = barrier((a, dy))  # so that each product does not recompute them
+    transposed = a.mT if a.ndim > 2 else barrier(a.mT)
+    return dy @ w.mT, transposed @ dy
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
@@ -106,7 +109,7 @@ def _rounded_matmul(a_TK: jax.Array, w_KN: jax.Array) -> jax.Array:
 
 
 def _swiglu_mlp(matmul: Any, x: jax.Array, gate: Any, up: Any, down: Any) -> jax.Array:
-    """Of one expert, or of all with E leading."""
+    """SwiGLU of one expert, or of all experts with a leading axis E."""
     return matmul(jax.nn.silu(matmul(x, gate)) * matmul(x, up), down)
 
 
@@ -197,8 +200,8 @@ def _tiled_bwd(fp8, residuals, dy_MD):
 
     def body(i, grads):
         (dx_MD, *dws), e = grads, tiles.expert_I[i]
-        mine = (w[e] for w in weights)
-        _, pull = jax.vjp(functools.partial(_swiglu_mlp, matmul), tiles.read(x_MD, i), *mine)
+        weights_e = (w[e] for w in weights)
+        _, pull = jax.vjp(functools.partial(_swiglu_mlp, matmul), tiles.read(x_MD, i), *weights_e)
         dx_TD, *new = pull(tiles.read(dy_MD, i))
         return tiles.write(dx_MD, i, dx_TD), *(a.at[e].add(d.astype(a.dtype)) for a, d in zip(dws, new))
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 def packed_shape(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
-    """Of the bytes of int4 values of this shape, in pairs along a (negative) axis."""
+    """Shape of the bytes that hold int4 values of this shape, in pairs along a (negative) axis."""
     return tuple(-(-n // 2) if i - len(shape) == axis else n for i, n in enumerate(shape))
 
 
@@ -21,7 +21,7 @@ def pack(values: jax.Array, axis: int) -> jax.Array:
 
 
 def unpack(stored: jax.Array, size: int, axis: int) -> jax.Array:
-    """What `pack` was given, of which that axis had this size."""
+    """Invert `pack`, for values of which that axis had this size."""
     signed = jnp.moveaxis(stored, axis, -1).astype(jnp.int8)
     pairs = jnp.stack([(signed << 4) >> 4, signed >> 4], axis=-1)
     values = pairs.reshape(*signed.shape[:-1], -1)[..., :size].astype(jnp.int4)

@@ -29,8 +29,12 @@ class Mask:
     def laid_out(self, rules: Rules) -> Mask:
         """The mask with the queries laid out by these rules."""
         names = ("q_pos_BT", "q_seg_BT", "q_prefix_BT")
-        own = {name: a for name in names if (a := getattr(self, name)) is not None}
-        return replace(self, **{name: rules.shard(a, "batch", "length") for name, a in own.items()})
+        given = {name: a for name in names if (a := getattr(self, name)) is not None}
+        return replace(self, **{name: rules.shard(a, "batch", "length") for name, a in given.items()})
+
+    def with_whole_keys(self, rules: Rules) -> Mask:
+        """The mask of a cache whose slots are gathered on every device."""
+        return replace(self, kv_pos_BS=rules.shard(self.kv_pos_BS, None, None))
 
     def dense(self) -> jax.Array:
         """Booleans [B, T, S]: true where a query sees a key."""

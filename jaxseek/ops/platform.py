@@ -1,4 +1,4 @@
-"""The platform that a program is traced for: the one question by which ops choose their form."""
+"""The platform that a program is traced for, by which ops choose their form."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import jax
 
 
 def platform() -> str:
-    """Of the devices of the mesh in use ("cpu", "tpu", ...), also when compiling for devices elsewhere.
+    """Platform of the devices of the current mesh ("cpu", "tpu", ...), also when compiling for other devices.
 
-    Kernels choose their implementation by it: `jax.lax.platform_dependent` would trace them all.
+    `jax.lax.platform_dependent` would trace the forms of every platform.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 
 def sorted_by_expert(ids_NK: jax.Array, E: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Where each assignment goes in the stable order by expert [N, K], which assignment is where [N * K],
-    and rows per expert [E]. Ids of E have no place: they go to N * K."""
+    """Place of each assignment in the stable order by expert [N, K], the assignment at each place [N * K],
+    and rows per expert [E]. Assignments to expert E (none) get the place N * K."""
     N, K = ids_NK.shape
     hot_NKE = ids_NK[:, :, None] == jnp.arange(E)[None, None]
     hot_NE = hot_NKE.sum(1, dtype=jnp.int32)
@@ -20,15 +20,16 @@ def sorted_by_expert(ids_NK: jax.Array, E: int) -> tuple[jax.Array, jax.Array, j
     sizes_E = upto_NE[-1]
     first_NE = upto_NE - hot_NE + (jnp.cumsum(sizes_E) - sizes_E)[None]  # of a token's rows for an expert
     first_NK = jnp.where(hot_NKE, first_NE[:, None], 0).sum(-1)
-    earlier_KK = jnp.tri(K, k=-1, dtype=bool)[None]
-    twice_NK = ((ids_NK[:, :, None] == ids_NK[:, None]) & earlier_KK).sum(-1, dtype=jnp.int32)
+    earlier_1KK = jnp.tri(K, k=-1, dtype=bool)[None]
+    twice_NK = ((ids_NK[:, :, None] == ids_NK[:, None]) & earlier_1KK).sum(-1, dtype=jnp.int32)
     at_NK = jnp.where(ids_NK < E, first_NK + twice_NK, N * K)
     order_M = jnp.zeros(N * K, jnp.int32).at[at_NK.reshape(-1)].set(jnp.arange(N * K), mode="drop")
     return at_NK, order_M, sizes_E
 
 
-def _at(y_MD: jax.Array, at_NK: jax.Array) -> jax.Array:
-    return y_MD.at[at_NK].get(mode="fill", fill_value=0)
+def _at(y_MD: jax.Array, at: jax.Array) -> jax.Array:
+    """Rows of y at these places, [..., D]; zeros where there is no place."""
+    return y_MD.at[at].get(mode="fill", fill_value=0)
 
 
 @jax.custom_vjp

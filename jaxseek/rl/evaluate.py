@@ -33,7 +33,7 @@ class Marking:
         self.failure = ""  # the first of the last call, in words
 
     def __call__(self, answers: list[Answer]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Of each answer its reward and, by name, the terms; float64 [N], NaN where one failed."""
+        """Reward of each answer, and the terms by name; float64 [N], NaN for an answer that failed."""
 
         def score() -> tuple[np.ndarray, str]:
             scores = self._rewards.score(answers)

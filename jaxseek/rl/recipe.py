@@ -126,9 +126,9 @@ class Grpo(Recipe):
             if not self.with_reference:  # an answer of advantage 0 teaches nothing, and is not computed
                 some = [bool(np.any(known["advantage"][i])) for i in which]
                 which, shares_N = which[some], shares_N[some]
-            own = {name: [lists[i] for i in which] for name, lists in known.items()}
+            selected = {name: [lists[i] for i in which] for name, lists in known.items()}
             chosen = [episodes[i] for i in which]
-            batch = make_policy_batch(chosen, shares_N, own, self.shapes, self.model, self.record)
+            batch = make_policy_batch(chosen, shares_N, selected, self.shapes, self.model, self.record)
             totals.append(self.trainer.values(self.trainer.update(batch, inputs), batch, inputs))
         clock.note("update_seconds", values)
         return totals
@@ -288,6 +288,6 @@ class Grpo(Recipe):
 def _padded(rows: list[np.ndarray]) -> np.ndarray:
     """Lay rows of different lengths into one table, padded with zeros."""
     table = np.zeros((len(rows), max(map(len, rows))))
-    for own, row in zip(table, rows):
-        own[: len(row)] = row
+    for i, row in enumerate(rows):
+        table[i, : len(row)] = row
     return table

@@ -13,8 +13,8 @@ Shape legend (suffix letters are einsum letters, for arrays and parameters of th
 A *strategy* is a TOML file: sizes of the mesh axes, the layout of stored weights (`[weights]`), and for each
 phase (`[train]`, `[prefill]`, `[decode]`) the layout of its activations and of the weights it computes with.
 For serving, `[weights]` may set `redundant_experts`, slots beyond one for each expert, and name the
-`placement` that says which expert is in which. Layers know logical names only; this module alone knows mesh
-axes. One sharding mode everywhere: Explicit.
+`placement` that says which expert is in which. Layers know logical names only; jaxseek/sharding alone knows
+mesh axes. One sharding mode everywhere: Explicit.
 """
 
 from __future__ import annotations
@@ -75,8 +75,14 @@ class Rules:
         return P(*(axes if len(axes) > 1 else axes[0] if axes else None for axes in map(self.axes, names)))
 
     def for_cache(self) -> Rules:
-        """Return the rules for attention against the cache, where batch and heads follow the cache axes."""
+        """Return the rules for attention against the cache, where batch and heads follow the cache axes.
+
+        Queries are gathered over the mesh axes that split the cache's slots: each shard has all queries for
+        its slots.
+        """
         moved = {name: self.axes(cached) for cached, name in _ACTIVATION_AXIS.items()}
+        taken = (*self.axes("cache_length"), *moved["batch"], *moved["heads"])
+        moved["length"] = tuple(axis for axis in self.axes("length") if axis not in taken)
         return replace(self, table=tuple((dict(self.table) | moved).items()))
 
     def shard(self, x: jax.Array, *names: str | None) -> jax.Array:

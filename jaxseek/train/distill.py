@@ -109,8 +109,8 @@ def sampled_run(setup: Setup) -> RunConfig:
 def _sample(run: RunConfig, strategy: Strategy, tokenizer: Tokenizer, prompts: Any, done: int, path: Place):
     from rich.progress import Progress
 
-    teacher, own = load(run.distill.teacher, strategy)
-    own = own or tokenizer
+    teacher, teachers_tokenizer = load(run.distill.teacher, strategy)
+    tokenizer = teachers_tokenizer or tokenizer
     distill, names, left = run.distill, run.data.columns, prompts[done:]
     base = Sampling(distill.max_new_tokens, distill.temperature, top_p=distill.top_p)
     opened: dict[int, bool] = {}  # whether a prompt ends within a thought
@@ -118,9 +118,9 @@ def _sample(run: RunConfig, strategy: Strategy, tokenizer: Tokenizer, prompts: A
     def requests():
         for i, (talk, _) in enumerate(left):
             try:
-                ids = encode(own, talk)
-                opened[i] = own.opened_think(ids)
-                yield request(teacher, own, ids, dataclasses.replace(base, seed=run.seed + done + i))
+                ids = encode(tokenizer, talk)
+                opened[i] = tokenizer.opened_think(ids)
+                yield request(teacher, tokenizer, ids, dataclasses.replace(base, seed=run.seed + done + i))
             except ValueError as error:
                 yield error
 

@@ -61,8 +61,8 @@ def _cut(name: str) -> tuple[int, int]:
     """
     letters, inputs = name.rsplit("_", 1)[1], MATRICES[name]
     lead = int(letters.startswith("E"))
-    own = letters[lead:]
-    return lead, len(inputs) if own.startswith(inputs) else own.index(inputs[0])
+    letters = letters[lead:]
+    return lead, len(inputs) if letters.startswith(inputs) else letters.index(inputs[0])
 
 
 def _adapter(name: str, base: Any, cfg: LoraConfig, rng: np.random.Generator) -> Adapted:
@@ -120,6 +120,5 @@ def base(model: DeepSeek) -> DeepSeek:
 def _without_adapters(model: DeepSeek, value: Callable[[Adapted], jax.Array]) -> DeepSeek:
     plain = nnx.clone(model, variables=False)
     for module, name, weight in list(adapted(plain)):
-        made = type(weight.base)(value(weight), axes=weight.get_metadata("axes"), fill=None)
-        setattr(module, name, made)
+        setattr(module, name, type(weight.base)(value(weight), axes=weight.get_metadata("axes"), fill=None))
     return plain

@@ -147,11 +147,11 @@ class Pretrain(Recipe):
         for batch in self.held_out:
             with model.on_mesh():
                 aux = evaluate_batch(self.loss, model, batch, StepInputs(teacher=self.teacher))
-                own = self.weight(Totals.of(batch))
+                part = self.weight(Totals.of(batch))
             for name, value in summarize(aux.metrics).items():
                 if name in self.averaged:
-                    total[name] = total.get(name, 0.0) + own * value
-            weight += own
+                    total[name] = total.get(name, 0.0) + part * value
+            weight += part
         values = {name: value / weight for name, value in total.items()}
         self.reached, self._before = {"eval_loss": values["loss"]}, None
         text = "  ".join(f"eval_{name} {value:.4f}" for name, value in values.items())

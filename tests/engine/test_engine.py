@@ -86,6 +86,17 @@ def test_a_prompt_read_in_chunks_is_answered_as_the_formula_says(name):
         assert answer.tokens == greedy_as_written(model.cfg, weights(model), prompt, 10)[0]
 
 
+@pytest.mark.parametrize("mesh", ["context=2", slow("data=2,context=2")])
+@pytest.mark.parametrize("name", ["v3", slow("llama"), slow("v3.2")])
+def test_chunks_are_read_on_a_mesh_that_splits_queries_and_cache_slots(name, mesh):
+    """Over the same devices. V3 expands latents for the second chunk; V3.2 and Llama attend at the cache."""
+    cfg = tiny_config(name, max_position_embeddings=256)
+    model = random_model(cfg, mesh)
+    prompt = random_tokens(152, seed=3).tolist()
+    (answer,) = Engine(model, slots=2).generate([prompt], GREEDY)
+    assert answer.tokens == greedy_as_written(cfg, weights(random_model(cfg)), prompt, 10)[0]
+
+
 def test_a_request_gives_the_same_text_in_any_batch():
     requests = [Sampling(max_new_tokens=8, temperature=0.9, top_p=0.9, seed=s) for s in (0, 1, 2)]
     requests.append(Sampling(max_new_tokens=8, temperature=0))
