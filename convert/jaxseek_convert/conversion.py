@@ -43,7 +43,7 @@ from jaxseek_convert.to_hf import HFSink
 
 Source = HFCheckpoint | StoreCheckpoint
 Stage = Callable[[str, int], Callable[[int], None]]  # (stage name, total bytes) -> report(bytes done)
-DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "fp8": "float8"}  # short names
+DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "float8": "fp8"}  # other names
 DIGESTS = "digests.json"
 
 
@@ -64,7 +64,7 @@ def convert(
 
     `src` is a Hugging Face directory, a URL or `hf://` name of one, a jaxseek checkpoint, or anything that
     gguf.py reads. Without `dtype` every tensor keeps its dtype, FP8 with its scales, and HF to jaxseek to HF
-    reproduces the tensors bit for bit. `dtype` is the name of a float dtype, or `float8`, `int8` or `int4`
+    reproduces the tensors bit for bit. `dtype` is the name of a float dtype, or `fp8`, `int8` or `int4`
     for the linear and expert matrices. The process uses at most `memory` bytes (default: 1.5 GiB on top of
     what it holds at the call). With `verify` the output is read back and compared with the digests of the
     data that was sent to it, before `dst` gets its name. After a kill or an error, the same call resumes. On
@@ -259,7 +259,7 @@ def target_forms(source: stream.Described, to: str, dtype: Any) -> dict[str, For
             return current
         if name not in QUANTIZED:
             return Form(name)
-        wanted = eight if name == "float8" else QUANTIZED[name]
+        wanted = eight if name == "fp8" else QUANTIZED[name]
         return current if current.kind == wanted.kind or not is_matrix else wanted
 
     forms = {path: form(path) for path in source.table.params}
@@ -274,7 +274,7 @@ def target_forms(source: stream.Described, to: str, dtype: Any) -> dict[str, For
                 )
     if to == "hf" and (wrong := {f.kind for f in forms.values()} & {"int8", "int4"}):
         raise CheckpointError(
-            f"Hugging Face files of these models are not written as {wrong.pop()}; choose float8, "
+            f"Hugging Face files of these models are not written as {wrong.pop()}; choose fp8, "
             "bfloat16, float16 or float32 (--dtype)"
         )
     return forms

@@ -20,10 +20,11 @@ import numpy as np
 
 from jaxseek.checkpoint import models
 from jaxseek.checkpoint.directory import existing_parent
+from jaxseek.config.formats import Spec
 from jaxseek.config.model import ModelConfig
 from jaxseek.experts.replicate import place_experts
 from jaxseek.model.deepseek import DeepSeek
-from jaxseek.model.weight import MATRICES, Spec, quantized
+from jaxseek.model.weight import MATRICES, quantized
 from jaxseek.sharding.parameters import device_bytes, parameters
 from jaxseek.sharding.strategy import Strategy
 from jaxseek.storage.place import Place, Remote, small_files, writable

@@ -69,7 +69,7 @@ def float8(how: Mapping[str, Any] | None) -> Form:
 
 
 FLOAT8 = float8(None)
-QUANTIZED = {"int8": Form("int8"), "int4": Form("int4", BLOCK), "float8": FLOAT8}
+QUANTIZED = {"int8": Form("int8"), "int4": Form("int4", BLOCK), "fp8": FLOAT8}
 
 
 @dataclass(frozen=True)

@@ -42,10 +42,11 @@ from jaxseek.checkpoint.directory import (
     orbax_writes,
 )
 from jaxseek.checkpoint.store import LAYOUT, Array
+from jaxseek.config.formats import Spec
 from jaxseek.config.model import ModelConfig, presets
 from jaxseek.experts.replicate import raise_slots
 from jaxseek.model.deepseek import DeepSeek
-from jaxseek.model.weight import MATRICES, Spec, quantization, quantized
+from jaxseek.model.weight import MATRICES, quantization, quantized
 from jaxseek.ops import int4
 from jaxseek.sharding.parameters import fill, parameters
 from jaxseek.storage.hub import HUB, hub_hint, model_place

@@ -11,6 +11,7 @@ import argparse
 import json
 
 from jaxseek.cli.shared import WrongUse, add_conversion, write_checkpoint
+from jaxseek.config.formats import FORMATS
 
 ALL_HOSTS = True
 
@@ -20,7 +21,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", choices=("jaxseek", "hf"), default="jaxseek", help="format of DST")
     parser.add_argument(
         "--dtype",
-        choices=("bf16", "f16", "f32", "fp8", "int8", "int4", "bfloat16", "float16", "float32", "float8"),
+        choices=("bf16", "f16", "f32", *FORMATS, "bfloat16", "float16", "float32", "float8"),
         metavar="TYPE",
         help="bf16, f16, f32, or for the linear and expert matrices fp8, int8, int4 (default: as in SRC)",
     )

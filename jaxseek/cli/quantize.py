@@ -11,6 +11,7 @@ import argparse
 import json
 
 from jaxseek.cli.shared import add_conversion, write_checkpoint
+from jaxseek.config.formats import FORMATS
 from jaxseek.storage.place import place
 
 ALL_HOSTS = True
@@ -18,7 +19,7 @@ ALL_HOSTS = True
 
 def add(parser: argparse.ArgumentParser) -> None:
     add_conversion(parser)
-    parser.add_argument("--weights", choices=("int8", "int4", "fp8"), required=True)
+    parser.add_argument("--weights", choices=FORMATS, required=True)
     parser.add_argument("--text", metavar="FILE", help="to measure on (default: Python's manual)")
     parser.add_argument("--no-report", action="store_true", help="do not load both models to compare them")
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from jaxseek.config.formats import FORMATS
 from jaxseek.machine.accelerators import unused_accelerator
 from jaxseek.storage.place import writable
 
@@ -142,7 +143,7 @@ def add_step(parser: argparse.ArgumentParser, model: str) -> None:
     workloads = ("decode", "prefill", "train", "rollout", "grpo")
     parser.add_argument("--workload", choices=workloads, help="default decode")
     parser.add_argument("--context", type=whole(), help="tokens of a sequence (default 2048)")
-    parser.add_argument("--weights", choices=("bf16", "int8", "int4", "fp8"), help="default bf16")
+    parser.add_argument("--weights", choices=("bf16", *FORMATS), help="default bf16")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--plot", metavar="FILE", help="draw it")
 

@@ -50,7 +50,7 @@ def serves_experts(stack: Any, x_BTD: jax.Array, ctx: Context) -> bool:
     if not isinstance(stack, MoE) or not _everywhere(x_BTD, ctx):
         return False
     rules, routed, shared = ctx.rules, stored(stack, EXPERTS, ctx.rules), stack.shared
-    if routed is None or rules.capacity_factor or (rules.dispatch == "all_to_all" and rules.axes("expert")):
+    if routed is None or rules.capacity_factor or rules.exchanges:
         return False
     if shared is None:
         return True

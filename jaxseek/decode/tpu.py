@@ -93,7 +93,7 @@ def _in_stack(stack: MoE, l: jax.Array | int, x_BTD: jax.Array, rules: Rules) ->
     if the experts rest in another layout."""
     expert_axes, mesh = rules.axes("expert"), jax.sharding.get_abstract_mesh()
     split = math.prod(mesh.shape[a] for a in rules.axes("batch") if a not in expert_axes)
-    if (rules.dispatch == "all_to_all" and expert_axes) or len(x_BTD) // split > ROWS:
+    if rules.exchanges or len(x_BTD) // split > ROWS:
         return None
     found = stored(stack, EXPERTS, rules)
     return None if found is None else Experts(*found, layer=jnp.asarray(l))

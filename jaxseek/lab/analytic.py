@@ -285,7 +285,7 @@ def _layer_traffic(job: Job) -> _Traffic:
     shared = sparse if cfg.n_shared_experts and not together else 0
     traffic.all_reduce(x, strategy.parts(rules, "mlp"), (dense + shared) * backward)
     experts, width = strategy.parts(rules, "expert"), strategy.parts(rules, "expert_mlp")
-    if rules.dispatch == "all_to_all" and experts > 1:
+    if rules.exchanges:
         moved = 2 * x * min(cfg.num_experts_per_tok, experts) * sparse * backward
         traffic.add(moved, experts, 2 * sparse * backward)
         traffic.all_reduce(x * cfg.num_experts_per_tok, width, sparse * backward)

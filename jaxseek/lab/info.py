@@ -9,10 +9,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxseek.checkpoint import models
+from jaxseek.config.formats import Spec
 from jaxseek.config.model import ConfigError, ModelConfig, presets
 from jaxseek.experts.replicate import place_experts
 from jaxseek.model.deepseek import DeepSeek
-from jaxseek.model.weight import Spec, quantized
+from jaxseek.model.weight import quantized
 from jaxseek.sharding.parameters import device_bytes
 from jaxseek.sharding.strategy import Strategy
 from jaxseek.storage.hub import hub_hint, model_place

@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxseek.config.formats import FORMATS
 from jaxseek.config.model import ConfigError, ModelConfig
 from jaxseek.config.run import RunConfig
 from jaxseek.decode import plain, tpu
@@ -46,7 +47,7 @@ WORKLOADS = ("decode", "prefill", "train", "rollout", "grpo")
 # The other programs of a GRPO step: lay the policy out for decoding, prefill prompts, give their answers
 # batch slots, and compute log-probs.
 OF_GRPO = ("lay out", "read", "seat", "log-probs")
-WEIGHTS = ("bf16", "int8", "int4", "fp8")
+WEIGHTS = ("bf16", *FORMATS)
 TOKENS_PER_DISPATCH = 32  # the engine's default
 
 

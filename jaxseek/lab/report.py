@@ -206,7 +206,7 @@ def filled(job: Job) -> float:
     """
     rules, cfg = job.rules, job.cfg
     parts = job.strategy.parts(rules, "expert")
-    if rules.dispatch != "all_to_all" or parts == 1:
+    if not rules.exchanges:
         return 1 / parts  # rows of all tokens; those for other chips' experts come last
     K, S = cfg.num_experts_per_tok, cfg.n_routed_experts + job.strategy.redundant_experts
     room = parts * min(K, S // parts) / K  # in units of the even share

@@ -12,7 +12,6 @@ import functools
 import math
 import string
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
@@ -21,6 +20,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxseek.config.formats import FORMATS, Spec
 from jaxseek.ops.matmul import matmul, scaled_matmul
 from jaxseek.ops.scaled import Scaled, dequantize
 from jaxseek.sharding.parameters import parameters
@@ -56,17 +56,6 @@ class Weight(nnx.Param):
         """x times the matrix over the last `contract` axes of x; the result is laid out by `axes`."""
         w = self.dense(ctx.rules, x.dtype, *weight_axes)
         return matmul(x, w, contract, ctx.rules.spec(*axes), ctx.fp8)
-
-
-@dataclass(frozen=True)
-class Spec:
-    """A format: the dtype of the values, and how many inputs share a scale (None: all of them)."""
-
-    dtype: str
-    group: int | None
-
-
-FORMATS = {"int8": Spec("int8", None), "int4": Spec("int4", 128), "fp8": Spec("float8_e4m3fn", 128)}
 
 
 def group_size(name: str, shape: tuple[int, ...], group: int) -> int:

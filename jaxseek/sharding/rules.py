@@ -70,6 +70,11 @@ class Rules:
         table = dict(self.table)
         return table.get(name, table.get(_ACTIVATION_AXIS.get(name, ""), ())) if name else ()
 
+    @property
+    def exchanges(self) -> bool:
+        """True if tokens travel to the shards of their experts, rather than each shard seeing them all."""
+        return self.dispatch == "all_to_all" and bool(self.axes("expert"))
+
     def spec(self, *names: str | None) -> P:
         """Return the PartitionSpec of an array whose dimensions have these logical names."""
         return P(*(axes if len(axes) > 1 else axes[0] if axes else None for axes in map(self.axes, names)))

@@ -155,7 +155,7 @@ def test_quantised_weights_run_as_the_numbers_they_stand_for(kind, hf, tmp_path,
     ("kind", "mesh"),
     [
         ("int8", "fsdp=2,tensor=2"),
-        *(slow(k, "tensor=2,expert=4") for k in ("int4", "float8")),
+        *(slow(k, "tensor=2,expert=4") for k in ("int4", "fp8")),
     ],
 )
 def test_a_quantised_store_is_restored_onto_any_mesh(kind, mesh, hf, tmp_path):
@@ -167,7 +167,7 @@ def test_a_quantised_store_is_restored_onto_any_mesh(kind, mesh, hf, tmp_path):
         np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
 
 
-@pytest.mark.parametrize("kind", ["int8", "float8", slow("int4")])
+@pytest.mark.parametrize("kind", ["int8", "fp8", slow("int4")])
 def test_a_saved_quantised_model_is_converted_like_the_store_it_came_from(kind, hf, tmp_path):
     convert(hf, tmp_path / "small", dtype=kind, progress=False)
     models.save(models.restore(tmp_path / "small"), tmp_path / "saved")
@@ -179,7 +179,7 @@ def test_a_saved_quantised_model_is_converted_like_the_store_it_came_from(kind, 
 def test_int8_is_not_written_for_hugging_face(hf, tmp_path, capsys):
     code, _, err = run(capsys, "convert", hf, tmp_path / "new", "--to", "hf", "--dtype", "int8")
     assert code == 1
-    assert "choose float8, bfloat16" in err
+    assert "choose fp8, bfloat16" in err
     assert not (tmp_path / "new").exists()
 
 
@@ -258,7 +258,7 @@ def test_an_index_that_lacks_a_tensor_is_told_before_anything_is_downloaded(tmp_
 
 
 @pytest.mark.parametrize("to", ["jaxseek", "hf"])
-@pytest.mark.parametrize("dtype", [None, "bfloat16", "int8", "float8"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "int8", "fp8"])
 @pytest.mark.parametrize("mtp", [True, False])
 def test_a_rehearsal_is_what_then_happens(to, dtype, mtp, tmp_path):
     if to == "hf" and dtype == "int8":

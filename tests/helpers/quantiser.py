@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from oracles import random_model
 
+from jaxseek.config.formats import Spec
 from jaxseek.model.deepseek import DeepSeek
-from jaxseek.model.weight import MATRICES, Spec, quantized
+from jaxseek.model.weight import MATRICES, quantized
 from jaxseek.sharding.parameters import fill, parameters
 
 LARGEST = {"int8": 127, "int4": 7, "float8_e4m3fn": 448}

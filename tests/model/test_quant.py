@@ -22,6 +22,7 @@ from quantiser import SPECS, arrays_of, ordinary_model, quantized_model
 from jaxseek.api import load
 from jaxseek.checkpoint import models
 from jaxseek.checkpoint.models import CheckpointError
+from jaxseek.config.formats import FORMATS
 from jaxseek.config.model import ConfigError, ModelConfig, configs_dir
 from jaxseek.config.run import RunConfig
 from jaxseek.decode import cpu
@@ -30,7 +31,6 @@ from jaxseek.engine.sampling import Sampling
 from jaxseek.lab.info import describe, read_quantization
 from jaxseek.model.deepseek import DeepSeek
 from jaxseek.model.weight import (
-    FORMATS,
     MATRICES,
     Quantized,
     quantization,

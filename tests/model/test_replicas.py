@@ -15,6 +15,7 @@ from quantiser import quantized_model
 from jaxseek import api
 from jaxseek.checkpoint import models
 from jaxseek.cli import main as cli
+from jaxseek.config.formats import FORMATS
 from jaxseek.config.model import ConfigError
 from jaxseek.engine.engine import Engine
 from jaxseek.engine.sampling import Sampling
@@ -27,7 +28,6 @@ from jaxseek.lab.job import Job, abstract_model
 from jaxseek.model.dispatch import dispatch
 from jaxseek.model.moe import EXPERTS
 from jaxseek.model.replicas import replicas_of, table
-from jaxseek.model.weight import FORMATS
 from jaxseek.ops.experts import Experts
 from jaxseek.sharding.parameters import parameters
 from jaxseek.sharding.strategy import Strategy
