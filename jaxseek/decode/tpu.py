@@ -20,6 +20,7 @@ from jaxseek.model.cache import Cache
 from jaxseek.model.context import Context
 from jaxseek.model.deepseek import Caches, DeepSeek
 from jaxseek.model.layer import Layer
+from jaxseek.model.mlp import MLP
 from jaxseek.model.moe import EXPERTS, MoE, Routing
 from jaxseek.model.weight import stored
 from jaxseek.ops.chosen_experts import ROWS
@@ -80,11 +81,12 @@ def _layer(
             return x_BTD + y_BTD, cache, routing
         x_BTD += y_BTD
         normed_BTD = layer.mlp_norm(x_BTD)
-        if isinstance(stack.mlp, MoE):
+        if isinstance(stack.mlp, MoE) and isinstance(layer.mlp, MoE):
             experts = _in_stack(stack.mlp, l, normed_BTD, ctx.rules)
-            y_BTD, routing = layer.mlp(normed_BTD, ctx, None, experts)  # type: ignore[call-arg]
+            y_BTD, routing = layer.mlp(normed_BTD, ctx, None, experts)
         else:
-            y_BTD, routing = layer.mlp(normed_BTD, ctx)
+            assert isinstance(layer.mlp, MLP)
+            y_BTD, routing = layer.mlp(normed_BTD, ctx), None
     return x_BTD + y_BTD, cache, routing
 
 

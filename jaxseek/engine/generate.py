@@ -64,11 +64,23 @@ def generate(
 
 
 def settings(tokenizer: Tokenizer | None, given: Mapping[str, Any]) -> Sampling:
-    """Sampling by the settings given; where None, by those of the checkpoint's generation_config.json."""
-    file, chosen = tokenizer.generation if tokenizer else {}, {}
+    """Sampling by the settings given; where None, by those of the checkpoint's generation_config.json.
+
+    Raises ValueError for a setting that is no number of its range.
+    """
+    file = tokenizer.generation if tokenizer else {}
+    chosen: dict[str, Any] = {
+        name: value for name in given if isinstance(value := file.get(name), int | float)
+    }
     for name, value in given.items():
-        value = file.get(name) if value is None else value
-        chosen |= {name: value} if isinstance(value, int | float) else {}
+        if value is not None:
+            if (
+                isinstance(value, bool)
+                or np.ndim(value)
+                or not np.issubdtype(np.asarray(value).dtype, np.number)
+            ):
+                raise ValueError(f"{name} is {value!r}, expected a number")
+            chosen[name] = np.asarray(value).item()
     if file.get("do_sample") is False and given.get("temperature") is None:
         chosen["temperature"] = 0.0
     return Sampling(**chosen)
@@ -85,6 +97,8 @@ def request(
 
 def seed_for(seed: int, prompt: Iterable[int]) -> int:
     """A seed for this prompt: by the same one, different prompts would be answered with the same noise."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed}, expected within 0..2^63-1")
     entropy = [seed % 2**32, seed >> 32, *prompt]
     high, low = np.random.SeedSequence(entropy).generate_state(2, np.uint32)
     return (int(high) << 31) ^ int(low)

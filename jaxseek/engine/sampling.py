@@ -34,7 +34,10 @@ class Sampling:
         for ok, text in (
             (self.max_new_tokens >= 1, f"max_new_tokens is {self.max_new_tokens}, expected 1 or more"),
             (0 <= self.temperature < float("inf"), f"temperature is {self.temperature}, expected 0 or more"),
-            (self.top_k >= 0, f"top_k is {self.top_k}, expected 0 (off) or more"),
+            (
+                self.top_k >= 0 and self.top_k == int(self.top_k),
+                f"top_k is {self.top_k}, expected a whole number, 0 (off) or more",
+            ),
             (0 < self.top_p <= 1, f"top_p is {self.top_p}, expected within (0, 1]"),
             (0 <= self.min_p <= 1, f"min_p is {self.min_p}, expected within [0, 1]"),
             (0 <= self.seed < 2**63, f"seed is {self.seed}, expected within 0..2^63-1"),

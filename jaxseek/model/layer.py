@@ -66,8 +66,13 @@ class Layer(nnx.Module):
             y_BTD, cache = self.attn(self.attn_norm(x_BTD), cache, layer, ctx)
         with jax.named_scope("mlp"):
             x_BTD = checkpoint_name(x_BTD + y_BTD, "residual")
-            y_BTD, routing = self.mlp(self.mlp_norm(x_BTD), ctx, replay_BTK)
+            y_BTD, routing = self._feed_forward(self.mlp_norm(x_BTD), ctx, replay_BTK)
         return x_BTD + y_BTD, cache, routing
+
+    def _feed_forward(self, x_BTD: jax.Array, ctx: Context, replay_BTK: jax.Array | None) -> Any:
+        if isinstance(self.mlp, MoE):
+            return self.mlp(x_BTD, ctx, replay_BTK)
+        return self.mlp(x_BTD, ctx), None
 
 
 def run_stack(

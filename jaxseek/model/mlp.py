@@ -21,11 +21,8 @@ class MLP(nnx.Module):
         self.up_bias_F = init((F,), ("mlp",), fill=0.0) if bias else None
         self.down_bias_D = init((D,), ("embed",), fill=0.0) if bias else None
 
-    def __call__(
-        self, x_BTD: jax.Array, ctx: Context, replay_BTK: jax.Array | None = None
-    ) -> tuple[jax.Array, None]:
-        """[B, T, D] to [B, T, D], and no routing; `replay` is for MoE, which stands in the same place."""
-        del replay_BTK
+    def __call__(self, x_BTD: jax.Array, ctx: Context) -> jax.Array:
+        """[B, T, D] to [B, T, D]."""
         dtype, use, wide = x_BTD.dtype, ctx.rules.use, ("batch", "length", "mlp")
         gate_BTF = self.gate_DF.matmul(x_BTD, ctx, *wide)
         up_BTF = self.up_DF.matmul(x_BTD, ctx, *wide)
@@ -36,4 +33,4 @@ class MLP(nnx.Module):
         y_BTD = self.down_FD.matmul(hidden_BTF, ctx, "batch", "length", None)
         if self.down_bias_D is not None:
             y_BTD += use(self.down_bias_D, dtype)[None, None]
-        return y_BTD, None
+        return y_BTD

@@ -82,7 +82,7 @@ class MoE(nnx.Module):
             )
         if self.shared is not None:
             with jax.named_scope("shared_experts"):
-                y_BTD += self.shared(x_BTD, ctx)[0]
+                y_BTD += self.shared(x_BTD, ctx)
         return y_BTD, Routing(ids_BTK, affinity_BE, load_E, dropped, own_BTK)
 
     def route(

@@ -44,10 +44,20 @@ def test_seeds_are_whole_numbers_of_any_kind_and_defaults_may_be_none():
     assert ids([1, 2], stop=None, top_k=None) == ids([1, 2])
 
 
+def test_settings_are_numbers_of_any_kind():
+    expected = ids([1, 2], temperature=0.5, top_k=3, seed=3)
+    for half in (np.float32(0.5), jnp.float32(0.5), np.array(0.5)):
+        assert ids([1, 2], temperature=half, top_k=np.int32(3), seed=3) == expected
+
+
 @pytest.mark.parametrize(
     ("prompts", "more", "message"),
     [
         ({"input_ids": [1, 2]}, {}, "mapping with input_ids"),
+        ([1, 2], {"temperature": "0.7"}, "temperature is '0.7', expected a number"),
+        ([1, 2], {"top_p": True}, "top_p is True, expected a number"),
+        ([1, 2], {"top_k": 1.5}, "top_k is 1.5, expected a whole number"),
+        ([1, 2], {"seed": -1}, "seed is -1, expected within"),
         ([{"input_ids": [1, 2]}, [1]], {}, "no tokenizer"),
         ([{"role": "user", "content": "hi"}], {}, "no tokenizer"),
         ("hi", {}, "no tokenizer"),
