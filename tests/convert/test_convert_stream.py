@@ -704,7 +704,7 @@ def test_headers_of_any_kind_are_read_or_refused(tmp_path):
 
 
 def test_options_that_cannot_be_met_are_said_before_anything_is_written(hf, tmp_path):
-    with pytest.raises(CheckpointError, match=r"not written as int8; choose float8, bfloat16"):
+    with pytest.raises(CheckpointError, match=r"not written as int8; choose fp8, bfloat16"):
         run(hf, tmp_path / "new", to="hf", dtype="int8")
     with pytest.raises(CheckpointError, match=r"--memory is 0.05 GiB, .* expected at least \d"):
         run(hf, tmp_path / "new", memory=50 << 20)
