@@ -53,7 +53,7 @@ def choose(name: str, model: DeepSeek) -> Form:
     for one in NAMES if name == "auto" else (name,):
         form: Any = importlib.import_module(f"jaxseek.decode.{one}")
         if not (reason := form.applies(model)):
-            log.debug("decode form %s (%s)", one, "; ".join(f"not {n}: {r}" for n, r in refused.items()))
+            log.info("decode form %s (%s)", one, "; ".join(f"not {n}: {r}" for n, r in refused.items()))
             return form
         refused[one] = reason
     raise ConfigError(f"decode form {name} does not apply: {refused[name]}")
