@@ -373,6 +373,29 @@ class ModelConfig:
         return self.kv_lora_rank > 0
 
     @property
+    def attention(self) -> str:
+        return "latent (MLA)" if self.is_mla else "grouped-query (GQA)"
+
+    @property
+    def head_axis(self) -> str:
+        """Logical axis of the heads that a mesh may split."""
+        return "heads" if self.is_mla else "kv_heads"
+
+    @property
+    def cache_heads(self) -> int:
+        """Heads of the cache that a mesh may split; a latent serves all heads and is whole."""
+        return 1 if self.is_mla else self.num_key_value_heads
+
+    def score_width(self, absorbed: bool) -> int:
+        """Multiplications per head and pair of query and key, for the score and the weighted sum of values.
+
+        `absorbed`: as a decode step reads a latent cache (DeepSeek-V2 paper, section 2.1.2).
+        """
+        if self.is_mla and absorbed:
+            return 2 * self.kv_lora_rank + self.qk_rope_head_dim
+        return self.head_dim + (self.v_head_dim or self.head_dim)
+
+    @property
     def attention_out_bias(self) -> bool:
         """True if the output projection has a bias too; Qwen2 has biases on queries, keys and values only."""
         return self.attention_bias and self.model_type != "qwen2"

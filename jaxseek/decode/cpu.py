@@ -17,9 +17,12 @@ from jaxseek.decode.plain import hidden_states
 from jaxseek.model.cache import split_layers
 from jaxseek.model.deepseek import Caches, DeepSeek
 from jaxseek.model.layer import Layer
+from jaxseek.model.moe import EXPERTS
 from jaxseek.model.weight import MATRICES, is_plain, widen
+from jaxseek.ops import few_rows
 from jaxseek.ops.few_rows import product_by_output
 from jaxseek.sharding.parameters import jit_sharing
+from jaxseek.sharding.rules import Rules
 
 if TYPE_CHECKING:
     from jaxseek.model.context import Context
@@ -76,6 +79,18 @@ class ByOutput(nnx.Module):
         return y_MO.astype(x.dtype).reshape(*tokens, *self.outputs)
 
 
+class ExpertsByOutput(nnx.Module):
+    """One of the experts' matrices [E, I, O] with outputs first; for one CPU device."""
+
+    def __init__(self, param: Any):
+        self.w_OEI = nnx.Param(param[...].transpose(2, 0, 1))
+
+    def operand(self, rules: Rules, dtype: Any) -> few_rows.ByOutput:
+        """The same contract as `Weight.operand`; the numbers are in the dtype in which they are stored."""
+        del rules, dtype
+        return few_rows.ByOutput(self.w_OEI[...])
+
+
 @jit_sharing
 def unroll(model: DeepSeek, by_output: bool) -> DeepSeek:
     """The model with every layer a stack of its own, and matrices `by_output` on request; arrays outside the
@@ -93,6 +108,9 @@ def unroll(model: DeepSeek, by_output: bool) -> DeepSeek:
             for name in _PRODUCTS:
                 if is_plain(param := getattr(module, name, None)):
                     setattr(module, name, ByOutput(param, len(MATRICES[name])))
+        for name in EXPERTS:
+            if is_plain(param := getattr(layer.mlp, name, None)):
+                setattr(layer.mlp, name, ExpertsByOutput(param))
         widen(layer)
 
     if by_output and model.head_DV is not None:

@@ -19,7 +19,7 @@ LENGTH_STEP = 16  # a cache's capacity is a multiple of it
 # Few capacities serve all lengths: those of slots cost every decode step, those of prompts that are read only
 # the chunks after the first.
 SLOTS = tuple(n << k for k in range(12) for n in (256, 384))
-PROMPTS = (256, *(1024 << k for k in range(11)))
+PROMPTS = (256, 1024, 2048, *(n << k for k in range(9) for n in (4096, 6144)))
 
 
 def bucket(need: int, context: int, step: int, sizes: Sequence[int]) -> int:

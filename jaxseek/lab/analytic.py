@@ -123,7 +123,7 @@ def first_pass(job: Job) -> Estimate:
         -(-n // strategy.parts(rules, a))
         for n, a in ((job.batch, "cache_batch"), (job.context, "cache_length"))
     )
-    heads = 1 if cfg.is_mla else strategy.parts(rules, "kv_heads")
+    heads = min(cfg.cache_heads, strategy.parts(rules, "kv_heads"))
     cache = 0.0 if train else rows * slots * cfg.cache_bytes_per_token("bfloat16") / heads
     touches = 2 * weights + 2 * optimizer if train else read + cache * (decode or 0.5)
     return Estimate(
@@ -218,13 +218,7 @@ def _small_operations(job: Job) -> int:
 def _flops(job: Job) -> float:
     """FLOPs of the step: two per weight that a token uses, plus attention; backward costs twice forward."""
     cfg, n = job.cfg, job.context
-    heads = cfg.num_attention_heads
-    if not cfg.is_mla:
-        width = 2 * cfg.head_dim
-    elif job.phase == "decode":  # absorbed: scores over latent and rope, sums over the latent
-        width = 2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim
-    else:
-        width = cfg.head_dim + cfg.v_head_dim
+    heads, width = cfg.num_attention_heads, cfg.score_width(absorbed=job.phase == "decode")
     seen = n if job.phase == "decode" else n / 2
     per_token = 2 * cfg.num_active_params() + 2 * cfg.num_hidden_layers * heads * width * seen
     passes = 1 if not job.trains else 2 if job.lora else 3  # LoRA computes no gradients of frozen weights
@@ -278,7 +272,7 @@ def _layer_traffic(job: Job) -> _Traffic:
     backward = 2 if job.trains else 1
     sparse = sum(map(cfg.is_moe_layer, range(cfg.num_hidden_layers)))
     dense = cfg.num_hidden_layers - sparse
-    heads = strategy.parts(rules, "heads" if cfg.is_mla else "kv_heads")
+    heads = strategy.parts(rules, cfg.head_axis)
     together = _fused(job)[1]  # shared and routed experts share one all-reduce
 
     traffic.all_reduce(x, heads, cfg.num_hidden_layers * backward)

@@ -60,10 +60,10 @@ def describe(
     rules = strategy.decode
     rows = -(-batch // strategy.parts(rules, "batch"))
     slots = -(-context // strategy.parts(rules, "cache_length"))
-    heads = 1 if cfg.is_mla else strategy.parts(rules, "kv_heads")
+    heads = min(cfg.cache_heads, strategy.parts(rules, "kv_heads"))
     return {
         "model_type": cfg.model_type,
-        "attention": "latent (MLA)" if cfg.is_mla else "grouped-query (GQA)",
+        "attention": cfg.attention,
         "layers": cfg.num_hidden_layers,
         "hidden_size": cfg.hidden_size,
         "heads": cfg.num_attention_heads,

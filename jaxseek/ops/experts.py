@@ -14,12 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxseek.ops import few_rows
 from jaxseek.ops.chosen_experts import chosen_experts_mlp
-from jaxseek.ops.every_expert import every_expert_mlp
+from jaxseek.ops.every_expert import every_expert_mlp, every_expert_mlp_by_output
+from jaxseek.ops.few_rows import ByOutput
 from jaxseek.ops.fp8 import round_blocks
-from jaxseek.ops.grouped_mlp import grouped_mlp
+from jaxseek.ops.grouped_mlp import Matrices, grouped_mlp
 from jaxseek.ops.platform import platform
-from jaxseek.ops.scaled import Scaled
 from jaxseek.ops.sorted_rows import combine, rows_of, sorted_by_expert
 from jaxseek.sharding.rules import Rules
 
@@ -29,14 +30,14 @@ FEW = 32  # rows; a TPU reads the experts longer than it multiplies up to some 1
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Experts:
-    """The experts' matrices: gate and up [E, D, F], down [E, F, D], plain or Scaled.
+    """The experts' matrices: gate and up [E, D, F], down [E, F, D]; on CPU, decoding may have them ByOutput.
 
     With a `layer`, they are those of a stack of layers, [L, E, ...], of which that layer is meant.
     """
 
-    gate: jax.Array | Scaled
-    up: jax.Array | Scaled
-    down: jax.Array | Scaled
+    gate: Matrices
+    up: Matrices
+    down: Matrices
     layer: jax.Array | None = None
 
     @property
@@ -45,7 +46,7 @@ class Experts:
         return self.down.shape[-3]
 
     @property
-    def matrices(self) -> tuple[jax.Array | Scaled, jax.Array | Scaled, jax.Array | Scaled]:
+    def matrices(self) -> tuple[Matrices, Matrices, Matrices]:
         """gate, up and down."""
         return self.gate, self.up, self.down
 
@@ -83,12 +84,15 @@ def experts_mlp(
     expected share of experts with a token, for the kernel's cost estimate.
     """
     E, N = experts.count, len(x_ND)
-    if experts.layer is not None or (platform() == "tpu" and N <= FEW and not fp8):
+    few_on_tpu = platform() == "tpu" and N <= FEW and not fp8
+    by_output = isinstance(experts.gate, ByOutput) and N <= few_rows.FEW and ids_NK.size >= E
+    if experts.layer is not None or few_on_tpu or by_output:
         hit_NKE = ids_NK[:, :, None] == jnp.arange(E)[None, None]
         gates_NE = jnp.where(hit_NKE, gates_NK[:, :, None], 0).sum(1)
         if experts.layer is not None:
             return chosen_experts_mlp(x_ND, gates_NE, *experts.matrices, experts.layer, E * touched_share)
-        return every_expert_mlp(x_ND, gates_NE, *experts.matrices)
+        every = every_expert_mlp_by_output if by_output else every_expert_mlp
+        return every(x_ND, gates_NE, *experts.matrices)
     here_NK = (ids_NK >= 0) & (ids_NK < E)
     at_NK, order_M, sizes_E = sorted_by_expert(jnp.where(here_NK, ids_NK, E), E)
     y_MD = grouped_mlp(rows_of(x_ND, at_NK, order_M), *experts.matrices, sizes_E, fp8, clear=False)

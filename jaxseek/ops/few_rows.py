@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,21 @@ OPTIONS = {"xla_cpu_enable_fast_math": True}
 
 _ROWS, _SUMS = 4, 8  # at a time: AVX2 has registers for no more
 _BLOCK = 500_000  # numbers of a large matrix that all rows are done with before the next: they stay in cache
+
+
+class ByOutput(NamedTuple):
+    """A stack of matrices [E, I, O], each of whose outputs has its inputs side by side."""
+
+    w_OEI: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        O, E, I = self.w_OEI.shape
+        return E, I, O
+
+    def matrix(self, e: jax.Array) -> jax.Array:
+        """The matrix e, [O, I]."""
+        return jax.lax.dynamic_index_in_dim(self.w_OEI, e, axis=1, keepdims=False)
 
 
 def product_by_output(x_MI: jax.Array, w_OI: jax.Array) -> jax.Array:

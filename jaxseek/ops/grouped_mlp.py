@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxseek.ops.few_rows import FEW
+from jaxseek.ops.few_rows import FEW, ByOutput, product_by_output
 from jaxseek.ops.fp8 import round_gradient, round_tiles
 from jaxseek.ops.platform import platform
 from jaxseek.ops.scaled import Scaled, few_times_scaled, numbers, value_and_scale
 
-Matrices = jax.Array | Scaled  # one per expert, [E, ...]; quantised ones have no gradient
+Matrices = jax.Array | Scaled | ByOutput  # one per expert, [E, ...]; only plain ones have a gradient
 
 SHARE = 1.25  # of an even share of the rows is computed for all experts at once, on CPU
 LEAST = 64  # rows in an even share for that: with fewer, it is not worth the second form to compile
@@ -114,6 +114,8 @@ def _swiglu_mlp(matmul: Any, x: jax.Array, gate: Any, up: Any, down: Any) -> jax
 
 
 def _times_expert(matmul: Any, e: jax.Array, a_TK: jax.Array, w_EKN: Matrices) -> jax.Array:
+    if isinstance(w_EKN, ByOutput):
+        return product_by_output(a_TK, w_EKN.matrix(e)).astype(a_TK.dtype)
     value_EKN, scale_EKN = value_and_scale(w_EKN)
     if scale_EKN is None:
         return matmul(a_TK, value_EKN[e])
@@ -175,7 +177,7 @@ def _tiled_mlp(x_MD, gate_EDF, up_EDF, down_EFD, sizes_E, fp8=False):
 
 def _tiled_fwd(x_MD, gate_EDF, up_EDF, down_EFD, sizes_E, fp8):
     matmul, weights = _rounded_matmul if fp8 else _matmul, (gate_EDF, up_EDF, down_EFD)
-    plain = all(value_and_scale(w)[1] is None for w in weights)
+    plain = all(isinstance(w, jax.Array) for w in weights)
     row_EC, tiles = _split(len(x_MD), sizes_E, plain)
     y_MD, pull = jnp.zeros_like(x_MD), None
     if row_EC.size:

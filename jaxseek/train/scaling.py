@@ -84,5 +84,4 @@ def attention_flops_per_token(cfg: ModelConfig, keys: float) -> float:
     12 L N H keys where keys and values are as wide (PaLM, arXiv:2204.02311, appendix B). Latent attention
     counts as trained, expanded to heads; the sparse attention of V3.2 counts as dense.
     """
-    values = cfg.v_head_dim or cfg.head_dim
-    return 6 * cfg.num_hidden_layers * cfg.num_attention_heads * (cfg.head_dim + values) * keys
+    return 6 * cfg.num_hidden_layers * cfg.num_attention_heads * cfg.score_width(absorbed=False) * keys
