@@ -46,8 +46,8 @@ class Experts:
         return self.down.shape[-3]
 
     @property
-    def matrices(self) -> tuple[Matrices, Matrices, Matrices]:
-        """gate, up and down."""
+    def matrices(self) -> tuple[Any, Any, Any]:
+        """gate, up and down, all of one kind."""
         return self.gate, self.up, self.down
 
     def rounded(self) -> Experts:
