@@ -23,6 +23,7 @@ TIERS = [
     {"jaxseek_convert"},
     {"decode"},
     {"engine", "api"},
+    {"serve"},
     {"train"},
     {"rl"},
     {"recipes"},

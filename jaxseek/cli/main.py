@@ -30,7 +30,7 @@ from jaxseek.cli.shared import WrongUse, say_unused_accelerator
 from jaxseek.machine import hosts
 
 VERBS = (
-    *("quickstart", "convert", "quantize", "verify", "generate", "chat", "train", "info", "bench"),
+    *("quickstart", "convert", "quantize", "verify", "generate", "chat", "serve", "train", "info", "bench"),
     *("plan", "sweep", "placement", "doctor"),
 )
 

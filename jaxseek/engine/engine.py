@@ -135,17 +135,22 @@ class Engine:
 
     # ---------------------------------------------------------------- requests
 
-    def submit(self, request: Request) -> Handle:
-        """Put a request in line. Raises ValueError for a prompt that cannot be answered."""
-        context, n = self.model.cfg.max_position_embeddings, len(request.prompt)
+    def check(self, prompt: Sequence[int]) -> None:
+        """Raise ValueError for a prompt that cannot be answered."""
+        context, n = self.model.cfg.max_position_embeddings, len(prompt)
         if not n:
             raise ValueError("the prompt has no tokens")
         if n >= context:
             raise ValueError(f"the prompt has {n} tokens, which leaves no room in the context of {context}")
-        self.model.check_tokens([request.prompt])
+        self.model.check_tokens([prompt])
+
+    def submit(self, request: Request) -> Handle:
+        """Put a request in line. Raises ValueError for a prompt that cannot be answered."""
+        self.check(request.prompt)
         if request.sampling.stop and request.tokenizer is None:
             raise ValueError("stop strings need a tokenizer; use stop_ids")
-        handle = Handle(request, min(request.sampling.max_new_tokens, context - n))
+        room = self.model.cfg.max_position_embeddings - len(request.prompt)
+        handle = Handle(request, min(request.sampling.max_new_tokens, room))
         self.scheduler.add(handle)
         return handle
 

@@ -382,7 +382,7 @@ class ReasoningSplitter:
         if self._state == "answer":
             return self._part(text)
         thought, closed, answer = text.partition(THINK_END)
-        sure = len(thought[: len(thought) - (0 if closed else _begun(thought, THINK_END))].rstrip())
+        sure = len(thought[: len(thought) - (0 if closed else begun(thought, THINK_END))].rstrip())
         parts = self._part(thought[:sure])
         if not closed:
             self._buffer = thought[sure:]
@@ -402,7 +402,7 @@ class ReasoningSplitter:
         return [("reasoning" if self._state == "reasoning" else "answer", text)] if text else []
 
 
-def _begun(text: str, tag: str) -> int:
+def begun(text: str, tag: str) -> int:
     """Return the length of the longest suffix of `text` that begins `tag`."""
     return next((n for n in range(len(tag) - 1, 0, -1) if text.endswith(tag[:n])), 0)
 
