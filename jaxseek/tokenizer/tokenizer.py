@@ -59,7 +59,7 @@ class Tokenizer:
             special = set(folder.special_names(special_map, config))
             added = folder.added_tokens(config, special_map, added_ids)
             if source.endswith(".model"):
-                backend = _SentencePiece(found[source], added)
+                backend = _SentencePiece(found[source], added, config.get("legacy") is not False)
             elif source in folder.PIECES:
                 merges = found["merges.txt"].decode()
                 spec = folder.byte_level(_read_json(found, source), merges, added, config)
@@ -410,7 +410,7 @@ class _HuggingFace:
         beside: Mapping[str, dict[str, Any]] | None = None,
     ):
         """`special` are names of control tokens, `beside` added tokens that other files than `spec` have."""
-        model: dict[str, Any] = spec["model"]
+        model: Any = spec["model"]
         vocab = model["vocab"]
         ids = vocab if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
         added = {token["content"]: token for token in spec["added_tokens"]}
@@ -482,10 +482,12 @@ class _SentencePiece:
     """Backend for a sentencepiece model; each run of text between marks is encoded on its own.
 
     Sentencepiece never matches control symbols in text; user-defined symbols that are markup become control
-    symbols, so that they are not matched either. Sentencepiece decodes U+2581 in a text as a space.
+    symbols, so that they are not matched either. Sentencepiece decodes U+2581 in a text as a space. A model
+    that puts a space before a text puts it before every run, or, where it is not `legacy`, before a run that
+    opens the text alone, as transformers' LlamaTokenizer.
     """
 
-    def __init__(self, blob: bytes, added: Mapping[str, Mapping[str, Any]]):
+    def __init__(self, blob: bytes, added: Mapping[str, Mapping[str, Any]], legacy: bool = True):
         proto = sentencepiece_model_pb2.ModelProto.FromString(blob)  # pyright: ignore
         if not proto.pieces:
             raise ValueError("it holds no pieces")
@@ -501,6 +503,8 @@ class _SentencePiece:
         self._words = {name: i for name, i in self.added.items() if name not in is_control}
         self._strips = {name: (token["lstrip"], token["rstrip"]) for name, token in added.items()}
         self._sp = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+        proto.normalizer_spec.add_dummy_prefix &= legacy
+        self._later = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
         self.control |= {name: self.added[name] for name in is_control}
         special_ids = {
             "unk_token": self._sp.unk_id(),
@@ -532,14 +536,15 @@ class _SentencePiece:
                 run = run.lstrip()
             if after is not None and self._strips.get(after, (False, False))[0]:
                 run = run.rstrip()
-            ids += self._sp.encode(run)
+            ids += (self._sp if before is None else self._later).encode(run)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        text = ""
+        text, sp = "", self._sp
         for is_mark, group in itertools.groupby(ids, key=self._marks.__contains__):
             run = [i for i in group if is_mark or i < len(self._sp)]
-            text += "".join(self._marks[i] for i in run) if is_mark else self._sp.decode(run)
+            text += "".join(self._marks[i] for i in run) if is_mark else sp.decode(run)
+            sp = self._later
         return text
 
     def token_id(self, token: str) -> int | None:
