@@ -1,6 +1,7 @@
 """What a chat template is and does: its text, its variables, what it leaves out, where a reply begins.
 
-A built-in form (chat.py) stands for a model's own template only where both write the `PROBES` alike.
+A built-in form (chat.py) stands for a model's own template only where both write the `PROBES` alike, and for
+conversations with tool calls where both write the `TOOL_PROBES` alike.
 """
 
 from __future__ import annotations
@@ -30,21 +31,23 @@ PROBES: tuple[list[dict[str, Any]], ...] = (
     [_SYSTEM, _ASK, {"role": "assistant", "content": " 2 "}, _ASK],
     [_ASK, _SAY],
     [_ASK, _SAY, _ASK],
-    [
-        _ASK,
-        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": _CALL}]},
-        {"role": "tool", "content": " 2 "},
-    ],
 )
+_CALLS = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": _CALL}]}
+TOOL_PROBES = ([_ASK, _CALLS], [_ASK, _CALLS, {"role": "tool", "content": " 2 "}])
 _OURS = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"}
-SWITCHES = ("thinking", "enable_thinking")  # variables by which templates turn thinking on and off
+SWITCHES = frozenset(("thinking", "enable_thinking"))  # variables by which templates turn thinking on and off
 
 
-def mode_for(template: str | None, reply: Message, thinking: bool | None = None) -> bool | None:
-    """Return the `thinking` by which a built-in form's prompt goes on with this reply, if none is given."""
-    thinks = (reply.get("content") or "").lstrip().startswith(THINK)
-    fitting = {"deepseek_distill": None if thinks else False, "deepseek_v3_1": True if thinks else None}
-    return fitting.get(template or "") if thinking is None else thinking
+def thinks(reply: Message) -> bool:
+    """Return whether a reply begins with a thought."""
+    return (reply.get("content") or "").lstrip().startswith(THINK)
+
+
+def mode_for(template: str | None, reply: Message) -> bool | None:
+    """Return the `thinking` by which a built-in form's prompt goes on with this reply."""
+    if thinks(reply):
+        return True if template == "deepseek_v3_1" else None
+    return False if template == "deepseek_distill" else None
 
 
 def after_prompt(template: str | None, reply: str, tail: str) -> str:
@@ -105,7 +108,7 @@ def variables(source: str) -> frozenset[str]:
 
 
 def check_variables(source: str, given: Mapping[str, Any], thinking: bool | None) -> None:
-    """Raise TokenizerError for variables that a Jinja template does not read, and for a mode it lacks."""
+    """Raise TokenizerError for variables that a Jinja template does not read; warn of a mode it lacks."""
     known = variables(source)
     own = known - {
         "messages",
@@ -119,10 +122,8 @@ def check_variables(source: str, given: Mapping[str, Any], thinking: bool | None
     if unknown := sorted(given.keys() - known):
         own = ", ".join(sorted(n for n in known - _OURS if not n.endswith("_token"))) or "none"
         raise TokenizerError(f"the chat template has no variable {', '.join(unknown)}; it has {own}")
-    if thinking is not None and not known & {*SWITCHES}:
-        if thinking:
-            raise TokenizerError("the chat template has no switch for thinking: it reads no enable_thinking")
-        log.warning("the chat template has no switch for thinking: asking for none has no effect")
+    if thinking is not None and not known & SWITCHES:
+        log.warning("the chat template has no switch for thinking: thinking=%s has no effect", thinking)
 
 
 def template_text(given: str | Path, own: Collection[str] = ()) -> str:

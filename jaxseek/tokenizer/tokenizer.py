@@ -141,7 +141,12 @@ class Tokenizer:
         """Name of the chat template: a built-in one only where it renders as the model's own does."""
         if self.chat_template is None:
             return chat.detect(self._backend.control, self._names.get("bos_token"))
-        return next(filter(self._renders_as_own, chat.TEMPLATES), "jinja")
+        return next((n for n in chat.TEMPLATES if self._renders_as_own(n, forms.PROBES)), "jinja")
+
+    @functools.cached_property
+    def _calls_tools_as_own(self) -> bool:
+        """Return whether the built-in form also stands for conversations with tool calls."""
+        return self.chat_template is None or self._renders_as_own(self.template or "", forms.TOOL_PROBES)
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """Encode untrusted text: no control tokens but a leading BOS, if the model uses one and `bos`."""
@@ -218,8 +223,9 @@ class Tokenizer:
         if name in chat.TEMPLATES:
             switches = [extra.pop(k) for k in forms.SWITCHES if k in extra]
             thinking = next(iter(switches), thinking)
-            known = all(m.keys() <= {"role", "content", "tool_calls", "prefix"} for m in messages)
-            if source is not None and template is None and (tools or documents or extra or not known):
+            known = {"role", "content", "prefix", *(("tool_calls",) if self._calls_tools_as_own else ())}
+            tool_talk = any(m["role"] == "tool" or m.keys() - known for m in messages)
+            if source is not None and template is None and (tools or documents or extra or tool_talk):
                 name = "jinja"  # the form stands for the model's own template, which takes these
         if name in chat.TEMPLATES and (tools or documents or extra):
             what = "tool descriptions" if tools else "documents" if documents else ", ".join(extra)
@@ -229,8 +235,12 @@ class Tokenizer:
             )
         if name not in chat.TEMPLATES:
             forms.check_variables(source or "", extra, thinking)
-        if continue_final_message:
-            thinking = forms.mode_for(name, messages[-1], thinking)
+        whole = name in chat.TEMPLATES  # is the beginning of a reply put behind a whole prompt?
+        if continue_final_message and thinking is None:
+            if whole:
+                thinking = forms.mode_for(name, messages[-1])
+            elif forms.thinks(messages[-1]) and not extra.keys() & forms.SWITCHES and self._switches(source):
+                thinking = whole = True
 
         def render(messages: Sequence[Message], generate: bool, tools: Any, documents: Any) -> list[str]:
             return self._render(name, source, messages, generate, thinking, tools, documents, extra)
@@ -239,8 +249,10 @@ class Tokenizer:
         bos = name in chat.TEMPLATES  # the model's own template writes it
         if not continue_final_message:
             return self._encode(render(messages, add_generation_prompt, tools, documents), bos)
-        if not bos and (begun := forms.cut(lambda m: render(m, False, tools, documents), messages)):
-            return self._encode(begun, bos)
+        if not whole:
+            begun = forms.cut(lambda talk: render(talk, False, tools, documents), messages)
+            if begun:
+                return self._encode(begun, bos)
         prompt = self._encode(render(messages[:-1], True, tools, documents), bos)
         tail = self.decode(prompt[-16:], skip_special=False)
         return prompt + self._encode_thoughts(forms.after_prompt(name, messages[-1]["content"], tail))
@@ -281,7 +293,11 @@ class Tokenizer:
         names = {**self._names, "add_generation_prompt": generate}
         return chat.render_jinja(source or "", messages, self._backend.control, given, **names)
 
-    def _renders_as_own(self, name: str) -> bool:
+    def _switches(self, source: str | None) -> bool:
+        """Return whether a Jinja template has a switch for thinking."""
+        return bool(forms.variables(source or "") & forms.SWITCHES)
+
+    def _renders_as_own(self, name: str, probes: Sequence[Sequence[Message]]) -> bool:
         """Return whether a built-in form gives the ids of the model's own template for every probe."""
 
         def ids(template: str, *options: Any) -> list[int] | None:
@@ -291,9 +307,11 @@ class Tokenizer:
             except TokenizerError:
                 return None
 
-        switches = forms.variables(self.chat_template or "") & set(forms.SWITCHES)
-        modes = chat.TEMPLATES[name][1] if switches else (None,)
-        cases = itertools.product(forms.PROBES, (True, False), modes)
+        try:
+            modes = chat.TEMPLATES[name][1] if self._switches(self.chat_template) else (None,)
+        except TokenizerError:  # as it is told where the template is used
+            return False
+        cases = itertools.product(probes, (True, False), modes)
         return all(ids(name, *case) == ids("jinja", *case) for case in cases)
 
     def _check_written(
