@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -19,15 +20,16 @@ if TYPE_CHECKING:
 
 
 def load(
-    path_or_preset: str | Place, mesh: Any = None, dtype: Any = None
+    path_or_preset: str | Place, mesh: Any = None, dtype: Any = None, template: str | Path | None = None
 ) -> tuple[DeepSeek, Tokenizer | None]:
-    """Load a model, ready to run, and its tokenizer (None if it has none).
+    """Load a model, ready to run, and its tokenizer (None if it has none that can be used).
 
     `path_or_preset` is a jaxseek or Hugging Face directory, on a disk or in an object store (gs://, s3://), a
     hub name (hf://OWNER/NAME), or a `tiny-*` preset, which gets random weights. By default, `mesh` is one
     device on CPU, and otherwise the longest tensor axis that divides the model, with the remaining devices of
     several hosts on the data axis; `dtype` is float32 on CPU and otherwise bfloat16. Each host reads only the
-    shards of its devices. Redundant experts of the mesh's strategy are placed in their slots. Raises
+    shards of its devices. Redundant experts of the mesh's strategy are placed in their slots. `template` is
+    the chat template to use instead of the model's own, as in `Tokenizer.render_chat`. Raises
     CheckpointError, ConfigError, TokenizerError or PlaceError.
     """
     path = model_place(path_or_preset)
@@ -45,9 +47,7 @@ def load(
     if kind is not None:
         from jaxseek.tokenizer.tokenizer import Tokenizer
 
-        tokenizer = Tokenizer.from_dir(path)
-        if tokenizer is not None:
-            tokenizer.check_fits(cfg.vocab_size)
+        tokenizer = Tokenizer.beside(path, cfg.vocab_size, template)
     if kind is None:
         model = DeepSeek.init(cfg, mesh, dtype=dtype)
     elif kind == "jaxseek":

@@ -30,7 +30,8 @@ from jaxseek.machine.hosts import gather
 from jaxseek.machine.terminal import PlainConsole
 from jaxseek.model.weight import MATRICES
 from jaxseek.storage.hub import HUB, model_place
-from jaxseek.storage.place import Place, Remote, file_sizes, place, remove, scratch, writable
+from jaxseek.storage.place import Place, Remote, file_sizes, place, remove, scratch, writable, write_bytes
+from jaxseek.tokenizer.folder import read as tokenizer_files
 from jaxseek.tokenizer.tokenizer import Tokenizer
 from jaxseek_convert import stream
 from jaxseek_convert.checksums import check_sums
@@ -91,9 +92,7 @@ def convert(
                 source.check_copies()
             forms = target_forms(source, to, dtype)
             origin = source.origin(forms)
-            beside = Beside(at, Tokenizer.from_dir(at))
-            if beside.tokenizer is not None:
-                beside.tokenizer.check_fits(source.cfg.vocab_size)
+            beside = Beside(at, Tokenizer.beside(at, source.cfg.vocab_size))
             sink, finish = sink_for(source, forms, origin, to)
             layouts = {name: row.layout for name, (row, _) in sink.tensors.items()}
             working = stream.working_memory(layouts, source.form, sink.form)
@@ -352,17 +351,14 @@ def differing(
 
 @dataclass
 class Beside:
-    """Files beside the weights, copied byte for byte: tokenizer files and generation_config.json."""
+    """Files beside the weights, copied byte for byte: those of a tokenizer of any kind, and its settings."""
 
     folder: Place
     tokenizer: Tokenizer | None
 
     def save(self, path: Path) -> None:
-        if self.tokenizer is not None:
-            self.tokenizer.save(path)
-        generation = self.folder / "generation_config.json"
-        if generation.is_file():
-            (path / generation.name).write_bytes(generation.read_bytes())
+        for name, data in tokenizer_files(self.folder).items():
+            write_bytes(path / name, data)
 
 
 @contextlib.contextmanager

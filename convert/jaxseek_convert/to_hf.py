@@ -11,7 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxseek.checkpoint.directory import CheckpointError, new_directory
-from jaxseek.checkpoint.models import Savable, main_dtype, param_dtype, same_bits, write_json
+from jaxseek.checkpoint.models import (
+    Savable,
+    main_dtype,
+    param_dtype,
+    same_bits,
+    save_beside,
+    write_json,
+)
 from jaxseek.experts.replicate import raise_slots
 from jaxseek.model.deepseek import DeepSeek
 from jaxseek.sharding.parameters import parameters
@@ -64,8 +71,7 @@ def save_hf(
                         f"{path}: {name} was read back with other values; is the disk sound?"
                     )
         write_json(partial / "config.json", model.cfg.replace(dtype=main_dtype(specs.values())).to_hf())
-        if tokenizer is not None:
-            tokenizer.save(partial)
+        save_beside(partial, model, tokenizer)
 
 
 class HFSink:

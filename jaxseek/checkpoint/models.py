@@ -4,7 +4,7 @@
     params/         Orbax: one array per parameter, named by its dotted path
     jaxseek.json    format version, shapes and dtypes, quantised matrices and their group sizes, file sizes,
                     and the origin of the weights
-    tokenizer files, if there is a tokenizer
+    tokenizer files, if there is a tokenizer; generation_config.json, if the model has one
 
 A quantised matrix is two arrays, PATH.value and PATH.scale (model/weight.py). int4 values are packed into
 bytes (ops/int4.py), while jaxseek.json gives their logical shape and dtype.
@@ -22,7 +22,6 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -60,7 +59,7 @@ _CHUNK_BYTES = 64 << 20  # storage chunk: the smallest read, and the smallest wr
 class Savable(Protocol):
     """A tokenizer to save beside the weights."""
 
-    def save(self, path: Path, /) -> None: ...
+    def save(self, path: Place, /) -> None: ...
 
 
 def save(
@@ -98,10 +97,17 @@ def save(
             _check(weights / "params", arrays)
         if jax.process_index() == 0:
             write_json(partial / "config.json", model.cfg.replace(dtype=stored_dtype(model)).to_hf())
-            if tokenizer is not None:
-                tokenizer.save(partial)
+            save_beside(partial, model, tokenizer)
             manifest["files"] = dict(sorted((file_sizes(weights) | file_sizes(partial)).items()))
             write_json(partial / MANIFEST, manifest)  # last: it marks the checkpoint as complete
+
+
+def save_beside(folder: Place, model: DeepSeek, tokenizer: Savable | None) -> None:
+    """Write the tokenizer's files, and how to sample from the model, which may be read without the former."""
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    if model.cfg.generation:
+        write_json(folder / "generation_config.json", model.cfg.generation)
 
 
 def restore(path: str | Place, mesh: Any = None, dtype: Any = None, mtp: bool = True) -> DeepSeek:

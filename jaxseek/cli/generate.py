@@ -11,8 +11,17 @@ import dataclasses
 import sys
 from typing import Any
 
-from jaxseek.cli.prompts import add_prompts, as_chat, encode_prompts, read_prompts
-from jaxseek.cli.shared import add_model, add_sampling, load_model, sampling, unicode, whole
+from jaxseek.cli.prompts import add_prompts, as_chats, encode_prompts, is_chat, messages, read_prompts
+from jaxseek.cli.shared import (
+    add_model,
+    add_sampling,
+    add_template,
+    load_model,
+    rendering,
+    sampling,
+    unicode,
+    whole,
+)
 
 ALL_HOSTS = True
 
@@ -23,7 +32,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chat", action="store_true", help="a prompt is a user's message: render the chat template"
     )
-    parser.add_argument("--system", type=unicode, help="system message, with --chat")
+    parser.add_argument("--system", type=unicode, help="system message of every chat")
+    add_template(parser)
     parser.add_argument(
         "--samples",
         type=whole(1, 1_000_000),
@@ -42,12 +52,11 @@ def run(args: argparse.Namespace) -> int:
     from jaxseek.machine.hosts import from_first
     from jaxseek.tokenizer.chat import split_reasoning
 
-    prompts = from_first(lambda: read_prompts(args.prompt, args.file))
-    if args.chat:
-        prompts = as_chat(prompts, args.system)
+    prompts, how = from_first(lambda: (read_prompts(args.prompt, args.file), rendering(args)))
+    prompts = as_chats(prompts, args.chat, args.system, how)
     model, tokenizer = load_model(args.model, args.mesh, args.dtype, quiet=args.json)
-    encoded = encode_prompts(prompts, tokenizer, model.cfg.vocab_size, False if args.no_think else None)
-    base, out = sampling(args, tokenizer), Writer()
+    encoded = encode_prompts(prompts, tokenizer, model.cfg.vocab_size, how)
+    base, out = sampling(args, model, tokenizer), Writer()
     jobs = [
         (prompt, ids, args.seed + sample)
         for prompt, ids in zip(prompts, encoded)
@@ -62,9 +71,10 @@ def run(args: argparse.Namespace) -> int:
     if len(jobs) == 1 and not args.json:
         (prompt, ids, _), engine.dispatch = jobs[0], 8
         handle = engine.submit(requests[0])
-        if not args.chat:
+        chat = is_chat(prompt.content)
+        if not chat:
             out.prompt(prompt.content)
-        show = out.reasoning(bool(tokenizer) and tokenizer.opened_think(ids)) if args.chat else out.plain
+        show = out.reasoning(bool(tokenizer) and tokenizer.opened_think(ids)) if chat else out.plain
         for piece in stream(engine, handle):
             show(piece)
         if tokenizer:
@@ -85,13 +95,12 @@ def run(args: argparse.Namespace) -> int:
         text = answer.text if tokenizer else " ".join(map(str, answer.tokens))
         if args.json:
             row = {"prompt": content, "text": text, "seed": seed, "finish_reason": answer.finish_reason}
-            if args.chat:
+            if is_chat(content):
                 opened = bool(tokenizer) and tokenizer.opened_think(ids)
                 row |= dict(zip(("reasoning", "answer"), split_reasoning(text, opened)))
             out.json(row | {"tokens": len(answer.tokens)})
         else:
-            shown: Any = content[-1] if args.chat else content
-            shown = shown["content"] if isinstance(shown, dict) else content
+            shown: Any = messages(content)[-1]["content"] if is_chat(content) else content
             out.plain(f"--- {shown}\n{text}\n")
     print_rates(engine.timing)
     return int(failed)

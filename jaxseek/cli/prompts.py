@@ -8,17 +8,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxseek.cli.shared import WrongUse, unicode
+from jaxseek.cli.shared import WrongUse, check_tools, unicode
 from jaxseek.storage.place import place
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Text, token ids, or a chat as a list of messages, with the place where it was given."""
+    """Text, token ids, or a chat as engine.text has it, with the place where it was given."""
 
     content: Any
     where: str
@@ -34,7 +34,9 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="repeatable; - reads standard input",
     )
-    parser.add_argument("-f", "--file", help='prompts: a line each, or .jsonl with "prompt" or "messages"')
+    parser.add_argument(
+        "-f", "--file", help='prompts: a line each, or .jsonl with "prompt" or "messages" (also "tools")'
+    )
 
 
 def read_prompts(given: Sequence[str], file: str | None) -> list[Prompt]:
@@ -54,33 +56,57 @@ def read_prompts(given: Sequence[str], file: str | None) -> list[Prompt]:
     return prompts
 
 
-def as_chat(prompts: Sequence[Prompt], system: str | None) -> list[Prompt]:
-    """Make texts the user's message of a chat, after a system message where there is one."""
-    before = [{"role": "system", "content": system}] if system else []
-    return [
-        Prompt([*before, {"role": "user", "content": p.content}], p.where)
-        if isinstance(p.content, str)
-        else p
-        for p in prompts
-    ]
+def as_chats(prompts: Sequence[Prompt], chat: bool, system: str | None, more: object = None) -> list[Prompt]:
+    """Make texts the user's message of a chat, where asked, and put a system message before every chat.
+
+    Raises ValueError for a chat that has one of its own, and WrongUse for a system message or `more`, which
+    are other options of chats, where there is no chat.
+    """
+    found = []
+    for prompt in prompts:
+        content = prompt.content
+        if chat and isinstance(content, str):
+            content = [{"role": "user", "content": content}]
+        if system and is_chat(content):
+            talk = messages(content)
+            if talk[0]["role"] == "system":
+                raise ValueError(f"{prompt.where}: has a system message of its own; leave --system out")
+            talk = [{"role": "system", "content": system}, *talk]
+            content = content | {"messages": talk} if isinstance(content, dict) else talk
+        found.append(Prompt(content, prompt.where))
+    if (system or more) and not any(is_chat(prompt.content) for prompt in found):
+        raise WrongUse(
+            "--system, templates, tools and --no-think are for chats, and there is none; add --chat"
+        )
+    return found
+
+
+def is_chat(content: Any) -> bool:
+    """Return whether a prompt is a conversation."""
+    return isinstance(content, dict) or (isinstance(content, list) and isinstance([*content, 0][0], dict))
+
+
+def messages(content: Any) -> list[dict[str, Any]]:
+    """Return the messages of a conversation."""
+    return content["messages"] if isinstance(content, dict) else content
 
 
 def encode_prompts(
-    prompts: Sequence[Prompt], tokenizer: Any, vocab_size: int, thinking: bool | None = None
+    prompts: Sequence[Prompt], tokenizer: Any, vocab_size: int, rendering: Mapping[str, Any] | None = None
 ) -> list[list[int]]:
     """Return the token ids of every prompt; without a tokenizer, texts are ids.
 
-    Raises ValueError, which tells the place of a prompt that cannot be encoded.
+    `rendering` is for chats. Raises ValueError, which tells the place of a prompt that cannot be encoded.
     """
     from jaxseek.engine.text import encode
 
-    found = []
+    found, rendering = [], rendering or {}
     for prompt in prompts:
         content = prompt.content
         try:
             if tokenizer is None and isinstance(content, str):
                 content = [_id(word) for word in content.split()]
-            ids = encode(tokenizer, content, thinking)
+            ids = encode(tokenizer, content, **(rendering if is_chat(content) else {}))
             if not ids:
                 raise ValueError("the prompt is empty, expected one token or more")
             if wrong := [i for i in ids if not 0 <= i < vocab_size]:
@@ -128,7 +154,8 @@ def _file(file: str) -> Iterator[Prompt]:
 
 
 def _row(line: str, where: str) -> Any:
-    """Return the prompt or the messages of a line of JSON."""
+    """Return the prompt or the messages of a line of JSON, the latter with tools where it has such keys."""
+    from jaxseek.engine.text import CHAT
     from jaxseek.tokenizer.chat import check_messages
 
     try:
@@ -150,7 +177,14 @@ def _row(line: str, where: str) -> Any:
         check_messages(content)
     except ValueError as e:
         raise ValueError(f"{where}: {e}") from None
-    return content
+    more = {key: row[key] for key in CHAT if row.get(key) is not None}
+    for key in more.keys() & {"tools", "documents"}:
+        check_tools(more[key], f"{where}: {key}")
+    if not isinstance(more.get("chat_template_kwargs", {}), dict):
+        raise ValueError(
+            f"{where}: chat_template_kwargs is {_brief(more['chat_template_kwargs'])}, expected an object"
+        )
+    return {"messages": content, **more} if more else content
 
 
 def _are_ids(value: Any) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import contextlib
+import json
 import math
 import re
 import sys
@@ -110,7 +111,8 @@ def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
 
     What is not given is as the checkpoint's generation_config.json has it, before the defaults named here.
     """
-    parser.add_argument("-n", "--max-new-tokens", type=whole(), default=max_new_tokens, metavar="N")
+    parser.add_argument("-n", "--max-new-tokens", type=whole(), metavar="N", help=f"default {max_new_tokens}")
+    parser.set_defaults(most_new_tokens=max_new_tokens)
     parser.add_argument("-t", "--temperature", type=number(), help="0 is greedy (default 0.6)")
     parser.add_argument("--top-k", type=whole(0), help="0 is off (default)")
     parser.add_argument("--top-p", type=number(0, 1, above=True), help="default 0.95")
@@ -124,16 +126,72 @@ def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
         metavar="TEXT",
         help="end at this text; repeatable",
     )
+
+
+def sampling(args: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
+    """Return the settings of replies, with seed 0, and say which are the checkpoint's own."""
+    from jaxseek.engine.generate import settings
+
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
+    given = {name: getattr(args, name) for name in names} | {"stop": tuple(args.stop) or None}
+    strings, most = tokenizer is not None, args.most_new_tokens
+    found, said = settings(model.cfg.generation, given, strings, max_new_tokens=most)
+    if said:
+        print(said, file=sys.stderr)
+    return found
+
+
+def add_template(parser: argparse.ArgumentParser) -> None:
+    """Declare how conversations are rendered, which `rendering` reads."""
+    parser.add_argument(
+        "--template", metavar="FILE", help="chat template in place of the model's own: a file, or a name"
+    )
+    parser.add_argument(
+        "--template-arg",
+        action="append",
+        type=unicode,
+        default=[],
+        metavar="NAME=VALUE",
+        help="variable of the template, such as enable_thinking=false; repeatable",
+    )
+    parser.add_argument("--tools", metavar="FILE", help="JSON list of the functions that may be called")
     parser.add_argument("--no-think", action="store_true", help="ask a thinking model to answer at once")
 
 
-def sampling(args: argparse.Namespace, tokenizer: Any) -> Any:
-    """Return the settings of replies, with seed 0."""
-    from jaxseek.engine.generate import settings
+def rendering(args: argparse.Namespace) -> dict[str, Any]:
+    """Read what `add_template` declares, as arguments of `encode`; empty where nothing is given.
 
-    given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-    found = settings(tokenizer, given)
-    return dataclasses.replace(found, max_new_tokens=args.max_new_tokens, stop=tuple(args.stop))
+    Raises WrongUse for a variable without a value, ValueError for a file that cannot be used.
+    """
+    from jaxseek.storage.place import place
+    from jaxseek.tokenizer.chat import TEMPLATES
+    from jaxseek.tokenizer.template import template_text
+
+    found: dict[str, Any] = {"thinking": False} if args.no_think else {}
+    if args.template:
+        known = args.template in TEMPLATES or not place(args.template).exists()  # or one that the model has
+        found["template"] = args.template if known else template_text(args.template)
+    for given in args.template_arg:
+        name, equals, value = given.partition("=")
+        if not name or not equals:
+            raise WrongUse(f"--template-arg is {_brief(given)}, expected NAME=VALUE")
+        with contextlib.suppress(ValueError, RecursionError):  # else it is text
+            value = json.loads(value)
+        found.setdefault("chat_template_kwargs", {})[name] = value
+    if args.tools:
+        try:
+            found["tools"] = json.loads(place(args.tools).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"{args.tools}: not valid JSON ({e})") from None
+        check_tools(found["tools"], args.tools)
+    return found
+
+
+def check_tools(tools: Any, where: str) -> None:
+    """Raise ValueError unless `tools` are a list of objects, as chat templates read them."""
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        text = _brief(json.dumps(tools, default=str))
+        raise ValueError(f'{where}: tools are {text}, expected a list of objects {{"type", "function"}}')
 
 
 def add_step(parser: argparse.ArgumentParser, model: str) -> None:

@@ -191,12 +191,16 @@ class ModelConfig:
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    # The contents of generation_config.json: how to sample from these weights, not what they compute.
+    generation: dict = field(default_factory=dict, compare=False, repr=False)
 
     # ---------------------------------------------------------------- reading and writing
 
     @classmethod
     def from_hf(cls, source: str | Location | dict[str, Any]) -> ModelConfig:
         """Read a Hugging Face `config.json`, given its path, its directory's path, or the parsed dict.
+
+        With a path, the generation_config.json beside it is read too.
 
         Raises ConfigError for an unknown `model_type`, missing fields (all named at once) or inconsistent
         values.
@@ -210,13 +214,11 @@ class ModelConfig:
             path = path / "config.json" if path.is_dir() else path
             where = str(path)
             try:
-                raw = json.loads(path.read_text(encoding="utf-8"))
+                raw = _read_object(path)
             except FileNotFoundError:
                 raise ConfigError(f"{where}: no such file; expected a Hugging Face config.json") from None
-            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
-                raise ConfigError(f"{where}: not valid JSON ({e}); is the download complete?") from None
-            if not isinstance(raw, dict):
-                raise ConfigError(f"{where}: expected a JSON object, got {type(raw).__name__}")
+            beside = path.with_name("generation_config.json")
+            raw["generation"] = _read_object(beside) if beside.is_file() else {}
         try:
             return cls._from_hf_dict(raw)
         except ConfigError as e:
@@ -265,7 +267,7 @@ class ModelConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """Return this model's Hugging Face `config.json` as a dict; `from_hf(to_hf())` is the identity."""
-        absent = _absent(self.model_type, self.n_routed_experts > 0) | {"rope", "dtype"}
+        absent = _absent(self.model_type, self.n_routed_experts > 0) | {"rope", "dtype", "generation"}
         out = {k: v for k, v in dataclasses.asdict(self).items() if k not in absent}
         if self.is_mla and not self.n_routed_experts:  # transformers' default is a mixture of experts
             out |= {"n_routed_experts": 0, "first_k_dense_replace": self.num_hidden_layers}
@@ -428,8 +430,11 @@ class ModelConfig:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        eos = self.eos_token_id
-        return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        """Every token that ends a text, by config.json and by generation_config.json."""
+        found = []
+        for eos in (self.eos_token_id, self.generation.get("eos_token_id")):
+            found += eos if isinstance(eos, list | tuple) else [eos]
+        return tuple(dict.fromkeys(eos for eos in found if type(eos) is int))
 
     def num_params(self, mtp: bool = False) -> int:
         """Count the main model's parameters; with `mtp`, also those that only multi-token modules have."""
@@ -489,6 +494,17 @@ class ModelConfig:
         )
         per_layer += self.index_head_dim if self.index_topk else 0
         return self.num_hidden_layers * per_layer * _BYTES[dtype]
+
+
+def _read_object(path: Any) -> dict[str, Any]:
+    """Read a file that holds a JSON object. Raises ConfigError, and FileNotFoundError."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
+        raise ConfigError(f"{path}: not valid JSON ({e}); is the download complete?") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected a JSON object, got {type(raw).__name__}")
+    return raw
 
 
 def _absent(kind: str, moe: bool) -> set[str]:

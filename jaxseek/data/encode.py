@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxseek.config.model import ConfigError
 from jaxseek.data.examples import Talk
-from jaxseek.tokenizer import chat
+from jaxseek.tokenizer.template import after_prompt, mode_for
 from jaxseek.tokenizer.tokenizer import Tokenizer
 
 
@@ -62,19 +62,12 @@ def encode_talk(talk: Talk, tokenizer: Tokenizer) -> Encoded:
 
 def _turn(talk: Talk, i: int, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Return (prompt, reply) ids of assistant message i: the model's input and its target."""
-    content = talk[i].get("content") or ""
-    template, thinks = tokenizer.template, content.lstrip().startswith(chat.THINK)
-    # `thinking` that makes each family's prompt fit a reply with or without thoughts
-    thinking = {"deepseek_distill": None if thinks else False, "deepseek_v3_1": True if thinks else None}
-    prompt = tokenizer.render_chat(talk[:i], thinking=thinking.get(template or ""))
+    template, content = tokenizer.template, talk[i].get("content") or ""
+    prompt = tokenizer.render_chat(talk[:i], thinking=mode_for(template, talk[i]))
     if template == "jinja" or talk[i].get("tool_calls"):
         return prompt, _reply_as_rendered(talk[: i + 1], prompt, tokenizer)
-    if thinks and tokenizer.opened_think(prompt):
-        content = content.lstrip().removeprefix(chat.THINK)
-        content = content.removeprefix("\n") if template == "deepseek_distill" else content
-    if template == "deepseek_v2":  # its prompt ends in "Assistant:", without a space
-        content = " " + content
-    return prompt, tokenizer.encode_reply(content)
+    tail = tokenizer.decode(prompt[-16:], skip_special=False)
+    return prompt, tokenizer.encode_reply(after_prompt(template, content, tail))
 
 
 def _reply_as_rendered(talk: Talk, prompt: list[int], tokenizer: Tokenizer) -> list[int]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import logging
 import operator
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
@@ -20,13 +25,14 @@ if TYPE_CHECKING:
     from jaxseek.tokenizer.tokenizer import Tokenizer
 
 T = TypeVar("T")
+log = logging.getLogger("jaxseek")
 
 
 def generate(
     model: DeepSeek,
     tokenizer: Tokenizer | None,
     prompts: Prompt | Sequence[Prompt],
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     temperature: float | None = None,
     top_p: float | None = None,
     top_k: int | None = None,
@@ -34,14 +40,24 @@ def generate(
     seed: int | Sequence[int] | None = None,
     stop: str | Sequence[str] | None = None,
     batch_size: int = 16,
+    *,
+    template: str | Path | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    documents: Sequence[Mapping[str, Any]] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Texts that continue the prompts, one each; without a tokenizer, prompts and results are token ids.
 
-    A prompt is text, token ids, or a chat (a list of messages, rendered by the tokenizer's template).
-    Sampling settings that are None are those of the checkpoint's generation_config.json, or else of
-    `Sampling`. One seed (None: 0) serves every prompt, as if it were alone: other prompts get other noise,
-    the same prompt the same; give one per prompt to sample one several times. `batch_size` answers grow at a
-    time. Raises ValueError for bad settings, an empty prompt, or one that leaves no room in the context.
+    A prompt is text, token ids, or a chat: a list of messages, rendered by the tokenizer's template, or a
+    mapping of messages with tools, documents or chat_template_kwargs of its own. A chat that ends with the
+    assistant's words is continued there. `template`, `tools`, `documents` and `chat_template_kwargs` are as
+    in `Tokenizer.render_chat`, for every chat.
+
+    Settings that are None are those of the checkpoint's generation_config.json, or else of `Sampling`; a line
+    in the log says which. One seed (None: 0) serves every prompt, as if it were alone: other prompts get
+    other noise, the same prompt the same; give one per prompt to sample one several times. `batch_size`
+    answers grow at a time. Raises ValueError for bad settings, an empty prompt, or one that leaves no room in
+    the context.
     """
     prompts = _as_list(prompts)
     if seed is None or np.ndim(seed) == 0:
@@ -52,38 +68,86 @@ def generate(
         raise ValueError(f"{len(seeds)} seeds were given for {len(prompts)} prompts")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected 1 or more")
-    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    base = replace(settings(tokenizer, given), max_new_tokens=max_new_tokens, stop=stops)
+    given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    given |= {"min_p": min_p, "stop": (stop,) if isinstance(stop, str) else tuple(stop or ()) or None}
+    base, said = settings(model.cfg.generation, given, strings=tokenizer is not None)
+    _log_once(said)
+    rendering = {"template": template, "tools": tools, "documents": documents}
+    rendering |= {"chat_template_kwargs": chat_template_kwargs}
     requests = []
     for prompt, one in zip(prompts, seeds):
-        ids = encode(tokenizer, prompt)
+        ids = encode(tokenizer, prompt, **rendering)
         requests.append(request(model, tokenizer, ids, replace(base, seed=seed_for(one, ids))))
     found = engine_for(model, min(batch_size, len(requests))).answers(requests)
     return [a.text if tokenizer else a.tokens for a in found]  # type: ignore[misc]
 
 
-def settings(tokenizer: Tokenizer | None, given: Mapping[str, Any]) -> Sampling:
-    """Sampling by the settings given; where None, by those of the checkpoint's generation_config.json.
+# Keys of generation_config.json that change no token: ids that others read, caches, what is returned.
+_NEUTRAL = re.compile(
+    "(bos|eos|pad|decoder_start)_token_id|_from_model_config|transformers_version|use_cache|cache_.*|return_.*"
+    "|output_.*|early_stopping|length_penalty|low_memory|disable_compile|compile_config|renormalize_logits"
+    "|remove_invalid_values|trust_remote_code"
+)
 
-    Raises ValueError for a setting that is no number of its range.
+
+def settings(
+    generation: Mapping[str, Any], given: Mapping[str, Any], strings: bool = True, **otherwise: Any
+) -> tuple[Sampling, str]:
+    """Sampling by the settings given; where None, by generation_config.json, then `otherwise`, then Sampling.
+
+    Also returns a line that says which of the file's settings are in use, and which of them jaxseek cannot
+    honour; it is empty if there are none. Stop strings of the file need `strings`, a tokenizer. Raises
+    ValueError for a setting given that is no number of its range.
     """
-    file = tokenizer.generation if tokenizer else {}
-    chosen: dict[str, Any] = {
-        name: value for name in given if isinstance(value := file.get(name), int | float)
-    }
-    for name, value in given.items():
-        if value is not None:
-            if (
-                isinstance(value, bool)
-                or np.ndim(value)
-                or not np.issubdtype(np.asarray(value).dtype, np.number)
-            ):
-                raise ValueError(f"{name} is {value!r}, expected a number")
-            chosen[name] = np.asarray(value).item()
-    if file.get("do_sample") is False and given.get("temperature") is None:
-        chosen["temperature"] = 0.0
-    return Sampling(**chosen)
+    chosen = {name: _number(name, value) for name, value in given.items() if value is not None}
+    Sampling(**chosen)  # raises for these, before others come in
+    used, lost = dict[str, Any](), dict[str, Any]()
+    for name, value in generation.items():
+        off = value is not True and value in (None, False, 0, 1, "", [], {})
+        if name == "do_sample":
+            if value is False and given.get("temperature") is None:
+                used["temperature"], used[name] = 0.0, False
+        elif name == "stop_strings" and strings:
+            stops = [value] if isinstance(value, str) else value or []
+            if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
+                lost[name] = value
+            elif stops and given.get("stop") is None:
+                used["stop"] = tuple(stops)
+        elif name in ("temperature", "top_k", "top_p", "min_p", "max_new_tokens"):
+            try:
+                number = None if value is None else _number(name, value)
+                Sampling(**{} if number is None else {name: number})
+            except ValueError:
+                lost[name] = value
+                continue
+            if number is not None and given.get(name) is None:
+                used.setdefault(name, number)
+        elif not off and not _NEUTRAL.fullmatch(name):
+            lost[name] = value
+    sampling = Sampling(**otherwise | {k: v for k, v in used.items() if k != "do_sample"} | chosen)
+    said = [f"{_listed(used)} in use where no option says otherwise"] if used else []
+    said += [f"no effect here: {_listed(lost)}"] if lost else []
+    return sampling, f"generation_config.json: {'; '.join(said)}" if said else ""
+
+
+def _number(name: str, value: Any) -> Any:
+    """A setting as a number of Python; stop strings as they are. Raises ValueError for what is neither."""
+    if name == "stop":
+        return value
+    array = np.asarray(value) if not isinstance(value, bool | str) else None
+    if array is None or array.ndim or not np.issubdtype(array.dtype, np.number):
+        raise ValueError(f"{name} is {value!r}, expected a number")
+    return array.item()
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {json.dumps(value, default=str)[:60]}" for name, value in values.items())
+
+
+@functools.cache
+def _log_once(said: str) -> None:
+    if said:
+        log.log(logging.WARNING if "no effect" in said else logging.INFO, "%s", said)
 
 
 def request(
@@ -99,7 +163,8 @@ def seed_for(seed: int, prompt: Iterable[int]) -> int:
     """A seed for this prompt: by the same one, different prompts would be answered with the same noise."""
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed is {seed}, expected within 0..2^63-1")
-    entropy = [seed % 2**32, seed >> 32, *prompt]
+    ids = list(prompt)
+    entropy = [seed % 2**32, seed >> 32, len(ids), *ids]  # without its length, [5] would be [5, 0]
     high, low = np.random.SeedSequence(entropy).generate_state(2, np.uint32)
     return (int(high) << 31) ^ int(low)
 
@@ -129,8 +194,9 @@ def _as_list(prompts: Any) -> list[Prompt]:
     if isinstance(prompts, str | Mapping):
         return [prompts]  # type: ignore[list-item]
     prompts = list(np.asarray(prompts)) if hasattr(prompts, "ndim") else list(prompts)
-    single = prompts and (isinstance(prompts[0], Mapping) or np.ndim(prompts[0]) == 0)
-    return [prompts] if single and not isinstance(prompts[0], str) else prompts
+    first = prompts[0] if prompts else ""
+    single = "messages" not in first if isinstance(first, Mapping) else np.ndim(first) == 0  # type: ignore
+    return [prompts] if single and not isinstance(first, str) else prompts
 
 
 _last: Engine | None = None

@@ -17,8 +17,9 @@ Mode = Literal["greedy", "plain", "filtered"]
 class Sampling:
     """Sampling settings of one request. Temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 filter nothing.
 
-    Filters apply in the order temperature, top_k, top_p, min_p (transformers' order). `stop` are strings and
-    `stop_ids` tokens that end the text besides the tokenizer's end of sequence.
+    Filters apply in the order temperature, top_k, top_p, min_p (transformers' order), and keep the lower id
+    of equally likely tokens. `stop` are strings and `stop_ids` tokens that end the text besides the
+    tokenizer's end of sequence.
     """
 
     max_new_tokens: int = 256
@@ -32,7 +33,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for ok, text in (
-            (self.max_new_tokens >= 1, f"max_new_tokens is {self.max_new_tokens}, expected 1 or more"),
+            (
+                self.max_new_tokens >= 1 and self.max_new_tokens == int(self.max_new_tokens),
+                f"max_new_tokens is {self.max_new_tokens}, expected a whole number, 1 or more",
+            ),
             (0 <= self.temperature < float("inf"), f"temperature is {self.temperature}, expected 0 or more"),
             (
                 self.top_k >= 0 and self.top_k == int(self.top_k),
@@ -118,7 +122,7 @@ def sample(logits_BV: jax.Array, position_B: jax.Array, params: SamplingArrays, 
     tempered_BV = logits_BV / jnp.where(warm_B, params.temperature_B, 1.0)[:, None]
     kept_BV = tempered_BV
     if mode == "filtered":
-        kept_BV = jnp.where(tempered_BV >= _threshold(tempered_BV, params)[:, None], tempered_BV, -jnp.inf)
+        kept_BV = jnp.where(_kept(tempered_BV, params), tempered_BV, -jnp.inf)
 
     def noise(key, position):
         key = jax.random.fold_in(jax.random.wrap_key_data(key), position)
@@ -140,8 +144,12 @@ def _logprob(logits_BV: jax.Array, token_B: jax.Array) -> jax.Array:
     return jnp.where(chosen_BV, logits_BV, 0).sum(-1) - jax.nn.logsumexp(logits_BV, axis=-1)
 
 
-def _threshold(scaled_BV: jax.Array, params: SamplingArrays) -> jax.Array:
-    """The smallest logit that survives all filters, [B]."""
+def _kept(scaled_BV: jax.Array, params: SamplingArrays) -> jax.Array:
+    """Mark the tokens that survive all filters, [B, V].
+
+    They are the first of those ordered by probability, then by id: of equal ones the lower id stays, so that
+    top-k keeps k tokens, and top-p the smallest set whose mass reaches p.
+    """
     V = scaled_BV.shape[-1]
     sorted_BV = -jnp.sort(-scaled_BV, axis=-1)
     rank_1V = jnp.arange(V)[None]
@@ -154,4 +162,7 @@ def _threshold(scaled_BV: jax.Array, params: SamplingArrays) -> jax.Array:
     # min-p is relative to the most likely token, after renormalisation: the ratio does not see it
     keep_BV &= probs_BV >= params.min_p_B[:, None] * probs_BV[:, :1]
     keep_BV |= rank_1V == 0
-    return jnp.min(jnp.where(keep_BV, sorted_BV, jnp.inf), axis=-1)
+    least_B1 = jnp.min(jnp.where(keep_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
+    above_BV, equal_BV = scaled_BV > least_B1, scaled_BV == least_B1
+    room_B1 = keep_BV.sum(-1, keepdims=True) - above_BV.sum(-1, keepdims=True)
+    return above_BV | (equal_BV & (jnp.cumsum(equal_BV, axis=-1) <= room_B1))

@@ -10,32 +10,57 @@ import numpy as np
 if TYPE_CHECKING:
     from jaxseek.tokenizer.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-"""Text, token ids, or a chat: messages of {"role", "content"}."""
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Mapping[str, Any]
+"""Text, token ids, or a chat: messages of {"role", "content"}, alone or as {"messages"} with `CHAT` keys."""
+CHAT = ("tools", "documents", "chat_template_kwargs")
 
 
-def encode(tokenizer: Tokenizer | None, prompt: Prompt, thinking: bool | None = None) -> list[int]:
+def encode(
+    tokenizer: Tokenizer | None, prompt: Prompt, thinking: bool | None = None, **rendering: Any
+) -> list[int]:
     """Token ids of a prompt: text gets its BOS, a chat its template, ids stay as they are.
 
-    Raises ValueError for anything else, and for text or a chat without a tokenizer.
+    A chat that ends with the assistant is continued there, unless that message calls tools or has a `prefix`
+    of False. `rendering` holds arguments of `render_chat`, which a chat's own keys come before. Raises
+    ValueError for anything else, for text or a chat without a tokenizer, and for `rendering` without a chat.
     """
+    rendering = {key: value for key, value in rendering.items() if value is not None}
     if isinstance(prompt, Mapping):
-        raise ValueError(
-            f"a prompt is a mapping with {', '.join(map(str, prompt))}; expected text, token ids (its "
-            "input_ids, say) or a list of messages"
-        )
+        if "messages" not in prompt or prompt.keys() - {"messages", *CHAT}:
+            raise ValueError(
+                f"a prompt is a mapping with {', '.join(map(str, prompt))}; expected text, token ids (its "
+                f"input_ids, say), a list of messages, or a mapping with messages and {', '.join(CHAT)}"
+            )
+        rendering |= {key: prompt[key] for key in CHAT if prompt.get(key) is not None}
+        prompt = list(prompt["messages"])
     if isinstance(prompt, str) or any(isinstance(m, Mapping) for m in prompt):
         if tokenizer is None:
             raise ValueError("the model has no tokenizer; give prompts as lists of token ids")
-        if isinstance(prompt, str):
-            return tokenizer.encode(prompt)
-        return tokenizer.render_chat(prompt, thinking=thinking)  # type: ignore[arg-type]
+        if not isinstance(prompt, str):
+            return tokenizer.render_chat(
+                prompt,  # type: ignore[arg-type]
+                thinking=thinking, continue_final_message=_continues(prompt[-1]), **rendering,
+            )  # fmt: skip
+    if rendering:
+        raise ValueError(f"{', '.join(rendering)} belong to a chat; give the prompt as a list of messages")
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt)  # type: ignore[union-attr]
     ids = np.asarray(prompt)
     if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
         raise ValueError(
             f"a prompt of token ids is {ids.dtype}{list(ids.shape)}, expected whole numbers in a row"
         )
     return ids.tolist()
+
+
+def _continues(last: Any) -> bool:
+    """Return whether the last message is the beginning of the reply: the assistant's, calling no tools."""
+    return (
+        isinstance(last, Mapping)
+        and last.get("role") == "assistant"
+        and not last.get("tool_calls")
+        and bool(last.get("prefix", True))
+    )
 
 
 class Text:

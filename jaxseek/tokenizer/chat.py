@@ -6,7 +6,8 @@ tool result. Adjacent strings are encoded as one run, so the ids equal those of 
 
 The DeepSeek templates follow the releases (spec: model cards and tokenizer_config.json) and fix three bugs of
 those files: a single V3 tool call is closed, and a second round of R1 tool calls or tool results opens its
-block again. Any other model is rendered with its own jinja `chat_template`.
+block again. A model that brings a `chat_template` is rendered with it; one of these forms stands for it only
+where both write the `PROBES` alike.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ ROLES = ("system", "user", "assistant", "tool")
 
 class TokenizerError(ValueError):
     """A tokenizer file, template or message cannot be used; says what was given and what to do."""
+
+
+class UnusableTokenizer(TokenizerError):
+    """A tokenizer is of an unknown kind, damaged, or another model's; the weights may be whole."""
 
 
 class Mark(str):
@@ -227,6 +232,11 @@ def check_messages(messages: Sequence[Message]) -> None:
         if not isinstance(message, Mapping) or message.get("role") not in ROLES:
             raise TokenizerError(f"message {index} is {message!r}; expected a dict with a role of {ROLES}")
         content = message.get("content")
+        if message.get("prefix") and (message["role"] != "assistant" or index < len(messages) - 1):
+            raise TokenizerError(
+                f"message {index} ({message['role']}) has a prefix; only the last message can be the "
+                "beginning of a reply, and it is the assistant's"
+            )
         if content is None and message["role"] == "assistant" and message.get("tool_calls"):
             continue
         if not isinstance(content, str):
@@ -236,23 +246,15 @@ def check_messages(messages: Sequence[Message]) -> None:
             )
 
 
-def detect(tokens: Collection[str], bos: str | None, chat_template: str | None) -> str | None:
-    """Detect the template of a tokenizer from its control tokens and its jinja `chat_template`.
-
-    Returns "jinja" if only the model's own template is known, and None if there is not even that.
-    """
-    source = chat_template or ""
+def detect(tokens: Collection[str], bos: str | None) -> str | None:
+    """Tell the template of a tokenizer that brings none by its control tokens; None if they do not say."""
     if bos != BOS:
-        return "jinja" if source else None
-    if "User: " in source or (not source and USER not in tokens):
-        return "deepseek_v2"
+        return None
     if USER not in tokens:
-        return "jinja"
+        return "deepseek_v2"
     if THINK not in tokens:
         return "deepseek_v3"
-    if "thinking" in source or (not source and "<｜search▁begin｜>" in tokens):
-        return "deepseek_v3_1"
-    return "deepseek_distill" if ASSISTANT + THINK in source else "deepseek_r1"
+    return "deepseek_v3_1" if "<｜search▁begin｜>" in tokens else "deepseek_r1"
 
 
 # ---- Jinja: the template is trusted, messages are not.
@@ -262,11 +264,12 @@ def render_jinja(
     source: str,
     messages: Sequence[Message],
     control: Collection[str],
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    given: Mapping[str, Any],
     **variables: Any,
 ) -> list[str]:
     """Render a conversation with a model's own `chat_template`, as transformers does, and split it at marks.
 
+    `given` are the user's variables, such as tools and documents; `variables` are our own.
     If a message or tool spells one of the `control` tokens, the token's first character is replaced by a
     private one while the template runs, and restored in the output. Other messages reach the template
     unchanged, so its tests, splits and trims work. `<think>` and `</think>` in assistant messages stay, since
@@ -274,16 +277,16 @@ def render_jinja(
     token; templates are trusted not to.
     """
     check_messages(messages)
-    messages = [{key: value for key, value in m.items() if value is not None} for m in messages]
-    everything = source + json.dumps([messages, tools], ensure_ascii=False, default=str)
+    messages = [{k: v for k, v in m.items() if v is not None or k == "content"} for m in messages]
+    everything = source + json.dumps([messages, dict(given)], ensure_ascii=False, default=str)
     private = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in everything)
     masks = {first: next(private) for first in sorted({token[0] for token in control})}
     unmask = str.maketrans({mask: first for first, mask in masks.items()})
     unthinking = set(control) - {THINK, THINK_END}
     hidden = [_hide(m, unthinking if m["role"] == "assistant" else control, masks) for m in messages]
     try:
-        tools = _hide(tools, control, masks)
-        text = _compiled(source).render(messages=hidden, tools=tools, documents=None, **variables)
+        given = {"tools": None, "documents": None, **{k: _hide(v, control, masks) for k, v in given.items()}}
+        text = _compiled(source).render(messages=hidden, **variables | given)
     except (jinja2.TemplateError, TypeError) as error:
         raise TokenizerError(f"the model's chat_template refused the conversation: {error}") from error
     return [s if isinstance(s, Mark) else s.translate(unmask) for s in split_marks(text, control)]
@@ -323,7 +326,7 @@ def _hide(value: Any, tokens: Collection[str], masks: Mapping[str, str]) -> Any:
     return "".join(masks[char] if char in masks and spelled(i) else char for i, char in enumerate(value))
 
 
-class _Generation(Extension):
+class Generation(Extension):
     """Render the contents of `{% generation %}`, with which transformers marks training targets."""
 
     tags = {"generation"}  # noqa: RUF012
@@ -344,7 +347,7 @@ def _compiled(source: str) -> jinja2.Template:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception

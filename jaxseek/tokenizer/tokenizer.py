@@ -1,4 +1,4 @@
-"""Tokenizer: one interface to `tokenizer.json` (tokenizers) and `*.model` (sentencepiece) files.
+"""Tokenizer: one interface to `tokenizer.json`, `*.model` (sentencepiece) and `vocab.json` folder.
 
 User text never becomes a control token: `encode` treats `<｜User｜>`, `<think>` or `<|im_start|>` as plain
 characters. Only `render_chat`, `render_fim` and `encode_trusted` produce control tokens. A control token is
@@ -8,9 +8,11 @@ an added token that is marked special or looks like markup; other added tokens (
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import json
+import logging
 import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,19 +26,11 @@ from sentencepiece import sentencepiece_model_pb2
 
 from jaxseek.storage.hub import model_place
 from jaxseek.storage.place import Place, place, write_bytes
-from jaxseek.tokenizer import chat
-from jaxseek.tokenizer.chat import Mark, Message, TokenizerError
+from jaxseek.tokenizer import chat, folder
+from jaxseek.tokenizer import template as forms
+from jaxseek.tokenizer.chat import Mark, Message, TokenizerError, UnusableTokenizer
 
-_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "chat_template.jinja",
-)
-_NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
-_MARKUP = re.compile(r"<.+>|\[.+\]", re.DOTALL)
+log = logging.getLogger("jaxseek")
 
 
 class Tokenizer:
@@ -44,72 +38,115 @@ class Tokenizer:
 
     vocab_size is the largest id + 1; bos_id and pad_id may be None; eos_ids are all ids that end a reply.
     template names the chat template: one of `jaxseek.tokenizer.chat.TEMPLATES`, "jinja" for the model's own
-    chat_template, or None if it has none. generation holds generation_config.json, with sampling settings.
+    chat_template, or None if it has none. chat_templates holds the model's own by name.
     """
 
-    def __init__(self, files: Mapping[str, bytes], template: str | None = None):
-        """`files` maps names to contents, as `from_dir` reads them; one is tokenizer.json or a *.model file.
+    def __init__(self, found: Mapping[str, bytes], template: str | Path | None = None):
+        """`found` maps names to contents, as `folder.read` gives them; one is a vocabulary.
 
         Raises TokenizerError if a file cannot be read or names a BOS or EOS that does not exist.
         """
-        self._files, self.generation = dict(files), _read_json(files, "generation_config.json")
-        models = sorted(name for name in files if name.endswith(".model"))
-        source = next(name for name in ("tokenizer.json", "tokenizer.model", *models) if name in files)
-        special_map = _read_json(files, "special_tokens_map.json")
-        config = _read_json(files, "tokenizer_config.json")
-        names = {key: _content(c[key]) for c in (special_map, config) for key in _NAMED if c.get(key)}
+        self._files = dict(found)
+        generation = _read_json(found, "generation_config.json")
+        special_map = _read_json(found, "special_tokens_map.json")
+        config = _read_json(found, "tokenizer_config.json")
+        added_ids = _read_json(found, "added_tokens.json")
+        older = _read_json(found, "chat_template.json")
+        source = folder.source(found)
+        if source is None:
+            raise TokenizerError("there is no vocabulary, expected tokenizer.json or a sentencepiece .model")
         try:
-            if source == "tokenizer.json":
-                backend = _HuggingFace(_read_json(files, source), names.values())
+            special = set(folder.special_names(special_map, config))
+            added = folder.added_tokens(config, special_map, added_ids)
+            if source.endswith(".model"):
+                backend = _SentencePiece(found[source], added, config.get("legacy") is not False)
+            elif source in folder.PIECES:
+                merges = found["merges.txt"].decode()
+                spec = folder.byte_level(_read_json(found, source), merges, added, config)
+                backend = _HuggingFace(spec, special, added)
             else:
-                backend = _SentencePiece(files[source], config.get("added_tokens_decoder", {}))
+                backend = _HuggingFace(_read_json(found, source), special, added)
+            names = {k: folder.content(c[k]) for c in (special_map, config) for k in folder.NAMED if c.get(k)}
+            self.chat_templates = folder.chat_templates(found, config, older)
+        except TokenizerError:
+            raise
         except Exception as error:
-            raise TokenizerError(
+            raise UnusableTokenizer(
                 f"{source} cannot be read as a tokenizer ({type(error).__name__}: {error}); fetch the file "
                 "again, or remove it to load the model without a tokenizer"
             ) from error
         names = backend.named | names
         for key in ("bos_token", "eos_token"):
             if key in names and names[key] not in backend.control:
-                raise TokenizerError(f"the config names {key} {names[key]!r}, which {source} does not hold")
+                raise UnusableTokenizer(
+                    f"the config names {key} {names[key]!r}, which {source} does not hold"
+                )
 
         def ids(key: str) -> list[int]:
-            also = self.generation.get(f"{key}_token_id")
+            also = generation.get(f"{key}_token_id")
             found = [backend.control.get(names.get(f"{key}_token", ""))]
-            return [i for i in found + (also if isinstance(also, list) else [also]) if i is not None]
+            return [i for i in found + (also if isinstance(also, list) else [also]) if type(i) is int]
 
         bos = names.get("bos_token")
         add_bos = config.get("add_bos_token")
         self._backend = backend
         self._names = names
+        self._rows: int | None = None  # of the embedding, where the vocabulary is larger
+        self._checked: set[tuple[str, str]] = set()  # what a template was seen to write, or was told not to
         self.vocab_size = backend.size
         self.bos_id = next(iter(ids("bos")), None)
         self.eos_ids = tuple(dict.fromkeys(ids("eos")))
         self.pad_id = next(iter([*ids("pad"), *self.eos_ids]), None)
         self.add_bos = backend.adds_bos(bos) if add_bos is None else bool(add_bos)
-        self.chat_template = _chat_template(files, config)
-        self.template = template or chat.detect(backend.control, bos, self.chat_template)
+        self.chat_template = self.chat_templates.get("default")
+        if template is not None:
+            self.template, self.chat_template = self._chosen(template)
         self._skipped = backend.special.union(ids("bos"), ids("pad"), self.eos_ids)
 
     @classmethod
-    def from_dir(cls, path: str | Place, *, template: str | None = None) -> Tokenizer | None:
+    def from_dir(cls, path: str | Place, *, template: str | Path | None = None) -> Tokenizer | None:
         """Load the tokenizer of a Hugging Face directory, local or remote; None if it has none.
 
-        Reads tokenizer.json, or else tokenizer.model, and the config files beside it. `template` overrides
-        the detected chat template. Raises TokenizerError for an invalid file.
+        Reads tokenizer.json, or else tokenizer.model, or vocab.json with merges.txt, and the config files
+        beside it. `template` is used instead of the model's own: see `render_chat`. Raises TokenizerError for
+        an invalid file, and where there are only files of a kind that is not read.
         """
-        path = model_place(path, weights=False)
-        paths = [path / name for name in _FILES] + sorted(path.glob("*.model"), key=str)
-        files = {file.name: file.read_bytes() for file in paths if file.is_file()}
-        if "tokenizer.json" not in files and not any(name.endswith(".model") for name in files):
+        found = folder.read(model_place(path, weights=False))
+        return cls(found, template) if folder.source(found) else None
+
+    @classmethod
+    def beside(cls, weights: str | Place, rows: int, template: str | Path | None = None) -> Tokenizer | None:
+        """Load the tokenizer beside weights with an embedding of `rows` rows.
+
+        One whose vocabulary cannot be used is None, and a warning: the weights are whole without it. Raises
+        TokenizerError for a settings file that is damaged.
+        """
+        try:
+            found = cls.from_dir(weights, template=template)
+            if found is not None:
+                found.check_fits(rows)
+        except UnusableTokenizer as error:
+            log.warning("%s: goes on without a tokenizer: %s", weights, error)
             return None
-        return cls(files, template)
+        return found
 
     def save(self, path: str | Place) -> None:
         """Write the files that this tokenizer was read from, byte for byte, the vocabulary last."""
-        folder = place(path)
-        for name in sorted(self._files, key=lambda name: name.endswith(("tokenizer.json", ".model"))):
-            write_bytes(folder / name, self._files[name])
+        at = place(path)
+        for name in sorted(self._files, key=folder.holds_vocabulary):
+            write_bytes(at / name, self._files[name])
+
+    @functools.cached_property
+    def template(self) -> str | None:
+        """Name of the chat template: a built-in one only where it renders as the model's own does."""
+        if self.chat_template is None:
+            return chat.detect(self._backend.control, self._names.get("bos_token"))
+        return next((n for n in chat.TEMPLATES if self._renders_as_own(n, forms.PROBES)), "jinja")
+
+    @functools.cached_property
+    def _calls_tools_as_own(self) -> bool:
+        """Return whether the built-in form also stands for conversations with tool calls."""
+        return self.chat_template is None or self._renders_as_own(self.template or "", forms.TOOL_PROBES)
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """Encode untrusted text: no control tokens but a leading BOS, if the model uses one and `bos`."""
@@ -121,8 +158,7 @@ class Tokenizer:
 
     def encode_reply(self, text: str) -> list[int]:
         """Encode a reply as a training target: thinking tags parsed, the rest as text, EOS appended."""
-        tags = self._backend.control.keys() & {chat.THINK, chat.THINK_END}
-        return self._encode(list(chat.split_marks(text, tags)), bos=False) + list(self.eos_ids[:1])
+        return self._encode_thoughts(text) + list(self.eos_ids[:1])
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Decode `ids`; unused ids (embedding padding) are dropped, invalid UTF-8 becomes U+FFFD.
@@ -137,43 +173,170 @@ class Tokenizer:
         return self._backend.token_id(token)
 
     def check_fits(self, rows: int) -> None:
-        """Raise TokenizerError if an id is outside an embedding with `rows` rows; spare rows are fine."""
-        if self.vocab_size > rows:
-            raise TokenizerError(
+        """Hold the ids against an embedding with `rows` rows; spare rows are fine.
+
+        Added tokens beyond it are a warning, since few are ever used; from then on encoding one is an error.
+        Raises UnusableTokenizer where BOS, EOS or the vocabulary itself reaches beyond.
+        """
+        if self.vocab_size <= rows:
+            return
+        lost = [name for name, i in self._backend.added.items() if i >= rows]
+        ends = [i for i in (self.bos_id, *self.eos_ids[:1]) if i is not None]
+        if self._backend.vocabulary > rows or max(ends, default=0) >= rows:
+            raise UnusableTokenizer(
                 f"the tokenizer has ids up to {self.vocab_size - 1} but the embedding has {rows} rows; "
                 "use the tokenizer that belongs to this model"
             )
+        log.warning(
+            "%d added tokens have no row in the embedding of %d, such as %s (id %d): text that needs one is "
+            "an error", len(lost), rows, lost[0], self._backend.added[lost[0]],
+        )  # fmt: skip
+        self._rows = rows
+        if self.pad_id is not None and self.pad_id >= rows:
+            self.pad_id = next(iter(self.eos_ids), None)
 
     def render_chat(
         self,
         messages: Sequence[Message],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         thinking: bool | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        template: str | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        template: str | Path | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Encode a conversation as prompt ids; message contents are plain text, whatever they spell.
 
-        `thinking` turns the model's thinking mode on or off; None is the template's default. Only the model's
-        own chat_template (template="jinja") renders `tools`. Raises TokenizerError.
+        `template` is the name of a built-in form or of one of the model's own (jinja: the default one), the
+        text of a Jinja template, or a file that holds one. `thinking` turns the model's thinking mode on or
+        off; None is the template's default. `chat_template_kwargs` are variables of the template. With
+        `continue_final_message` the prompt ends within the last message, which is the assistant's.
+
+        The template gets every key of a message. One that it does not write is a warning; tools, documents,
+        tool calls and variables that it does not know raise TokenizerError.
         """
-        name = template or self.template
-        if name is None or (name == "jinja" and not self.chat_template):
-            known = ", ".join(chat.TEMPLATES)
-            raise TokenizerError(f"this tokenizer has no chat template; pass template= one of {known}")
-        if name == "jinja":
-            mode = {} if thinking is None else {"thinking": thinking, "enable_thinking": thinking}
-            variables = {**self._names, **mode, "add_generation_prompt": add_generation_prompt}
-            source = self.chat_template or ""
-            segments = chat.render_jinja(source, messages, self._backend.control, tools, **variables)
-            return self._encode(segments, bos=False)
-        if tools:
+        chat.check_messages(messages)
+        name, source = self._chosen(template, tools)
+        extra = dict(chat_template_kwargs or {})
+        if name in chat.TEMPLATES:
+            switches = [extra.pop(k) for k in forms.SWITCHES if k in extra]
+            thinking = next(iter(switches), thinking)
+            known = {"role", "content", "prefix", *(("tool_calls",) if self._calls_tools_as_own else ())}
+            tool_talk = any(m["role"] == "tool" or m.keys() - known for m in messages)
+            if source is not None and template is None and (tools or documents or extra or tool_talk):
+                name = "jinja"  # the form stands for the model's own template, which takes these
+        if name in chat.TEMPLATES and (tools or documents or extra):
+            what = "tool descriptions" if tools else "documents" if documents else ", ".join(extra)
             raise TokenizerError(
-                f"{name} has no fixed wording for tool descriptions; put them into the system message, or "
-                'pass template="jinja" for a model that brings its own chat_template'
+                f"{name} has no fixed wording for {what}; put it into the system message, or choose a "
+                "template that has one (template=, --template FILE)"
             )
-        return self._encode(chat.render(name, messages, add_generation_prompt, thinking), bos=True)
+        if name not in chat.TEMPLATES:
+            forms.check_variables(source or "", extra, thinking)
+        whole = name in chat.TEMPLATES  # is the beginning of a reply put behind a whole prompt?
+        if continue_final_message and thinking is None:
+            if whole:
+                thinking = forms.mode_for(name, messages[-1])
+            elif forms.thinks(messages[-1]) and not extra.keys() & forms.SWITCHES and self._switches(source):
+                thinking = whole = True
+
+        def render(messages: Sequence[Message], generate: bool, tools: Any, documents: Any) -> list[str]:
+            return self._render(name, source, messages, generate, thinking, tools, documents, extra)
+
+        self._check_written(name, source, render, messages, tools, documents)
+        bos = name in chat.TEMPLATES  # the model's own template writes it
+        if not continue_final_message:
+            return self._encode(render(messages, add_generation_prompt, tools, documents), bos)
+        if not whole:
+            begun = forms.cut(lambda talk: render(talk, False, tools, documents), messages)
+            if begun:
+                return self._encode(begun, bos)
+        prompt = self._encode(render(messages[:-1], True, tools, documents), bos)
+        tail = self.decode(prompt[-16:], skip_special=False)
+        return prompt + self._encode_thoughts(forms.after_prompt(name, messages[-1]["content"], tail))
+
+    def _chosen(self, template: str | Path | None, tools: Any = None) -> tuple[str, str | None]:
+        """Return the name of a template, "jinja" for one that is no form of ours, and its Jinja source."""
+        own = self.chat_templates | ({"default": self.chat_template} if self.chat_template else {})
+        if template is None and self.template is not None:
+            listed = "tool_use" if tools and "tool_use" in self.chat_templates else "default"
+            return self.template if listed == "default" else "jinja", own.get(listed)
+        if template in chat.TEMPLATES:
+            return str(template), own.get("default")
+        if template is None or (template == "jinja" and "default" not in own):
+            known = ", ".join((*self.chat_templates, *chat.TEMPLATES))
+            raise TokenizerError(
+                f"this tokenizer has no chat template; pass template= one of {known}, the text of one, or a "
+                "file (--template)"
+            )
+        name = "default" if template == "jinja" else str(template)
+        return "jinja", own[name] if name in own else forms.template_text(template, own)
+
+    def _render(
+        self,
+        name: str,
+        source: str | None,
+        messages: Sequence[Message],
+        generate: bool,
+        thinking: bool | None,
+        tools: Any = None,
+        documents: Any = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> list[str]:
+        """Render with a built-in form, or with `source`."""
+        if name in chat.TEMPLATES:
+            return chat.render(name, messages, generate, thinking)
+        switch = {} if thinking is None else dict.fromkeys(forms.SWITCHES, thinking)
+        given = {"tools": tools, "documents": documents, **switch, **(extra or {})}
+        names = {**self._names, "add_generation_prompt": generate}
+        return chat.render_jinja(source or "", messages, self._backend.control, given, **names)
+
+    def _switches(self, source: str | None) -> bool:
+        """Return whether a Jinja template has a switch for thinking."""
+        return bool(forms.variables(source or "") & forms.SWITCHES)
+
+    def _renders_as_own(self, name: str, probes: Sequence[Sequence[Message]]) -> bool:
+        """Return whether a built-in form gives the ids of the model's own template for every probe."""
+
+        def ids(template: str, *options: Any) -> list[int] | None:
+            try:
+                segments = self._render(template, self.chat_template, *options)
+                return self._encode(segments, bos=template in chat.TEMPLATES)
+            except TokenizerError:
+                return None
+
+        try:
+            modes = chat.TEMPLATES[name][1] if self._switches(self.chat_template) else (None,)
+        except TokenizerError:  # as it is told where the template is used
+            return False
+        cases = itertools.product(probes, (True, False), modes)
+        return all(ids(name, *case) == ids("jinja", *case) for case in cases)
+
+    def _check_written(
+        self, name: str, source: str | None, render: Any, messages: Any, tools: Any, documents: Any
+    ) -> None:
+        """Raise TokenizerError, or warn, about parts of a conversation that leave the rendered text as it is.
+
+        What a template was once seen to write is not tried again.
+        """
+        template = name if name in chat.TEMPLATES else source or ""
+        for part, without in forms.parts(messages, tools, documents):
+            if (template, part) in self._checked:
+                continue
+            try:
+                written = render(messages, True, tools, documents) != render(*without)
+            except TokenizerError:  # it needs this part, or the whole is refused below
+                written = True
+            if not written and part in forms.NEEDED:
+                raise TokenizerError(
+                    f"the chat template writes no {part}: the model would not see them; choose a template "
+                    "that does (template=, --template FILE), or put them into a message"
+                )
+            if not written:
+                log.warning("the chat template does not write %s: the model does not see it", part)
+            self._checked.add((template, part))
 
     def render_fim(self, prefix: str, suffix: str) -> list[int]:
         """Encode a fill-in-the-middle prompt: a base model continues with the text between the two."""
@@ -181,11 +344,19 @@ class Tokenizer:
         return self._encode(segments, bos=True)
 
     def opened_think(self, prompt: Sequence[int]) -> bool:
-        """Return whether a prompt ends with `<think>`, so that the reply starts with reasoning."""
+        """Return whether a prompt ends within a thought, so that the reply starts with reasoning."""
+        think, control = self._backend.control.get(chat.THINK), set(self._backend.control.values())
+        if think is not None:
+            return next((i for i in reversed(prompt) if i in control), None) == think
         return self.decode(prompt[-16:], skip_special=False).rstrip().endswith(chat.THINK)
 
+    def _encode_thoughts(self, text: str) -> list[int]:
+        """Encode text of the assistant: thinking tags are parsed, the rest is text."""
+        tags = self._backend.control.keys() & {chat.THINK, chat.THINK_END}
+        return self._encode(list(chat.split_marks(text, tags)), bos=False)
+
     def _encode(self, segments: Sequence[str], bos: bool) -> list[int]:
-        """Encode marks and text; thinking tags absent from the vocabulary are text, as in the V3 files."""
+        """Encode marks and text; thinking tags absent from the vocabulary are text, as in the V3 folder."""
         control = self._backend.control
         segments = [str(s) if s in (chat.THINK, chat.THINK_END) and s not in control else s for s in segments]
         unknown = sorted({s for s in segments if isinstance(s, Mark) and s not in control})
@@ -199,6 +370,11 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise TokenizerError(f"the text is not valid Unicode: {error}") from error
         ids = self._backend.encode(segments)
+        if self._rows is not None and (beyond := [i for i in ids if i >= self._rows]):
+            raise TokenizerError(
+                f"the text holds {self.decode(beyond[:1], False)!r}, token {beyond[0]}, which has no row in "
+                f"the model's embedding of {self._rows}; leave it out"
+            )
         if bos and self.add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             return [self.bos_id, *ids]
         return ids
@@ -245,17 +421,26 @@ class _HuggingFace:
     token; a mark in the segments is encoded by its alias.
     """
 
-    def __init__(self, spec: dict[str, Any], named: Iterable[str]):
-        model = spec["model"]
+    def __init__(
+        self,
+        spec: dict[str, Any],
+        special: Iterable[str] = (),
+        beside: Mapping[str, dict[str, Any]] | None = None,
+    ):
+        """`special` are names of control tokens, `beside` added tokens that other files than `spec` have."""
+        model: Any = spec["model"]
         vocab = model["vocab"]
         ids = vocab if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
         added = {token["content"]: token for token in spec["added_tokens"]}
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        for name in named:
+        for name, token in beside.items():
+            added.setdefault(name, token | {"id": ids.get(name, token["id"])})
+        for name in special:
             if name in ids and name not in added:
-                added[name] = {"id": ids[name], "content": name, "special": True, **flags}
+                added[name] = {"id": ids[name], "content": name, "special": True, **folder.FLAGS}
+        self.added = {name: token["id"] for name, token in added.items()}
+        self.vocabulary = max((i for piece, i in ids.items() if piece not in added), default=-1) + 1
         self._literals = {token["id"]: name for name, token in added.items()}
-        self.control = {n: t["id"] for n, t in added.items() if t["special"] or _MARKUP.fullmatch(n)}
+        self.control = {n: t["id"] for n, t in added.items() if t["special"] or folder.MARKUP.fullmatch(n)}
         self.special = frozenset(token["id"] for token in added.values() if token["special"])
         self.size = max([*ids.values(), *self._literals]) + 1
         usual = {"bos_token": str(chat.BOS), "eos_token": str(chat.EOS)}
@@ -267,6 +452,8 @@ class _HuggingFace:
         renamed = [{**token, "content": self._alias.get(name, name)} for name, token in added.items()]
         spec["added_tokens"] = sorted(renamed, key=lambda token: token["id"])
         _rename(model, self._alias, self._alias.keys() & ids.keys())
+        if isinstance(vocab, dict):  # tokenizers numbers those that it does not find, one after the other
+            model["vocab"] |= {a: self.control[n] for n, a in self._alias.items() if n not in ids}
         spec |= {"post_processor": None, "truncation": None, "padding": None}
         self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
         if "ByteLevel" in json.dumps(spec["decoder"]):
@@ -313,22 +500,30 @@ class _SentencePiece:
     """Backend for a sentencepiece model; each run of text between marks is encoded on its own.
 
     Sentencepiece never matches control symbols in text; user-defined symbols that are markup become control
-    symbols, so that they are not matched either. Sentencepiece decodes U+2581 in a text as a space.
+    symbols, so that they are not matched either. Sentencepiece decodes U+2581 in a text as a space. A model
+    that puts a space before a text puts it before every run, or, where it is not `legacy`, before a run that
+    opens the text alone, as transformers' LlamaTokenizer.
     """
 
-    def __init__(self, blob: bytes, added: Mapping[str, Mapping[str, Any]]):
+    def __init__(self, blob: bytes, added: Mapping[str, Mapping[str, Any]], legacy: bool = True):
         proto = sentencepiece_model_pb2.ModelProto.FromString(blob)  # pyright: ignore
         if not proto.pieces:
             raise ValueError("it holds no pieces")
         kinds = proto.SentencePiece
         self.control: dict[str, int] = {}
         for i, piece in enumerate(proto.pieces):
-            if piece.type == kinds.USER_DEFINED and _MARKUP.fullmatch(piece.piece):
+            if piece.type == kinds.USER_DEFINED and folder.MARKUP.fullmatch(piece.piece):
                 piece.type = kinds.CONTROL
             if piece.type in (kinds.CONTROL, kinds.UNKNOWN):
                 self.control[piece.piece] = i
+        self.added = {name: token["id"] for name, token in added.items()}
+        is_control = {n for n, token in added.items() if token["special"] or folder.MARKUP.fullmatch(n)}
+        self._words = {name: i for name, i in self.added.items() if name not in is_control}
+        self._strips = {name: (token["lstrip"], token["rstrip"]) for name, token in added.items()}
         self._sp = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
-        self.control |= {token["content"]: int(i) for i, token in added.items()}
+        proto.normalizer_spec.add_dummy_prefix &= legacy
+        self._later = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+        self.control |= {name: self.added[name] for name in is_control}
         special_ids = {
             "unk_token": self._sp.unk_id(),
             "bos_token": self._sp.bos_id(),
@@ -336,26 +531,38 @@ class _SentencePiece:
             "pad_token": self._sp.pad_id(),
         }
         self.named = {key: proto.pieces[i].piece for key, i in special_ids.items() if i >= 0}
-        special = {int(i) for i, token in added.items() if token.get("special")}
+        special = {token["id"] for token in added.values() if token["special"]}
         self.special = frozenset(special | {i for i in special_ids.values() if i >= 0})
-        self.size = max(len(proto.pieces) - 1, *self.control.values()) + 1
-        self._marks = {i: name for name, i in self.control.items()}
+        self.vocabulary = len(proto.pieces)
+        self.size = max(self.vocabulary - 1, *self.control.values(), *self.added.values()) + 1
+        self._marks = {i: name for name, i in (self.control | self._words).items()}
 
     def adds_bos(self, bos: str | None) -> bool:
         return bos is not None
 
     def encode(self, segments: Sequence[str]) -> list[int]:
-        ids = []
+        runs: list[str] = []
         for is_mark, group in itertools.groupby(segments, key=lambda s: isinstance(s, Mark)):
             run = list(group)
-            ids += [self.control[mark] for mark in run] if is_mark else self._sp.encode("".join(run))
+            runs += run if is_mark else chat.split_marks("".join(run), self._words)
+        ids, known = [], self.control | self._words
+        for before, run, after in zip([None, *runs], runs, [*runs[1:], None]):
+            if isinstance(run, Mark):
+                ids.append(known[run])
+                continue
+            if before is not None and self._strips.get(before, (False, False))[1]:
+                run = run.lstrip()
+            if after is not None and self._strips.get(after, (False, False))[0]:
+                run = run.rstrip()
+            ids += (self._sp if before is None else self._later).encode(run)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        text = ""
+        text, sp = "", self._sp
         for is_mark, group in itertools.groupby(ids, key=self._marks.__contains__):
             run = [i for i in group if is_mark or i < len(self._sp)]
-            text += "".join(self._marks[i] for i in run) if is_mark else self._sp.decode(run)
+            text += "".join(self._marks[i] for i in run) if is_mark else sp.decode(run)
+            sp = self._later
         return text
 
     def token_id(self, token: str) -> int | None:
@@ -365,29 +572,16 @@ class _SentencePiece:
         return None if i == self._sp.unk_id() else i
 
 
-def _read_json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+def _read_json(found: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    """Parse a file. Raises TokenizerError where it is no JSON: UnusableTokenizer for a vocabulary."""
     try:
-        value = json.loads(files.get(name, b"{}"))
+        value = json.loads(found.get(name, b"{}"))
     except ValueError as error:
-        raise TokenizerError(f"{name} is not valid JSON ({error}); fetch the file again") from error
+        kind = UnusableTokenizer if folder.holds_vocabulary(name) else TokenizerError
+        raise kind(f"{name} is not valid JSON ({error}); fetch the file again") from error
     if not isinstance(value, dict):
         raise TokenizerError(f"{name} holds a {type(value).__name__}; expected a JSON object")
     return value
-
-
-def _content(token: str | Mapping[str, Any]) -> str:
-    """Return the text of a token in a config file: a string, or an AddedToken as a dict."""
-    return token["content"] if isinstance(token, Mapping) else token
-
-
-def _chat_template(files: Mapping[str, bytes], config: Mapping[str, Any]) -> str | None:
-    """Return chat_template.jinja, or else the config's template (in older files a list of named ones)."""
-    if "chat_template.jinja" in files:
-        return files["chat_template.jinja"].decode()
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        return next((t["template"] for t in template if t["name"] == "default"), None)
-    return template
 
 
 def train_sentencepiece(
@@ -435,10 +629,10 @@ def train_sentencepiece(
             "symbols and the texts' characters must fit"
         ) from error
     config = {"add_bos_token": True, "tokenizer_class": "LlamaTokenizer", **names}
-    files = {
+    made = {
         "tokenizer.model": model.getvalue(),
         "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2).encode(),
     }
-    tokenizer = Tokenizer(files)
+    tokenizer = Tokenizer(made)
     tokenizer.save(directory)
     return tokenizer

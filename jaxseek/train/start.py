@@ -167,7 +167,7 @@ def with_changes(run: RunConfig, cfg: ModelConfig) -> ModelConfig:
     fields = cfg.to_hf()
     if unknown := [key for key in run.config if key not in fields]:
         raise ConfigError(f"config has {', '.join(unknown)}, which {cfg.model_type} models have not")
-    return ModelConfig.from_hf(fields | run.config)
+    return ModelConfig.from_hf(fields | run.config).replace(generation=cfg.generation)
 
 
 def open_strategy(run: RunConfig, cfg: ModelConfig) -> Strategy:

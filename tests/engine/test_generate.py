@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -81,14 +80,47 @@ def test_one_seed_gives_each_prompt_noise_of_its_own_and_the_same_alone():
     assert together == [ids(p, temperature=1.3, seed=7)[0] for p in prompts]
 
 
+FILE = {"temperature": 0.01, "top_k": 1, "do_sample": True, "top_p": None, "max_new_tokens": 9}
+
+
 def test_settings_are_those_given_then_of_the_checkpoint_then_the_defaults():
-    file = SimpleNamespace(generation={"temperature": 0.01, "top_k": 1, "do_sample": True, "top_p": None})
-    found = settings(file, {"temperature": None, "top_k": None, "top_p": None, "min_p": 0.1})
-    assert (found.temperature, found.top_k, found.top_p, found.min_p) == (0.01, 1, Sampling().top_p, 0.1)
-    assert settings(file, {"temperature": 0.5}).temperature == 0.5
-    greedy = SimpleNamespace(generation={"temperature": 0.6, "do_sample": False})
-    assert settings(greedy, {"temperature": None}).temperature == 0
-    assert settings(None, {"temperature": None}) == Sampling()
+    found, said = settings(FILE, {"temperature": None, "top_k": None, "min_p": 0.1}, top_p=0.5)
+    assert (found.temperature, found.top_k, found.top_p, found.min_p) == (0.01, 1, 0.5, 0.1)
+    assert found.max_new_tokens == 9
+    assert "temperature 0.01, top_k 1, max_new_tokens 9 in use" in said
+    given, said = settings(FILE, {"temperature": 0.5, "top_k": 2, "max_new_tokens": 3}, max_new_tokens=7)
+    assert (given.temperature, given.top_k, given.max_new_tokens, said) == (0.5, 2, 3, "")
+    assert settings({}, {"temperature": None}) == (Sampling(), "")
+
+
+def test_a_file_that_does_not_sample_is_greedy_unless_a_temperature_is_given():
+    greedy = {"temperature": 0.6, "do_sample": False}
+    assert settings(greedy, {"temperature": None})[0].temperature == 0
+    assert settings(greedy, {"temperature": 0.7})[0].temperature == 0.7
+
+
+def test_settings_of_a_file_that_cannot_be_honoured_are_named_and_others_are_used():
+    file = {
+        "repetition_penalty": 1.2,
+        "num_beams": 4,
+        "temperature": "hot",
+        "top_p": 2,
+        "top_k": 5,
+        "bos_token_id": 7,
+    }
+    off = {"repetition_penalty": 1.0, "num_beams": 1, "no_repeat_ngram_size": 0, "suppress_tokens": None}
+    found, said = settings(file, {})
+    assert (found.top_k, found.temperature) == (5, Sampling().temperature)
+    lost = 'no effect here: repetition_penalty 1.2, num_beams 4, temperature "hot", top_p 2'
+    assert said == f"generation_config.json: top_k 5 in use where no option says otherwise; {lost}"
+    assert settings(off | {"transformers_version": "4.40"}, {}) == (Sampling(), "")
+
+
+def test_stop_strings_of_a_file_end_a_text_where_there_is_a_tokenizer():
+    file = {"stop_strings": ["###"]}
+    assert settings(file, {"stop": None})[0].stop == ("###",)
+    assert settings(file, {"stop": ("x",)})[0].stop == ("x",)
+    assert settings(file, {}, strings=False)[0].stop == ()
 
 
 def test_the_engine_is_kept_for_the_same_weights_and_refuses_to_change_in_use():

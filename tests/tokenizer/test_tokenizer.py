@@ -570,30 +570,22 @@ def test_a_reply_to_learn_has_thinking_tags_and_an_end_and_no_other_control_toke
     assert byte_level.decode(ids) == "<think>\na<｜User｜>\n</think>\n\nb"
 
 
-R1_SOURCE = "{{bos_token}}{{'<｜User｜>' + m}}{{'<｜Assistant｜>'}}"
 NO_THINK = [mark for mark in MARKS if mark not in ("<think>", "</think>")]
 
 
 @pytest.mark.parametrize(
-    ("control", "bos", "source", "template"),
+    ("control", "bos", "template"),
     [
-        ([], BOS, None, "deepseek_v2"),
-        (MARKS, BOS, "{{ 'User: ' + m }}", "deepseek_v2"),
-        ([], BOS, "{{ m }}", "jinja"),
-        (NO_THINK, BOS, R1_SOURCE, "deepseek_v3"),
-        (NO_THINK, BOS, None, "deepseek_v3"),
-        (MARKS, BOS, R1_SOURCE, "deepseek_r1"),
-        (MARKS, BOS, None, "deepseek_r1"),
-        (MARKS, BOS, R1_SOURCE.replace("｜>'}}", "｜><think>\\n'}}"), "deepseek_distill"),
-        (MARKS, BOS, R1_SOURCE + "{% if thinking %}", "deepseek_v3_1"),
-        ([*MARKS, "<｜search▁begin｜>"], BOS, None, "deepseek_v3_1"),
-        (["<|im_start|>"], "<|im_start|>", CHATML, "jinja"),
-        (["<|im_start|>"], "<|im_start|>", None, None),
-        ([], None, None, None),
+        ([], BOS, "deepseek_v2"),
+        (NO_THINK, BOS, "deepseek_v3"),
+        (MARKS, BOS, "deepseek_r1"),
+        ([*MARKS, "<｜search▁begin｜>"], BOS, "deepseek_v3_1"),
+        (["<|im_start|>"], "<|im_start|>", None),
+        ([], None, None),
     ],
 )
-def test_the_template_is_recognised(control, bos, source, template):
-    assert chat.detect(control, bos, source) == template
+def test_the_template_of_a_tokenizer_that_brings_none_is_told_by_its_tokens(control, bos, template):
+    assert chat.detect(control, bos) == template
 
 
 def test_a_given_template_overrides_the_recognised_one(tmp_path):
@@ -663,12 +655,12 @@ def test_a_jinja_template_has_the_helpers_of_transformers(fresh_chatml):
     assert len(control) == 1
 
 
-def test_a_jinja_template_sees_no_content_where_there_is_none(fresh_chatml):
+def test_a_jinja_template_sees_content_that_is_none_as_in_transformers(fresh_chatml):
     source = (
         "{% for m in messages %}{{ m.content is defined }}{{ m.tool_calls[0].function.name }}{% endfor %}"
     )
     messages = [{"role": "assistant", "content": None, "tool_calls": [CALL]}]
-    assert jinja_text(fresh_chatml, source, messages) == ("Falseget_weather", [])
+    assert jinja_text(fresh_chatml, source, messages) == ("Trueget_weather", [])
 
 
 def test_a_refusing_or_broken_jinja_template_says_so(fresh_chatml):
@@ -678,7 +670,7 @@ def test_a_refusing_or_broken_jinja_template_says_so(fresh_chatml):
         "{{ messages.__class__.__mro__ }}",
         "{{ 1 + 'a' }}",
     ):
-        with pytest.raises(TokenizerError, match="chat_template refused"):
+        with pytest.raises(TokenizerError, match=r"chat_template (refused|cannot be parsed)"):
             jinja_text(fresh_chatml, source, talk(("user", "x")))
 
 
@@ -836,7 +828,7 @@ USER = {"role": "user", "content": "a"}
         ),
         ([{"role": "user"}], {}, r"message 0 \(user\) has content None"),
         ([{"role": "assistant", "content": [{"type": "text"}]}], {}, "expected a string"),
-        ([USER], {"template": "deepseek_v9"}, "unknown chat template 'deepseek_v9'; known: deepseek_v2"),
+        ([USER], {"template": "deepseek_v9"}, "template is 'deepseek_v9', which is no file.*deepseek_v2"),
         ([USER], {"template": "deepseek_v3", "thinking": True}, "no thinking=True mode"),
         ([USER], {"template": "jinja"}, "no chat template"),
         ([USER], {"tools": [{"name": "f"}]}, "no fixed wording for tool descriptions"),
