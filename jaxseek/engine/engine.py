@@ -6,6 +6,7 @@ every slot in one compiled loop. What an answer says depends on its request and 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,8 +19,8 @@ import numpy as np
 
 from jaxseek.decode import forms
 from jaxseek.engine.programs import Decoder, State, fetch, read_chunk
-from jaxseek.engine.request import EXPERTS, LOGPROBS, Answer, Handle, Request
-from jaxseek.engine.sampling import Mode, Sampling, SamplingArrays, batch_mode
+from jaxseek.engine.request import EXPERTS, LOGPROBS, PROMPT, TOPS, Answer, Handle, Request
+from jaxseek.engine.sampling import Mode, Sampling, SamplingArrays, Shift, batch_mode
 from jaxseek.engine.scheduler import Reading, Scheduler
 from jaxseek.engine.slots import LENGTH_STEP, PROMPTS, SLOTS, bucket, capacity_of, moved, resized, seated
 from jaxseek.model.deepseek import Caches, DeepSeek
@@ -259,10 +260,20 @@ class Engine:
             for row, prompt in reading.rows:
                 lengths_P[row], part = prompt.to_read, prompt.tokens[begin : min(end, prompt.to_read)]
                 tokens_PT[row, : len(part)] = part
-            reading.caches, ids_LPTK = read_chunk(
+            next_PT = np.zeros_like(tokens_PT) if reading.records_scores else None
+            for row, prompt in reading.rows if next_PT is not None else ():
+                part = prompt.tokens[begin + 1 : end + 1]
+                next_PT[row, : len(part)] = part  # type: ignore[index]
+            reading.caches, ids_LPTK, scores = read_chunk(
                 self.model, tokens_PT, np.int32(begin), lengths_P, reading.caches, capacity,
-                self.cache_dtype, reading.records_experts,
+                self.cache_dtype, reading.records_experts, next_PT,
             )  # fmt: skip
+            if scores is not None:
+                given_PT, best_PT, most_PT = map(fetch, scores)
+                for row, prompt in reading.rows:
+                    n = max(0, min(T, prompt.to_read - begin))
+                    columns = (a[row, :n].tolist() for a in (given_PT, best_PT, most_PT))
+                    prompt.scores += zip(*columns)
             if ids_LPTK is not None:
                 ids = fetch(ids_LPTK).astype(np.int16)
                 for row, prompt in reading.rows:
@@ -291,6 +302,8 @@ class Engine:
                 self._set(slot, handle)
                 if EXPERTS in handle.request.record:
                     handle.routed = list(prompt.routed)
+                if PROMPT in handle.request.record:
+                    handle.answer.prompt = list(prompt.scores)
             if reading.caches is not None:
                 decode = self.model.strategy.decode
                 if self.model.strategy.parts(decode, "cache_length") > 1:  # slots are where others' are
@@ -341,7 +354,7 @@ class Engine:
         line, B = self.scheduler, len(self.scheduler.seats)
         live = [(slot, handle) for slot, handle in enumerate(line.seats) if handle is not None]
         done_B = np.array([seat is None for seat in line.seats])
-        record = tuple(r for r in (LOGPROBS, EXPERTS) if any(r in h.request.record for _, h in live))
+        record = tuple(r for r in (LOGPROBS, EXPERTS, TOPS) if any(r in h.request.record for _, h in live))
         mode = batch_mode([h.request.sampling for _, h in live], self.mode)
         steps, enough = min(self.dispatch, WIDTH, max(h.left for _, h in live)), B
         if line.queue or line.reading or line.read:  # come back when an eighth of the slots is free
@@ -351,7 +364,7 @@ class Engine:
         elif line.reading or (line.queue and max(line.wanted()) > 0):
             steps = min(steps, BETWEEN_CHUNKS)
         self.state, trace, taken = self.decode(
-            self.state, done_B, self._watching(live), self._stops, steps, enough, WIDTH, mode, record
+            self.state, done_B, self._settings(live), self._stops, steps, enough, WIDTH, mode, record
         )
         n, found = int(taken), {}
         for name in ("tokens", "logprobs", "tempered", "drawn"):
@@ -359,6 +372,10 @@ class Engine:
                 found[name] = fetch(a)[:, :n]
         if trace.watched_WBN is not None:
             found["watched"] = np.moveaxis(fetch(trace.watched_WBN), 0, 2)[:, :n]
+        if trace.top_TBN is not None:
+            found["top_id"], found["top"] = (
+                np.moveaxis(fetch(a), 0, 2)[:, :n] for a in (trace.top_id_TBN, trace.top_TBN)
+            )
         experts = None if trace.experts_LBNK is None else fetch(trace.experts_LBNK).astype(np.int16)
         used = 0
         for slot, handle in live:
@@ -366,6 +383,9 @@ class Engine:
             columns = {name: found[name][slot].tolist() for name in ("tokens", "logprobs", *more)}
             if handle.request.watch:
                 columns["watched"] = found["watched"][slot, :, : len(handle.request.watch)].tolist()
+            if TOPS in handle.request.record:
+                pairs = zip(found["top_id"][slot].tolist(), found["top"][slot].tolist())
+                columns["top"] = [list(zip(*pair)) for pair in pairs]
             routed = None
             if experts is not None and EXPERTS in handle.request.record:
                 routed = experts[:, slot, :n]
@@ -377,15 +397,18 @@ class Engine:
         self.timing.row_steps += n * B
         return [handle for _, handle in live], used
 
-    def _watching(self, live: Sequence[tuple[int, Handle]]) -> SamplingArrays:
-        """The settings, with the tokens to watch where a request names some."""
-        most = max(len(handle.request.watch) for _, handle in live)
-        if not most:
-            return self._params
-        watch_WB = np.zeros((most, len(self._tokens)), np.int32)
-        for slot, handle in live:
-            watch_WB[: len(handle.request.watch), slot] = handle.request.watch
-        return SamplingArrays(**vars(self._params) | {"watch_WB": watch_WB})
+    def _settings(self, live: Sequence[tuple[int, Handle]]) -> SamplingArrays:
+        """The settings, with the tokens to watch and the change of logits where a request has any."""
+        more: dict[str, Any] = {}
+        B, V = len(self._tokens), self.model.cfg.vocab_size
+        if most := max(len(handle.request.watch) for _, handle in live):
+            more["watch_WB"] = watch_WB = np.zeros((most, B), np.int32)
+            for slot, handle in live:
+                watch_WB[: len(handle.request.watch), slot] = handle.request.watch
+        if any(handle.request.sampling.shifts for _, handle in live):
+            rows = {b: (h.request.sampling, h.request.prompt, h.answer.tokens) for b, h in live}
+            more["shift"] = Shift.of(rows, B, V)
+        return dataclasses.replace(self._params, **more)
 
     def decode(self, state, done_B, params, stops_BK, steps, enough, width, mode, record):
         """A dispatch of the compiled decode loop, see programs.py."""

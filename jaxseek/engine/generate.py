@@ -113,7 +113,7 @@ def settings(
                 lost[name] = value
             elif stops and given.get("stop") is None:
                 used["stop"] = tuple(stops)
-        elif name in ("temperature", "top_k", "top_p", "min_p", "max_new_tokens"):
+        elif name in ("temperature", "top_k", "top_p", "min_p", "max_new_tokens", "repetition_penalty"):
             try:
                 number = None if value is None else _number(name, value)
                 Sampling(**{} if number is None else {name: number})

@@ -15,11 +15,13 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import PartitionSpec as P
 
 from jaxseek.decode.forms import Form
-from jaxseek.engine.request import EXPERTS, LOGPROBS
-from jaxseek.engine.sampling import Drawn, Mode, sample
+from jaxseek.engine.request import EXPERTS, LOGPROBS, TOPS
+from jaxseek.engine.sampling import TOP, Drawn, Mode, sample
 from jaxseek.model.deepseek import Caches, DeepSeek
 from jaxseek.ops import few_rows
 from jaxseek.sharding.parameters import in_formats, parameters
+
+SCORED = 128  # tokens of a prompt at a time whose log-probabilities are computed: their logits are in memory
 
 
 @jax.tree_util.register_dataclass
@@ -39,7 +41,8 @@ class Trace:
     """A dispatch of up to N steps: each row's tokens and their log-probabilities [B, N], as in Drawn.
 
     Where recorded, also the tempered ones, those drawn from, and the experts of the token *before* each,
-    [sparse layers, B, N, K]; where asked for, log-probabilities of watched tokens [W, B, N].
+    [sparse layers, B, N, K]; where asked for, log-probabilities of watched tokens [W, B, N], and the
+    likeliest tokens with theirs [TOP, B, N].
     """
 
     tokens_BN: jax.Array
@@ -47,6 +50,8 @@ class Trace:
     tempered_BN: jax.Array | None = None
     drawn_BN: jax.Array | None = None
     watched_WBN: jax.Array | None = None
+    top_id_TBN: jax.Array | None = None
+    top_TBN: jax.Array | None = None
     experts_LBNK: jax.Array | None = None
 
 
@@ -65,12 +70,13 @@ def fetch(x: jax.Array) -> np.ndarray:
 @functools.partial(jax.jit, static_argnames=("capacity", "cache_dtype", "record"), donate_argnames="caches")
 def read_chunk(
     model: DeepSeek, tokens_PT, start, lengths_P, caches: Caches | None, capacity: int, cache_dtype: str,
-    record: bool,
+    record: bool, next_PT=None,
 ):  # fmt: skip
     """Read the tokens of P prompts from position `start` on, as far as the prompts reach.
 
     The first chunk comes without caches and makes them, as prefill lays them out; a further one attends to
-    all that they hold. Returns the caches, and with `record` the chosen experts [sparse layers, P, T, K].
+    all that they hold. Returns the caches; with `record` the chosen experts [sparse layers, P, T, K]; and
+    where the tokens that follow are given as `next`, what `score` says of them.
     """
     rules, (rows, T), fresh = model.strategy.prefill, tokens_PT.shape, caches is None
     at_PT = jnp.broadcast_to(start + jnp.arange(T, dtype=jnp.int32), (rows, T))
@@ -78,7 +84,28 @@ def read_chunk(
     caches = model.init_caches(rows, capacity, cache_dtype, rules) if caches is None else caches
     ctx = model.context(rules, tokens_PT, at_PT, segment_ids_PT, caches, fresh=fresh)
     out = model.forward(tokens_PT, ctx, caches)
-    return out.caches, jnp.concatenate([r.ids_BTK for r in out.routing]) if record else None
+    experts = jnp.concatenate([r.ids_BTK for r in out.routing]) if record else None
+    return out.caches, experts, None if next_PT is None else score(model, out.hidden_BTD, next_PT)
+
+
+def score(model: DeepSeek, hidden_PTD, next_PT):
+    """Log-probabilities of given next tokens, the likeliest tokens, and theirs: three arrays [P, T]."""
+    rules, (rows, T) = model.strategy.prefill, next_PT.shape
+    size = SCORED if T % SCORED == 0 and not rules.axes("length") else T
+
+    def block(args):
+        hidden_PtD, next_Pt = args
+        logits_PtV = jax.sharding.reshard(model.logits(hidden_PtD, rules), P())
+        log_z_Pt = jax.nn.logsumexp(logits_PtV, axis=-1)
+        given_Pt = jnp.where(jax.nn.one_hot(next_Pt, logits_PtV.shape[-1], dtype=bool), logits_PtV, 0).sum(-1)
+        best_Pt = jnp.argmax(logits_PtV, axis=-1).astype(jnp.int32)
+        return given_Pt - log_z_Pt, best_Pt, logits_PtV.max(-1) - log_z_Pt
+
+    def cut(a):
+        return jnp.moveaxis(a.reshape(rows, T // size, size, *a.shape[2:]), 1, 0)
+
+    parts = jax.lax.map(block, (cut(hidden_PTD), cut(next_PT)))
+    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(rows, T), parts)
 
 
 # -------------------------------------------------------------------- decoding
@@ -97,11 +124,14 @@ def _decode_steps(
     stops_BK = rules.shard(stops_BK, "batch", None)
 
     def step(carry):
-        state, trace, i = carry
+        state, trace, i, params = carry
         stepped = form.step(weights, state.caches, state.token_B, state.position_B, ~state.done_B)
-        new = draw(stepped.logits_BV, state.position_B + 1, params, mode, rules)
+        new = draw(stepped.logits_BV, state.position_B + 1, params, mode, rules, TOPS in record)
+        if params.shift is not None:
+            params = dataclasses.replace(params, shift=params.shift.after(new.token_B))
         experts = jnp.concatenate([r.ids_BTK for r in stepped.routing]) if EXPERTS in record else None
-        one = Trace(new.token_B, new.logprob_B, new.tempered_B, new.drawn_B, new.watched_WB, experts)
+        top = new.top_id_TB, new.top_TB
+        one = Trace(new.token_B, new.logprob_B, new.tempered_B, new.drawn_B, new.watched_WB, *top, experts)
         if LOGPROBS not in record:
             one = dataclasses.replace(one, tempered_BN=None, drawn_BN=None)
 
@@ -112,10 +142,11 @@ def _decode_steps(
 
         done_B = state.done_B | (new.token_B[:, None] == stops_BK).any(axis=1)
         position_B = state.position_B + (~state.done_B).astype(jnp.int32)
-        return State(stepped.caches, new.token_B, position_B, done_B), jax.tree.map(put, trace, one), i + 1
+        state = State(stepped.caches, new.token_B, position_B, done_B)
+        return state, jax.tree.map(put, trace, one), i + 1, params
 
     def going(carry):
-        state, _, i = carry
+        state, _, i, _ = carry
         return (i < steps) & (state.done_B.sum() < enough)
 
     def blank(dtype, *shape_and_axes):
@@ -126,19 +157,23 @@ def _decode_steps(
         return blank(dtype, (B, "batch"), (width, None))
 
     extra = (per_token(jnp.float32), per_token(jnp.float32)) if LOGPROBS in record else (None, None)
-    watched = experts = None
+    watched = top_id = top = experts = None
     if params.watch_WB is not None:
         watched = blank(jnp.float32, (len(params.watch_WB), None), (B, "batch"), (width, None))
+    if TOPS in record:
+        shape = (min(TOP, weights.cfg.vocab_size), None), (B, "batch"), (width, None)
+        top_id, top = blank(jnp.int32, *shape), blank(jnp.float32, *shape)
     if EXPERTS in record:
         layers, K = weights.sparse_layers, weights.cfg.num_experts_per_tok
         experts = blank(jnp.int32, (layers, None), (B, "batch"), (width, None), (K, None))
-    trace = Trace(per_token(jnp.int32), per_token(jnp.float32), *extra, watched, experts)
+    trace = Trace(per_token(jnp.int32), per_token(jnp.float32), *extra, watched, top_id, top, experts)
     token_B, position_B, done_B = (rules.shard(a, "batch") for a in (state.token_B, state.position_B, done_B))
     start = State(state.caches, token_B, position_B, done_B)
-    return jax.lax.while_loop(going, step, (start, trace, jnp.zeros((), jnp.int32)))
+    params = jax.tree.map(jnp.asarray, params)
+    return jax.lax.while_loop(going, step, (start, trace, jnp.zeros((), jnp.int32), params))[:3]
 
 
-def draw(logits_BV, position_B, params, mode: Mode, rules) -> Drawn:
+def draw(logits_BV, position_B, params, mode: Mode, rules, top: bool = False) -> Drawn:
     """Sampling with the vocabulary whole, but rows over as many of its chips as divide them."""
     mesh, batch, axes = jax.sharding.get_abstract_mesh(), rules.axes("batch"), rules.axes("vocab")
     # from the last axis on: what then is left of the vocabulary on a chip is one piece, and moves as such
@@ -156,7 +191,7 @@ def draw(logits_BV, position_B, params, mode: Mode, rules) -> Drawn:
     if watch_WB is not None:
         watch_WB = jax.sharding.reshard(watch_WB, P(None, rows or None))
         params = dataclasses.replace(params, watch_WB=watch_WB)
-    drawn = sample(spread(logits_BV), spread(position_B), params, mode)
+    drawn = sample(spread(logits_BV), spread(position_B), params, mode, top)
     return jax.tree.map(lambda a: rules.shard(a, *(None,) * (a.ndim - 1), "batch"), drawn)
 
 

@@ -14,7 +14,7 @@ from jaxseek.engine.text import Text
 if TYPE_CHECKING:
     from jaxseek.tokenizer.tokenizer import Tokenizer
 
-LOGPROBS, EXPERTS = "logprobs", "experts"  # what a request may have recorded
+LOGPROBS, EXPERTS, TOPS, PROMPT = "logprobs", "experts", "top", "prompt"  # what may be recorded
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Request:
 
     With a `tokenizer` the answer gets its text, and may end at the strings in `sampling.stop`; the text is
     without special tokens unless `special`. `record` may name LOGPROBS, for those under the temperature and
-    the filters, and EXPERTS, for the experts that every token was routed to. `watch` are token ids whose
+    the filters; EXPERTS, for the experts that every token was routed to; TOPS, for the likeliest tokens at
+    every step; and PROMPT, for log-probabilities of the prompt's own tokens. `watch` are token ids whose
     log-probabilities are recorded at every step.
     """
 
@@ -39,7 +40,9 @@ class Request:
 class Answer:
     """New tokens (the stop token included) with float32 log-probabilities of each, as in Drawn.
 
-    `tempered` and `drawn` are there where recorded, and so is `watched`, a row per token. `experts`
+    `tempered` and `drawn` are there where recorded, and so are `watched` and `top`, a row per token, `top` of
+    (token, log-probability), likeliest first. `prompt` has, for every token of the prompt but the first, its
+    log-probability, and the likeliest token in its place with that one's. `experts`
     [sparse layers, prompt + answer - 1, K] are those of every token but the last, which none follows.
     `finish_reason` is None until the end, then "stop", "length" or "cancelled".
     """
@@ -49,6 +52,8 @@ class Answer:
     tempered: list[float] = field(default_factory=list)
     drawn: list[float] = field(default_factory=list)
     watched: list[list[float]] = field(default_factory=list)
+    top: list[list[tuple[int, float]]] = field(default_factory=list)
+    prompt: list[tuple[float, int, float]] = field(default_factory=list)
     finish_reason: str | None = None
     text: str = ""
     experts: np.ndarray | None = None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Mode = Literal["greedy", "plain", "filtered"]
+TOP = 20  # likeliest tokens that are noted where a request asks for any
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,10 @@ class Sampling:
 
     Filters apply in the order temperature, top_k, top_p, min_p (transformers' order), and keep the lower id
     of equally likely tokens. `stop` are strings and `stop_ids` tokens that end the text besides the
-    tokenizer's end of sequence.
+    tokenizer's end of sequence. `logit_bias` are (token, number added to its logit). `repetition_penalty`
+    divides a positive logit, and multiplies a negative one, of every token that was there, in the prompt too
+    (transformers); `frequency_penalty` is taken off for each time that the answer has the token,
+    `presence_penalty` once (OpenAI's reference).
     """
 
     max_new_tokens: int = 256
@@ -30,6 +35,10 @@ class Sampling:
     seed: int = 0
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         for ok, text in (
@@ -46,6 +55,19 @@ class Sampling:
             (0 <= self.min_p <= 1, f"min_p is {self.min_p}, expected within [0, 1]"),
             (0 <= self.seed < 2**63, f"seed is {self.seed}, expected within 0..2^63-1"),
             (all(self.stop), "a stop string is empty"),
+            *(
+                (abs(value) <= 100, f"{name} is {value}, expected within [-100, 100]")
+                for name in ("presence_penalty", "frequency_penalty")
+                for value in (getattr(self, name),)
+            ),
+            (
+                0 < self.repetition_penalty <= 100,
+                f"repetition_penalty is {self.repetition_penalty}, expected within (0, 100]",
+            ),
+            (
+                all(token >= 0 and abs(value) <= 1e6 for token, value in self.logit_bias),
+                "logit_bias has a token below 0 or a number beyond 1e6",
+            ),
         ):
             if not ok:
                 raise ValueError(text)
@@ -56,6 +78,59 @@ class Sampling:
         if self.temperature == 0:
             return "greedy"
         return "filtered" if self.top_k or self.top_p < 1 or self.min_p > 0 else "plain"
+
+    @property
+    def shifts(self) -> bool:
+        """True if logits are changed before a token is drawn."""
+        penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty
+        return penalties != (0, 0, 1) or bool(self.logit_bias)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Shift:
+    """Changes of rows' logits before a token is drawn: M biases, penalties, and what penalties look at, which
+    tokens the prompt has and how often the answer has each."""
+
+    bias_id_BM: Any
+    bias_BM: Any
+    presence_B: Any
+    frequency_B: Any
+    repetition_B: Any
+    prompted_BV: Any
+    count_BV: Any
+
+    @classmethod
+    def of(cls, rows: Mapping[int, tuple[Sampling, Sequence[int], Sequence[int]]], B: int, V: int) -> Shift:
+        """From the (settings, prompt, answer so far) of those rows that are in use."""
+        most = max((len(s.logit_bias) for s, _, _ in rows.values()), default=0)
+        M = -(-most // 16) * 16
+        bias = np.full((B, M), V, np.int32), np.zeros((B, M), np.float32)
+        penalties = np.zeros(B, np.float32), np.zeros(B, np.float32), np.ones(B, np.float32)
+        found = cls(*bias, *penalties, np.zeros((B, V), bool), np.zeros((B, V), np.int32))
+        for row, (sampling, prompt, answer) in rows.items():
+            for i, (token, value) in enumerate(sampling.logit_bias):
+                found.bias_id_BM[row, i], found.bias_BM[row, i] = token, value
+            for name in ("presence", "frequency", "repetition"):
+                getattr(found, f"{name}_B")[row] = getattr(sampling, f"{name}_penalty")
+            found.prompted_BV[row, list(prompt)] = True
+            np.add.at(found.count_BV[row], list(answer), 1)
+        return found
+
+    def __call__(self, logits_BV: jax.Array) -> jax.Array:
+        """The changed logits: biases first, then penalties."""
+        row_B1 = jnp.arange(len(logits_BV))[:, None]
+        logits_BV = logits_BV.at[row_B1, self.bias_id_BM].add(self.bias_BM, mode="drop")
+        times_B1 = self.repetition_B[:, None]
+        again_BV = jnp.where(logits_BV > 0, logits_BV / times_B1, logits_BV * times_B1)
+        logits_BV = jnp.where(self.prompted_BV | (self.count_BV > 0), again_BV, logits_BV)
+        logits_BV -= self.frequency_B[:, None] * self.count_BV.astype(logits_BV.dtype)
+        return logits_BV - self.presence_B[:, None] * (self.count_BV > 0).astype(logits_BV.dtype)
+
+    def after(self, token_B: jax.Array) -> Shift:
+        """With one more token of every answer."""
+        count_BV = self.count_BV.at[jnp.arange(len(token_B)), token_B].add(1)
+        return dataclasses.replace(self, count_BV=count_BV)
 
 
 @jax.tree_util.register_dataclass
@@ -69,6 +144,7 @@ class SamplingArrays:
     top_p_B: Any
     min_p_B: Any
     watch_WB: Any = None
+    shift: Shift | None = None
 
     @classmethod
     def of(cls, requests: Sequence[Sampling]) -> SamplingArrays:
@@ -96,28 +172,39 @@ def batch_mode(requests: Sequence[Sampling], least: Mode = "greedy") -> Mode:
 class Drawn:
     """Next tokens [B], and float32 log-probabilities of each: under the model (temperature 1), under the
     model at the request's temperature (1 where greedy), and under what was drawn from, filters included.
-    `watched` [W, B] are those of the tokens to watch, under the model."""
+    `watched` [W, B] are those of the tokens to watch, `top` [TOP, B] the likeliest tokens', both under the
+    model."""
 
     token_B: jax.Array
     logprob_B: jax.Array
     tempered_B: jax.Array
     drawn_B: jax.Array
     watched_WB: jax.Array | None = None
+    top_id_TB: jax.Array | None = None
+    top_TB: jax.Array | None = None
 
 
-def sample(logits_BV: jax.Array, position_B: jax.Array, params: SamplingArrays, mode: Mode) -> Drawn:
-    """Draw each row's next token.
+def sample(
+    logits_BV: jax.Array, position_B: jax.Array, params: SamplingArrays, mode: Mode, top: bool = False
+) -> Drawn:
+    """Draw each row's next token, and with `top` note the likeliest.
 
     Randomness is a function of the request's seed and the position alone: the same request gives the same
     text in any batch.
     """
+    model_BV, more = logits_BV, dict[str, jax.Array]()
+    if params.shift is not None:
+        logits_BV = params.shift(logits_BV)
     greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    watched_WB = None
+    if top:
+        top_BT, id_BT = jax.lax.top_k(model_BV, min(TOP, model_BV.shape[-1]))
+        top_BT -= jax.nn.logsumexp(model_BV, axis=-1, keepdims=True)
+        more |= {"top_id_TB": id_BT.T, "top_TB": top_BT.T}
     if params.watch_WB is not None:
-        watched_WB = jnp.stack([_logprob(logits_BV, watch_B) for watch_B in params.watch_WB])
+        more["watched_WB"] = jnp.stack([_logprob(model_BV, watch_B) for watch_B in params.watch_WB])
     if mode == "greedy":
-        logprob_B = _logprob(logits_BV, greedy_B)
-        return Drawn(greedy_B, logprob_B, logprob_B, jnp.zeros_like(logprob_B), watched_WB)
+        logprob_B = _logprob(model_BV, greedy_B)
+        return Drawn(greedy_B, logprob_B, logprob_B, jnp.zeros_like(logprob_B), **more)
     warm_B = params.temperature_B > 0
     tempered_BV = logits_BV / jnp.where(warm_B, params.temperature_B, 1.0)[:, None]
     kept_BV = tempered_BV
@@ -134,8 +221,8 @@ def sample(logits_BV: jax.Array, position_B: jax.Array, params: SamplingArrays, 
     token_B = jnp.argmax(noisy_BV, axis=-1).astype(jnp.int32)
     token_B = jnp.where(warm_B, token_B, greedy_B)
     drawn_B = jnp.where(warm_B, _logprob(kept_BV, token_B), 0.0)
-    logprob_B, tempered_B = _logprob(logits_BV, token_B), _logprob(tempered_BV, token_B)
-    return Drawn(token_B, logprob_B, tempered_B, drawn_B, watched_WB)
+    logprob_B, tempered_B = _logprob(model_BV, token_B), _logprob(tempered_BV, token_B)
+    return Drawn(token_B, logprob_B, tempered_B, drawn_B, **more)
 
 
 def _logprob(logits_BV: jax.Array, token_B: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxseek.engine.request import EXPERTS, Handle
+from jaxseek.engine.request import EXPERTS, PROMPT, Handle
 
 # Tokens that are read at a time: few sizes, so that few programs serve all prompts. Those of later chunks are
 # compiled for every capacity of the cache that they attend to.
@@ -54,6 +54,7 @@ class Prompt:
     def __init__(self, tokens: list[int]):
         self.tokens, self.waiting = tokens, collections.deque[Handle]()
         self.routed: list[np.ndarray] = []  # experts of its tokens, where recorded
+        self.scores: list[tuple[float, int, float]] = []  # as in Answer.prompt, where recorded
 
     @property
     def to_read(self) -> int:
@@ -72,7 +73,8 @@ class Reading:
         self.lanes, self.width, self.plan, self.start = lanes, width, plan, 0
         self.caches: Any = None
         prompts = [p for lane in lanes for p in lane]
-        self.records_experts = any(EXPERTS in h.request.record for p in prompts for h in p.waiting)
+        recorded = {name for p in prompts for h in p.waiting for name in h.request.record}
+        self.records_experts, self.records_scores = EXPERTS in recorded, PROMPT in recorded
 
     @property
     def rows(self) -> Iterator[tuple[int, Prompt]]:

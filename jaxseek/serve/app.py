@@ -22,6 +22,7 @@ import jaxseek
 from jaxseek.engine.engine import Engine
 from jaxseek.engine.generate import request as engine_request
 from jaxseek.engine.generate import seed_for, settings
+from jaxseek.engine.request import PROMPT, TOPS
 from jaxseek.engine.sampling import Sampling
 from jaxseek.serve.engine_thread import Job, Update, Worker
 from jaxseek.serve.figures import Figures
@@ -217,27 +218,18 @@ class Server:
         """Answer POST /v1/chat/completions."""
         self.check_model(body.model)
         messages, tools = [m.plain() for m in body.messages], body.tool_list
-        begun = ""
-        if body.continues:
-            begun = messages.pop()["content"] or ""
-            if not messages:
-                raise HTTPException(400, "messages: an assistant's message alone cannot be continued")
+        begun = messages[-1]["content"] or "" if body.continues else ""
         ids = self.render(
-            messages, thinking=body.thinks, tools=tools,
-            add_generation_prompt=body.add_generation_prompt or body.continues,
+            messages, thinking=body.thinks, tools=tools, continue_final_message=body.continues,
+            add_generation_prompt=body.add_generation_prompt and not body.continues,
+            chat_template_kwargs=body.chat_template_kwargs,
         )  # fmt: skip
-        opened = self.tokenizer.opened_think(ids) and "</think>" not in begun
-        if begun:
-            ids = [*ids, *self.tokenizer.encode_reply(begun)]
+        opened = self.tokenizer.opened_think(ids)
+        if begun and body.thinks:
+            opened = "</think>" not in begun
+        top = (body.top_logprobs or 0) if body.logprobs else None
         choices: list[Choice] = [
-            Chat(
-                i,
-                self.tokenizer,
-                logprobs=[] if body.logprobs else None,
-                opened=opened,
-                with_tools=bool(tools),
-            )
-            for i in range(body.n)
+            Chat(i, self.tokenizer, top, opened=opened, with_tools=bool(tools)) for i in range(body.n)
         ]
         jobs = self.jobs(body, [ids], body.budget, special=bool(tools))
         return await self.reply(body, http, "chat.completion", choices, jobs, len(ids))
@@ -259,9 +251,9 @@ class Server:
                 heads.append(self.tokenizer.decode(prompt, skip_special=False))
         if not prompts:
             raise HTTPException(400, "prompt: is empty")
+        echoed = [prompts[i // body.n] if body.echo else None for i in range(len(prompts) * body.n)]
         choices: list[Choice] = [
-            Completion(i, self.tokenizer, logprobs=None if body.logprobs is None else [])
-            for i in range(len(prompts) * body.n)
+            Completion(i, self.tokenizer, body.logprobs, echoed=prompt) for i, prompt in enumerate(echoed)
         ]
         jobs = self.jobs(body, prompts, body.max_tokens)
         if body.echo:
@@ -276,20 +268,30 @@ class Server:
         """The engine's requests for n answers to each prompt. Raises 400 for what it cannot answer, 429 where
         too many wait."""
         given = {name: getattr(body, name) for name in ("temperature", "top_p", "top_k", "min_p")}
+        given["stop"] = body.stops or None
         seed = secrets.randbits(62) if body.seed is None else body.seed
+        tells = body.top_logprobs if isinstance(body, ChatRequest) else body.logprobs  # type: ignore[attr-defined]
+        echoes = isinstance(body, CompletionRequest) and body.echo and body.logprobs is not None
+        record = (TOPS,) * bool(tells) + (PROMPT,) * echoes
         found = []
         try:
-            base = settings(self.tokenizer, given)
+            base, _ = settings(self.engine.model.cfg.generation, given)
+            base = dataclasses.replace(
+                base,
+                presence_penalty=body.presence_penalty or 0.0,
+                frequency_penalty=body.frequency_penalty or 0.0,
+                repetition_penalty=body.repetition_penalty or 1.0,
+                logit_bias=tuple((body.logit_bias or {}).items()),
+            )
+            self.check_ids([token for token, _ in base.logit_bias] or prompts[0][:1])
             for ids in prompts:
                 self.engine.check(ids)
                 new = self.context - len(ids) if budget is None else budget
                 for i in range(body.n):
                     own = (seed + i) % 2**63
-                    sampling = dataclasses.replace(
-                        base, max_new_tokens=new, seed=seed_for(own, ids), stop=body.stops
-                    )
+                    sampling = dataclasses.replace(base, max_new_tokens=new, seed=seed_for(own, ids))
                     one = engine_request(self.engine.model, self.tokenizer, ids, sampling)
-                    found.append(dataclasses.replace(one, special=special))
+                    found.append(dataclasses.replace(one, special=special, record=record))
         except ValueError as error:
             raise HTTPException(400, str(error)) from None
         if self.open + len(found) > self.options.queue + len(self.engine.scheduler.seats):

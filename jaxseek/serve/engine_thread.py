@@ -23,6 +23,8 @@ class Update:
     text: str = ""
     tokens: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
+    top: tuple[list[tuple[int, float]], ...] = ()
+    prompt: tuple[tuple[float, int, float], ...] = ()  # with the first
     finish_reason: str | None = None
     error: str | None = None
 
@@ -117,9 +119,11 @@ class Worker:
         self.figures.tokens(job, first=start == 0, count=job.told - start)
         update = Update(
             job.handle.piece(),
-            tuple(answer.tokens[start:]),
-            tuple(answer.logprobs[start:]),
-            answer.finish_reason,
+            tokens=tuple(answer.tokens[start:]),
+            logprobs=tuple(answer.logprobs[start:]),
+            top=tuple(answer.top[start:]),
+            prompt=() if start else tuple(answer.prompt),
+            finish_reason=answer.finish_reason,
         )
         if update.last:
             del self._jobs[job.handle]

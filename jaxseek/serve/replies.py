@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from jaxseek.serve.engine_thread import Update
@@ -12,27 +13,38 @@ from jaxseek.tokenizer.chat import ReasoningSplitter
 from jaxseek.tokenizer.tokenizer import Tokenizer
 
 
+@dataclass(frozen=True)
+class Scored:
+    """A token with its log-probability, and the likeliest in its place with theirs."""
+
+    token: int
+    logprob: float | None  # None: the first of a prompt has none
+    top: list[tuple[int, float]]
+
+
 @dataclass
 class Choice:
-    """One answer to a prompt, as far as it has come. `index` is its place among the choices."""
+    """One answer to a prompt, as far as it has come. `index` is its place among the choices; `top` is the
+    number of likeliest tokens that are told, None to tell no log-probabilities."""
 
     index: int
     tokenizer: Tokenizer
+    top: int | None = None
     tokens: int = 0
     finish_reason: str | None = None
     text: str = ""
-    logprobs: list[tuple[int, float]] | None = None  # where asked for
+    scored: list[Scored] = field(default_factory=list)
 
     def take(self, update: Update) -> dict[str, Any] | None:
         """Add an update; returns what a stream shows of it, None for nothing."""
         self.tokens += len(update.tokens)
-        new = list(zip(update.tokens, update.logprobs))
-        if self.logprobs is not None:
-            self.logprobs += new
+        tops = update.top or [[]] * len(update.tokens)
+        new = [Scored(t, p, top[: self.top]) for t, p, top in zip(update.tokens, update.logprobs, tops)]
+        self.scored += new if self.top is not None else []
         self.finish_reason = update.finish_reason
         return self._add(update, new)
 
-    def _add(self, update: Update, new: list[tuple[int, float]]) -> dict[str, Any] | None:
+    def _add(self, update: Update, new: list[Scored]) -> dict[str, Any] | None:
         raise NotImplementedError
 
     def whole(self) -> dict[str, Any]:
@@ -45,28 +57,37 @@ class Choice:
 
 @dataclass
 class Completion(Choice):
-    """A choice of /v1/completions."""
+    """A choice of /v1/completions; `echoed` is the prompt, where it is to stand before the answer."""
 
-    def _add(self, update: Update, new: list[tuple[int, float]]) -> dict[str, Any] | None:
+    echoed: list[int] | None = None
+
+    def _add(self, update: Update, new: list[Scored]) -> dict[str, Any] | None:
+        if self.echoed is not None and update.tokens and self.tokens == len(update.tokens):
+            read = zip(self.echoed[1:], update.prompt)
+            before = [Scored(t, p, [(best, most)]) for t, (p, best, most) in read]
+            before = [Scored(self.echoed[0], None, []), *before] if before else []
+            self.scored, new = before + self.scored, before + new
         offset, self.text = len(self.text), self.text + update.text
-        if not update.text and not update.last and not (new and self.logprobs is not None):
+        if not update.text and not update.last and not (new and self.top is not None):
             return None
         return self._json(update.text, new, offset)
 
     def whole(self) -> dict[str, Any]:
         """The choice of a reply in one piece."""
-        return self._json(self.text, self.logprobs or [], 0)
+        return self._json(self.text, self.scored, 0)
 
-    def _json(self, text: str, new: list[tuple[int, float]], offset: int) -> dict[str, Any]:
+    def _json(self, text: str, scored: list[Scored], offset: int) -> dict[str, Any]:
         found = None
-        if self.logprobs is not None:
-            tokens = [self._token(t) for t, _ in new]
-            offsets = [offset + sum(map(len, tokens[:i])) for i in range(len(tokens))]
+        if self.top is not None:
+            tokens = [self._token(s.token) for s in scored]
             found = {
                 "tokens": tokens,
-                "token_logprobs": [p for _, p in new],
-                "top_logprobs": [{t: p} for t, (_, p) in zip(tokens, new)],
-                "text_offset": offsets,
+                "token_logprobs": [s.logprob for s in scored],
+                "top_logprobs": [
+                    None if s.logprob is None else {self._token(t): p for t, p in s.top} or {text: s.logprob}
+                    for text, s in zip(tokens, scored)
+                ],
+                "text_offset": [offset + n for n in accumulate(map(len, tokens[:-1]), initial=0)],
             }
         return {"index": self.index, "text": text, "logprobs": found, "finish_reason": self.finish_reason}
 
@@ -84,7 +105,7 @@ class Chat(Choice):
         self._split, self._tools = ReasoningSplitter(self.opened), ToolCalls()
         self._ends = [self.tokenizer.decode([t], skip_special=False) for t in self.tokenizer.eos_ids]
 
-    def _add(self, update: Update, new: list[tuple[int, float]]) -> dict[str, Any] | None:
+    def _add(self, update: Update, new: list[Scored]) -> dict[str, Any] | None:
         delta: dict[str, Any] = {}
         for kind, piece in self._parts(update):
             if isinstance(piece, Call):
@@ -132,16 +153,17 @@ class Chat(Choice):
         return {
             "index": self.index,
             "message": message,
-            "logprobs": self._logprobs(self.logprobs or []),
+            "logprobs": self._logprobs(self.scored),
             "finish_reason": self.finish_reason,
         }
 
-    def _logprobs(self, new: list[tuple[int, float]]) -> dict[str, Any] | None:
-        if self.logprobs is None:
+    def _logprobs(self, scored: list[Scored]) -> dict[str, Any] | None:
+        if self.top is None:
             return None
-        content = []
-        for token, logprob in new:
+
+        def one(token: int, logprob: float | None) -> dict[str, Any]:
             text = self._token(token)
-            one = {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-            content.append(one | {"top_logprobs": []})
+            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+        content = [one(s.token, s.logprob) | {"top_logprobs": [one(*t) for t in s.top]} for s in scored]
         return {"content": content, "refusal": None}

@@ -50,11 +50,10 @@ class Sampled(Strict):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    # known, and refused unless they ask for nothing
-    presence_penalty: Literal[0] | None = None
-    frequency_penalty: Literal[0] | None = None
-    repetition_penalty: Literal[1] | None = None
-    logit_bias: dict[str, float] | None = Field(None, max_length=0)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -77,15 +76,13 @@ class CompletionRequest(Sampled):
     max_tokens: Whole = 16
     suffix: Text | None = None
     echo: bool = False
-    logprobs: int | None = Field(None, ge=0, le=1)
+    logprobs: int | None = Field(None, ge=0, le=20)
     best_of: int | None = None
 
     @model_validator(mode="after")
     def _together(self) -> CompletionRequest:
         if self.best_of not in (None, self.n):
             raise ValueError(f"best_of is {self.best_of}, expected n ({self.n})")
-        if self.echo and self.logprobs is not None:
-            raise ValueError("echo with logprobs is not supported: no log-probabilities of prompts are kept")
         if self.echo and self.suffix is not None:
             raise ValueError("echo and suffix are given, expected one of them")
         return self
@@ -175,13 +172,13 @@ class ChatRequest(Sampled):
     max_tokens: Whole | None = None
     max_completion_tokens: Whole | None = None
     logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=0)
+    top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: list[Tool] | None = Field(None, max_length=1000)
     tool_choice: Literal["auto", "none"] | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     thinking: Thinking | bool | None = None
-    chat_template_kwargs: dict[str, bool] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool = False
     add_generation_prompt: bool = True
 
@@ -191,11 +188,8 @@ class ChatRequest(Sampled):
             raise ValueError("max_tokens and max_completion_tokens differ, expected one of them")
         if self.tool_choice is not None and not self.tools:
             raise ValueError("tool_choice is given without tools")
-        unknown = set(self.chat_template_kwargs or ()) - {"thinking", "enable_thinking"}
-        if unknown:
-            raise ValueError(
-                f"chat_template_kwargs has {', '.join(sorted(unknown))}, expected thinking or enable_thinking"
-            )
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs is given without logprobs")
         if (
             self.continue_final_message
             and self.add_generation_prompt
@@ -223,10 +217,7 @@ class ChatRequest(Sampled):
         """The thinking mode asked for; None is the template's own."""
         if isinstance(self.thinking, Thinking):
             return self.thinking.type == "enabled"
-        if self.thinking is not None:
-            return self.thinking
-        given = self.chat_template_kwargs or {}
-        return given.get("thinking", given.get("enable_thinking"))
+        return self.thinking
 
     @property
     def tool_list(self) -> list[dict[str, Any]] | None:

@@ -105,16 +105,31 @@ def test_completions_take_texts_and_tokens_with_their_log_probabilities(client, 
         for choice in found.choices:
             assert choice.text == expected.text
             assert choice.logprobs.token_logprobs == pytest.approx(expected.logprobs, abs=1e-5)
-    echoed = client.completions.create(
-        model="tiny", prompt="the quick", max_tokens=6, temperature=0, echo=True
-    )
-    assert echoed.choices[0].text == "the quick" + expected.text
+    echo = {"model": "tiny", "prompt": "the quick", "max_tokens": 6, "temperature": 0, "echo": True}
+    assert client.completions.create(**echo).choices[0].text == "the quick" + expected.text
+    scored = client.completions.create(**echo, logprobs=2).choices[0].logprobs
+    assert scored.token_logprobs[0] is None
+    assert len(scored.tokens) == len(scored.top_logprobs) == len(ids) + 6
+    assert scored.token_logprobs[len(ids) :] == pytest.approx(expected.logprobs, abs=1e-5)
+
+
+def test_biases_penalties_and_the_likeliest_tokens(client, pair):
+    wanted = pair[1].encode("fox", bos=False)[-1]
+    asked = {"model": "tiny", "messages": HI, "max_tokens": 4, "temperature": 0, "logprobs": True}
+    found = client.chat.completions.create(**asked, top_logprobs=3, logit_bias={str(wanted): 100})
+    content = found.choices[0].logprobs.content
+    assert {c.token for c in content} == {pair[1].decode([wanted], skip_special=False)}
+    assert all(len(c.top_logprobs) == 3 and c.top_logprobs[0].logprob >= c.logprob for c in content)
+    less = {"frequency_penalty": 2, "presence_penalty": 2, "logit_bias": {str(wanted): 10}}
+    other = client.chat.completions.create(**asked, **less)
+    assert len({c.token for c in other.choices[0].logprobs.content}) > 1
 
 
 def test_a_message_that_was_begun_goes_on(running, pair):
-    ids = [*pair[1].render_chat(HI), *pair[1].encode_reply("brown")]
-    expected = alone(pair, ids, temperature=0.0)
     begun = {"role": "assistant", "content": "brown"}
+    ids = pair[1].render_chat([*HI, begun], continue_final_message=True, add_generation_prompt=False)
+    assert pair[1].decode(ids, skip_special=False).endswith("brown")
+    expected = alone(pair, ids, temperature=0.0)
     for options in (
         {"messages": [*HI, begun | {"prefix": True}]},
         {"messages": [*HI, begun], "continue_final_message": True},
@@ -152,7 +167,10 @@ def test_many_clients_get_what_each_would_get_alone(client, pair):
         ({"messages": HI, "temperature": -1}, "temperature"),
         ({"messages": HI, "max_tokens": 0}, "max_tokens"),
         ({"messages": HI, "n": 10**6}, "n: "),
-        ({"messages": HI, "presence_penalty": 1}, "presence_penalty"),
+        ({"messages": HI, "presence_penalty": 9}, "presence_penalty"),
+        ({"messages": HI, "logit_bias": {"100000": 1}}, "100000"),
+        ({"messages": HI, "logit_bias": {"x": 1}}, "logit_bias"),
+        ({"messages": HI, "top_logprobs": 2}, "top_logprobs is given without logprobs"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user"}]}, "content"),
