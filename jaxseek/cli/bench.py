@@ -1,17 +1,19 @@
 """Time prefill and decode here, as a fraction of the machine's memory bandwidth; with --train the speed and
 memory of training steps, as a fraction of its FLOPs; with --grpo GRPO steps; with --convert conversions
-beside cat.
+beside cat; with --serve a server at several loads.
 
 example:
   jaxseek bench tiny-v3 --batch 1 8 --against transformers
   jaxseek bench tiny-v3 --train --rows 4 --length 256 --against transformers
   jaxseek bench tiny-v3 --grpo --against trl
   jaxseek bench --convert --gigabytes 4.8 --against transformers
+  jaxseek bench --serve http://localhost:8000 --clients 1 8 32
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 
 from jaxseek.cli.shared import WrongUse, add_model, number, whole
 
@@ -27,6 +29,15 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--convert", action="store_true", help="time converting a synthetic checkpoint; without MODEL"
+    )
+    parser.add_argument(
+        "--serve", metavar="URL", help="load a server with OpenAI's interface; MODEL is its name there"
+    )
+    parser.add_argument(
+        "--clients", type=whole(1, 4096), nargs="+", default=[1, 8, 32], help="with --serve: at a time"
+    )
+    parser.add_argument(
+        "--seconds", type=number(above=True), default=30.0, help="with --serve: of each number of clients"
     )
     parser.add_argument("--rows", type=whole(), default=4, help="with --train: sequences of a step")
     parser.add_argument("--length", type=whole(), default=256, help="with --train: tokens of a sequence")
@@ -62,8 +73,17 @@ def run(args: argparse.Namespace) -> None:
         size = args.gigabytes, args.shards
         bench_convert(*size, args.dtype, args.repeats, args.against, args.dir, args.json)
         return
+    if args.serve:
+        if args.against:
+            raise WrongUse("--serve loads one server: run it once for each")
+        from jaxseek.bench.serve import bench_serve
+
+        sizes = args.prompt_tokens, args.new_tokens
+        key = os.environ.get("JAXSEEK_API_KEY")
+        bench_serve(args.serve, args.clients, args.seconds, *sizes, args.model, key, args.json)
+        return
     if not args.model:
-        raise WrongUse("no model: give MODEL, or --convert")
+        raise WrongUse("no model: give MODEL, --convert or --serve")
     if args.grpo:
         if args.against not in (None, "trl"):
             raise WrongUse(f"--grpo compares with trl, not {args.against}")

@@ -14,6 +14,8 @@ import openai
 import pytest
 from served import model_and_tokenizer, served
 
+from jaxseek.bench.serve import bench_serve
+from jaxseek.config.model import ConfigError
 from jaxseek.engine.engine import Engine
 from jaxseek.engine.generate import request, seed_for
 from jaxseek.engine.sampling import Sampling
@@ -262,6 +264,16 @@ def test_tokens_there_and_back_and_figures(running, client, pair):
     assert "jaxseek_generated_tokens_total" in text
     assert "jaxseek_time_to_first_token_seconds_bucket" in text
     assert [m.id for m in client.models.list()] == ["tiny"]
+
+
+def test_bench_reports_tokens_latencies_and_a_server_that_is_not_there(running, capsys):
+    (row,) = bench_serve(running[1], (2,), 0.3, 8, 4, as_json=True)
+    assert row["errors"] == 0
+    assert row["requests"] >= 2
+    assert 0 < row["first_token_p50"] <= row["first_token_p99"]
+    assert json.loads(capsys.readouterr().out)["model"] == "tiny"
+    with pytest.raises(ConfigError, match="cannot be reached"):
+        bench_serve("http://127.0.0.1:9", (1,), 0.1)
 
 
 def test_stopping_waits_for_answers_that_are_under_way(pair):
