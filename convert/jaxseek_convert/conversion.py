@@ -306,6 +306,7 @@ def sink_for(source: stream.Described, forms: Mapping[str, Form], origin: Mappin
             beside.save(folder)
 
         return sink, finish
+    cfg |= origin.get("config", {})
     rows = {name: row for name, row, _ in source.table}
     kept = origin["dtypes"]
     tensors = {n: Form(kept[n]) if n in kept else forms[rows[n].paths[0]] for n in source.tensors}

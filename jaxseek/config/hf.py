@@ -164,13 +164,15 @@ def read(source: Mapping[str, Any], where: str = "config") -> ModelConfig:
     _, defaults, fixed = FAMILIES[kind]
     unread = {"rope"} | (set() if moe else MOE_FIELDS - {"n_routed_experts"})
     unread |= {"head_dim"} if kind in MLA else set()
+    unread |= {"mlp_bias"} & fixed.keys()  # transformers' classes do not read it either
     unread |= {*MLA_SHAPE, "q_lora_rank"} if raw.get("use_mla") is False else set()
     given = {k: raw[k] for k in _names() - unread if raw.get(k) is not None}
     if given.get("q_lora_rank") == 0:  # the official demo writes 0 for null
         del given["q_lora_rank"]
     if kind in MLA:  # MLA has no KV heads; transformers defaults to V3's 128
         given["num_key_value_heads"] = raw["num_attention_heads"]
-    out = {k: v for k, v in (defaults | fixed).items() if k not in unread} | given | {"model_type": kind}
+    out: dict[str, Any] = {k: v for k, v in (defaults | fixed).items() if k not in unread} | given
+    out["model_type"] = kind
     out.setdefault("num_key_value_heads", raw["num_attention_heads"])
     out["rope"] = _rope(raw, where)
     out["dtype"] = _dtype(raw.get("dtype"), where)
