@@ -33,6 +33,7 @@ from jaxseek.storage.hub import HUB, model_place
 from jaxseek.storage.place import Place, Remote, file_sizes, place, remove, scratch, writable
 from jaxseek.tokenizer.tokenizer import Tokenizer
 from jaxseek_convert import stream
+from jaxseek_convert.carried import carry
 from jaxseek_convert.checksums import check_sums
 from jaxseek_convert.files import Uploader, Writer
 from jaxseek_convert.from_hf import HFCheckpoint
@@ -143,6 +144,7 @@ def convert(
                         )
             if host == 0:
                 finish(draft.files, beside)
+                carry(at, draft.files)
                 digests = {"algorithm": "xxh3-128", "tensors": dict(sorted(journal.done.items()))}
                 models.write_json(draft.files / DIGESTS, digests, indent=None)
                 if to == "jaxseek":
