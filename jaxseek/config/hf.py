@@ -158,7 +158,7 @@ def read(source: Mapping[str, Any], where: str = "config") -> ModelConfig:
     if kind == "deepseek_v32" and isinstance(layer_types := raw.get("mlp_layer_types"), list):
         raw["first_k_dense_replace"] = _leading_dense(layer_types)
     _refuse_other_computations(raw, kind)
-    if unknown := sorted(raw.keys() - _fields(kind, moe) - _HARMLESS - _NEUTRAL.keys()):
+    if unknown := sorted(raw.keys() - _names() - _ALIASES.keys() - _ROPE_KEYS - _HARMLESS - _NEUTRAL.keys()):
         _warn(f"{where}: keys that jaxseek does not know, and passes over: {', '.join(map(repr, unknown))}")
 
     _, defaults, fixed = FAMILIES[kind]
@@ -264,7 +264,11 @@ def _refuse_other_computations(raw: Mapping[str, Any], kind: str) -> None:
 def _windows(raw: Mapping[str, Any], kind: str) -> list[str]:
     """Return what is wrong if a layer sees less than the context (Qwen2Config, Qwen3Config)."""
     types, window = raw.get("layer_types"), raw.get("sliding_window")
-    known = ("full_attention", "sliding_attention")
+    known = (
+        "full_attention",
+        "sliding_attention",
+        *(("indexed_attention",) if kind == "deepseek_v32" else ()),
+    )
     if isinstance(types, list) and (other := [t for t in types if t not in known]):
         return [f"layer_types has {other[0]!r}; every DeepSeek model uses 'full_attention'"]
     if not raw.get("use_sliding_window") or window is None:
@@ -306,9 +310,7 @@ def _dtype(value: Any, where: str) -> str:
     name = str(value).removeprefix("torch.")
     name = _DTYPE_NAMES.get(name, name)
     if name not in DTYPES:
-        _warn(
-            f"{where}: dtype is {value!r}, expected {', '.join(DTYPES)}; taken as bfloat16 where it matters"
-        )
+        _warn(f"{where}: dtype is {value!r}, expected {', '.join(DTYPES)}; read as bfloat16")
         return "bfloat16"
     return name
 
