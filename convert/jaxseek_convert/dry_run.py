@@ -132,9 +132,10 @@ def rehearse(
     """
     to_place = writable(dst)
     with source_place(src, to_place, weights=False) as at:
-        ours = models.kind_of(at) == "jaxseek"
+        if (kind := models.kind_of(at)) is None:
+            raise models.not_a_checkpoint(at)
         folder = small_files(at) if isinstance(at, Remote) else at
-        source = StoreCheckpoint(at, mtp) if ours else _described(at, folder, mtp)
+        source = StoreCheckpoint(at, mtp) if kind == "jaxseek" else _described(at, folder, mtp)
         forms = target_forms(source, to, dtype)
         sink, _ = sink_for(source, forms, source.origin(forms), to)
         destinations = list(_destinations(source, sink))

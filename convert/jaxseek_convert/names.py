@@ -50,7 +50,7 @@ def match(
             ours = name if ours is None or ours in found else ours
             found[f"{ours}_inv" if ours.endswith(".weight_scale") else ours] = name
     if prefix != "model." and found:
-        log.warning("%s: its tensors are named %s..., read as model....", where, prefix + "layers.0")
+        log.warning("%s: its tensors are named %slayers..., and read as model.layers...", where, prefix)
     if others:
         parts = sorted({".".join(name.split(".")[:2]) for name in others})
         log.warning(

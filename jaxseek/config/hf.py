@@ -201,6 +201,7 @@ def kept(source: Mapping[str, Any]) -> dict[str, Any]:
     moe = "deepseek" in kind and bool(raw.get("n_routed_experts") or raw.get("num_local_experts"))
     held = _fields(kind, moe) | {"dtype", "architectures", "hidden_act", "mlp_layer_types", "use_mla"}
     held |= {"quantization_config", "compression_config"}
+    held |= {*MLA_SHAPE, "q_lora_rank"} if raw.get("use_mla") is False else set()
     held |= {"auto_map"} if inside else set()
     held |= {"model_type"} if inside or raw.get("model_type") in (None, *FAMILIES) else set()
     return {k: v for k, v in raw.items() if k not in held}
