@@ -93,8 +93,10 @@ class HFCheckpoint:
         shapes = {name: t.shape for name, t in self.tensors.items() if t.dtype == FP8}
         scales = {n: self.tensors.pop(f"{n}_scale_inv") for n in shapes if f"{n}_scale_inv" in self.tensors}
         found = {n: s.shape for n, s in scales.items()}
-        whole = {n for n, s in found.items() if s != self._grid(shapes[n]) and math.prod(s) == 1}
-        rows = {n for n, s in found.items() if s in ((shapes[n][0],), (shapes[n][0], 1))} - whole
+        stated = isinstance(self.quantization, dict) and self.quantization.get("weight_block_size")
+        coarse = {n: s for n, s in found.items() if s != self._grid(shapes[n]) and not stated}
+        whole = {n for n, s in coarse.items() if math.prod(s) == 1}
+        rows = {n for n, s in coarse.items() if s in ((shapes[n][0],), (shapes[n][0], 1))} - whole
         raise_mismatch(
             f"{self.path}: the scales of its FP8 tensors are not those of blocks of {list(self._block)} "
             "(config.json's weight_block_size), of rows or of tensors",
@@ -108,7 +110,7 @@ class HFCheckpoint:
                 f"({scales[wrong[0]].dtype}); expected one of {', '.join(d.name for d in SCALES)}"
             )
         self._per = {n: shapes[n][0] if n in whole else 1 if n in rows else self._block[0] for n in scales}
-        if rows - {n for n in rows if found[n] == self._grid(shapes[n])}:
+        if rows:
             self._block = 1, self._block[1]
         method = self.quantization.get("quant_method") if isinstance(self.quantization, dict) else None
         if scales and (whole | rows or method not in (None, "fp8")):
@@ -292,15 +294,16 @@ def block_of(path: Place, how: Mapping[str, Any] | str | None) -> tuple[int, int
 
     Raises CheckpointError for a quantisation that is not FP8.
     """
-    known: Mapping[str, Any] = how if isinstance(how, dict) else {"quant_method": how} if how else {}
+    if how is not None and not isinstance(how, dict):
+        how = {"quant_method": f"quantization_config {how!r}"}
+    known = how or {}
     method, block = known.get("quant_method", "fp8"), known.get("weight_block_size")
     eight = method in ("fp8", "fbgemm_fp8") or (method == "modelopt" and known.get("quant_algo") == "FP8")
-    if method == "compressed-tensors":
-        groups = known.get("config_groups")
-        weights = [g.get("weights") for g in groups.values()] if isinstance(groups, dict) else []
-        kinds = [(w.get("type"), w.get("num_bits")) for w in weights if isinstance(w, dict)]
-        eight = bool(kinds) and set(kinds) == {("float", 8)}
-        block = next((w["block_structure"] for w in weights if w and w.get("block_structure")), block)
+    if method == "compressed-tensors" and isinstance(groups := known.get("config_groups"), dict):
+        weights = [g.get("weights") for g in groups.values() if isinstance(g, dict)]
+        weights = [w for w in weights if isinstance(w, dict)]
+        eight = {(w.get("type"), w.get("num_bits")) for w in weights} == {("float", 8)}
+        block = next((w["block_structure"] for w in weights if w.get("block_structure")), block)
     block = [BLOCK, BLOCK] if block is None else block
     sound = isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block)
     if not eight or not sound:

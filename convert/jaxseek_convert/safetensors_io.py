@@ -154,7 +154,9 @@ def weight_files(path: Place) -> tuple[list[str], dict[str, str] | None, list[st
         raise CheckpointError(adapter_at(path) or _no_weights(path, there))
     notes = []
     if unread := sorted(weights - set(files)):
-        notes.append(f"{path}: {some(unread)} beside {files[0]} not read" + _ADAPTER * _is_adapter(unread[0]))
+        notes.append(
+            f"{path}: {some(unread)} beside {files[0]} not read" + _ADAPTER * unread[0].startswith("adapter")
+        )
     if listed and listed != set(files):
         notes.append(f"{path / INDEX}: names other files ({some(sorted(listed - set(files)))}), not followed")
         index = None
@@ -162,11 +164,8 @@ def weight_files(path: Place) -> tuple[list[str], dict[str, str] | None, list[st
 
 
 _NUMBERED = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
+_OTHERS = ("adapter", "consolidated", "optimizer")  # not, or not in this layout, the model
 _ADAPTER = ": the adapter is not applied; merge it into the model first to use it"
-
-
-def _is_adapter(name: str) -> bool:
-    return name.startswith("adapter")
 
 
 def _shards(weights: Collection[str]) -> tuple[list[str], list[str]]:
@@ -176,11 +175,11 @@ def _shards(weights: Collection[str]) -> tuple[list[str], list[str]]:
     for name in sorted(weights):
         if found := _NUMBERED.fullmatch(name):
             sets.setdefault((found[1], found[3]), []).append(name)
-        elif not _is_adapter(name) and not name.startswith("consolidated"):
+        elif not name.startswith(_OTHERS):
             single.append(name)
-    whole = {kind: names for kind, names in sets.items() if len(names) == int(kind[1])}
+    whole = [kind for kind, names in sets.items() if len(names) == int(kind[1])]
     if whole:
-        return whole.get(next((kind for kind in whole if kind[0] == "model"), next(iter(whole))), []), []
+        return sorted([*sets[max(whole, key=lambda kind: kind[0] == "model")], *single]), []
     missing = [
         f"{int(total) - len(names)} of {names[0]}'s {int(total)}" for (_, total), names in sets.items()
     ]
