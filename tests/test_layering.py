@@ -130,8 +130,9 @@ def test_docstrings_open_with_a_subject_or_a_verb():
 def test_the_config_needs_the_standard_library_alone():
     import sys
 
-    names = {name.split(".")[0] for name, _, _ in imports(ROOT / "jaxseek" / "config" / "model.py")}
-    assert names <= set(sys.stdlib_module_names)
+    files = [ROOT / "jaxseek" / "config" / name for name in ("model.py", "hf.py")]
+    names = {name for path in files for name, _, _ in imports(path) if place(name) != "config"}
+    assert {name.split(".")[0] for name in names} <= set(sys.stdlib_module_names)
 
 
 @pytest.mark.parametrize("method", ["forward", "__call__"])

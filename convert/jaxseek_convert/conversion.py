@@ -34,6 +34,7 @@ from jaxseek.storage.place import Place, Remote, file_sizes, place, remove, scra
 from jaxseek.tokenizer.folder import read as tokenizer_files
 from jaxseek.tokenizer.tokenizer import Tokenizer
 from jaxseek_convert import stream
+from jaxseek_convert.carried import carry
 from jaxseek_convert.checksums import check_sums
 from jaxseek_convert.files import Uploader, Writer
 from jaxseek_convert.from_hf import HFCheckpoint
@@ -142,6 +143,7 @@ def convert(
                         )
             if host == 0:
                 finish(draft.files, beside)
+                carry(at, draft.files)
                 digests = {"algorithm": "xxh3-128", "tensors": dict(sorted(journal.done.items()))}
                 models.write_json(draft.files / DIGESTS, digests, indent=None)
                 if to == "jaxseek":
@@ -305,6 +307,7 @@ def sink_for(source: stream.Described, forms: Mapping[str, Form], origin: Mappin
             beside.save(folder)
 
         return sink, finish
+    cfg |= origin.get("config", {})
     rows = {name: row for name, row, _ in source.table}
     kept = origin["dtypes"]
     tensors = {n: Form(kept[n]) if n in kept else forms[rows[n].paths[0]] for n in source.tensors}

@@ -1,9 +1,8 @@
-"""`jaxseek convert --dry-run`: plan where every tensor goes, from config.json and the index alone."""
+"""`jaxseek convert --dry-run`: plan where every tensor goes, from headers or config.json and the index."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import re
 import shutil
@@ -20,6 +19,7 @@ import numpy as np
 
 from jaxseek.checkpoint import models
 from jaxseek.checkpoint.directory import existing_parent
+from jaxseek.config import hf
 from jaxseek.config.formats import Spec
 from jaxseek.config.model import ModelConfig
 from jaxseek.experts.replicate import place_experts
@@ -30,7 +30,8 @@ from jaxseek.sharding.strategy import Strategy
 from jaxseek.storage.place import Place, Remote, small_files, writable
 from jaxseek_convert.conversion import sink_for, source_place, target_forms
 from jaxseek_convert.files import File, Writer
-from jaxseek_convert.from_hf import block_of, quantization_of
+from jaxseek_convert.from_hf import HFCheckpoint, block_of, quantization_of, raw_config
+from jaxseek_convert.names import check, each_expert, match
 from jaxseek_convert.numbers import F32, FP8, Form
 from jaxseek_convert.safetensors_io import INDEX, bytes_of, read_index
 from jaxseek_convert.table import Table
@@ -38,11 +39,12 @@ from jaxseek_convert.tensors import StoreCheckpoint, planes
 from jaxseek_convert.to_hf import HFSink
 
 _PROBE = 128 << 20  # bytes written to measure the destination's speed
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 _MULTIPLIED = "multiplied into its numbers"  # scales of FP8 tensors that are written as floats
 
 
 class Announced:
-    """A Hugging Face checkpoint described by its config.json and index; no weight file is opened.
+    """A Hugging Face checkpoint described by its config.json and index, before its weights are there.
 
     Without an index, the tensors are those that the config implies. A tensor is FP8 if the index lists
     scales for it; without an index, the linear and expert matrices are FP8 if the config has a
@@ -50,48 +52,45 @@ class Announced:
     """
 
     def __init__(self, path: Path, mtp: bool = True):
-        self.path, self.cfg = path, ModelConfig.from_hf(path)
-        self.quantization = quantization_of(path)
+        cfg, raw = ModelConfig.from_hf(path), raw_config(path)
+        self.path, self.quantization, self.kept = path, quantization_of(raw), hf.kept(raw)
         self._block = block_of(path, self.quantization)
-        raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        self._dtype = models.parse_dtype(raw.get("torch_dtype") or raw.get("dtype") or "bfloat16").name
-        if not mtp:
-            self.cfg = self.cfg.replace(num_nextn_predict_layers=0)
-        self.table = Table(self.cfg)
-        self._rows = {name: row for name, row, _ in self.table}
         index = read_index(path) if (path / INDEX).is_file() else None
-        self.files = index if index is not None else dict.fromkeys(self._implied(), "")
-        last = self.cfg.num_hidden_layers
-        beyond = re.compile(r"model\.layers\.(\d+)\.")
-        names = {n for n in self.files if mtp or not ((m := beyond.match(n)) and int(m[1]) >= last)}
+        if index is None:
+            cfg = cfg if mtp else cfg.replace(num_nextn_predict_layers=0)
+            names = self._implied(Table(cfg))
+        else:
+            each = [each_expert(name, cfg.n_routed_experts) for name in index]
+            every = {n: None for name, parts in zip(index, each) for n in ([p[0] for p in parts] or [name])}
+            cfg, found = match(path, cfg, every, mtp, hf.tower(raw) is not raw)
+            names = set(found)
+        self.cfg, self.table = cfg, Table(cfg)
+        self._rows = {name: row for name, row, _ in self.table}
         self._eight = {n.removesuffix("_scale_inv") for n in names if n.endswith("_scale_inv")}
         tensors = names - {f"{n}_scale_inv" for n in self._eight}
         expected = {n: row for n, row in self._rows.items() if row.kind == "own" or n in tensors}
-        models.raise_mismatch(
-            f"{path}: its index names other tensors than config.json's {self.cfg.model_type} with "
-            f"{last} layers has",
+        check(
+            f"{path}: its index names other tensors than config.json's {cfg.model_type} with "
+            f"{cfg.num_hidden_layers} layers has",
             dict.fromkeys(tensors, ()),
             dict.fromkeys(expected, ()),
-            "Do config.json and the index belong together?",
         )
         self.tensors = {n: row for n, row in self._rows.items() if n in tensors}
         owned = [(n, row) for n, row in self.tensors.items() if row.kind == "own"]
         self.forms = {path: self.form(n) for n, row in owned for path in row.paths}
 
-    def _implied(self) -> set[str]:
-        names = self.table.names()
-        quantized = {n for n in names if self._is_matrix(n)} if self.quantization else set()
-        return names | {f"{n}_scale_inv" for n in quantized}
-
-    def _is_matrix(self, name: str) -> bool:
-        return all(p.rpartition(".")[2] in MATRICES for p in self._rows[name].paths)
+    def _implied(self, table: Table) -> set[str]:
+        names = table.names()
+        rows = {name: row for name, row, _ in table}
+        matrices = {n for n in names if all(p.rpartition(".")[2] in MATRICES for p in rows[n].paths)}
+        return names | {f"{n}_scale_inv" for n in matrices if self.quantization}
 
     def form(self, name: str) -> Form:
         """Return how a tensor is stored, as HFCheckpoint.form does."""
         if name in self._eight:
             return Form(FP8.name, self._block[1], self._block[0])
         abstract = self.table.params[self._rows[name].paths[0]]
-        return Form(F32.name if abstract.dtype == jnp.float32 else self._dtype)
+        return Form(F32.name if abstract.dtype == jnp.float32 else self.cfg.dtype)
 
     def nbytes(self, name: str) -> int:
         """Return the bytes of a tensor and its scales."""
@@ -103,7 +102,7 @@ class Announced:
         """Return the copies and quantisation for `sink_for`, as HFCheckpoint.origin does."""
         del forms
         copies = [n for n, row in self.tensors.items() if row.kind != "own"]
-        return {"copies": copies, "dtypes": {}, "quantization": self.quantization}
+        return {"copies": copies, "dtypes": {}, "quantization": self.quantization, "config": self.kept}
 
 
 @dataclass(frozen=True)
@@ -133,9 +132,10 @@ def rehearse(
     """
     to_place = writable(dst)
     with source_place(src, to_place, weights=False) as at:
-        ours = models.kind_of(at) == "jaxseek"
+        if (kind := models.kind_of(at)) is None:
+            raise models.not_a_checkpoint(at)
         folder = small_files(at) if isinstance(at, Remote) else at
-        source = StoreCheckpoint(at, mtp) if ours else Announced(folder, mtp)
+        source = StoreCheckpoint(at, mtp) if kind == "jaxseek" else _described(at, folder, mtp)
         forms = target_forms(source, to, dtype)
         sink, _ = sink_for(source, forms, source.origin(forms), to)
         destinations = list(_destinations(source, sink))
@@ -168,12 +168,23 @@ def rehearse(
     }
 
 
+def _described(at: Place, folder: Path, mtp: bool) -> Announced | HFCheckpoint:
+    """Describe a Hugging Face checkpoint by its files, as `convert` does, or before they are there."""
+    if isinstance(at, Path) and any(f.suffix in _WEIGHTS for f in at.glob("*")):
+        absent = (
+            set(read_index(at).values()) - {f.name for f in at.glob("*")} if (at / INDEX).is_file() else ()
+        )
+        if not absent:
+            return HFCheckpoint(at, mtp)
+    return Announced(folder, mtp)
+
+
 def _free(at: Place) -> int | None:
     """Return the free bytes of a disk, or None for an object store, which has no limit."""
     return None if isinstance(at, Remote) else shutil.disk_usage(existing_parent(at.absolute())).free
 
 
-def _destinations(source: Announced | StoreCheckpoint, sink: Any) -> Iterator[Destination]:
+def _destinations(source: Announced | HFCheckpoint | StoreCheckpoint, sink: Any) -> Iterator[Destination]:
     """Yield the destination of every source tensor and scale, in table order."""
     for name, row, at in source.table:
         if name not in source.tensors:

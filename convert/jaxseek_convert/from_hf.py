@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-import re
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,31 @@ from jax.sharding import NamedSharding
 
 from jaxseek.checkpoint.directory import CheckpointError
 from jaxseek.checkpoint.models import param_dtype, raise_mismatch, same_bits
+from jaxseek.config import hf
 from jaxseek.config.model import ModelConfig
 from jaxseek.model.deepseek import DeepSeek
 from jaxseek.sharding.parameters import fill
 from jaxseek.storage.place import Place, Remote, place, small_files
 from jaxseek_convert.layout import Index
-from jaxseek_convert.numbers import BF16, F32, FLOATS, FP8, SCALES, Form, Memory, Rows, decode, from_blocks
-from jaxseek_convert.safetensors_io import Tensor, find_tensors
+from jaxseek_convert.names import check, each_expert, match
+from jaxseek_convert.numbers import (
+    BF16,
+    BLOCK,
+    F32,
+    FLOATS,
+    FP8,
+    SCALES,
+    Form,
+    Memory,
+    Rows,
+    decode,
+    from_blocks,
+)
+from jaxseek_convert.safetensors_io import Tensor, locate
 from jaxseek_convert.table import Table, Tensors
 
 log = logging.getLogger("jaxseek")
 
-_IGNORED = "rotary_emb.inv_freq"  # buffers that old transformers saved
-_FUSED = re.compile(r"(.*\.experts\.)(gate_up|down)_proj(_scale_inv)?")  # as fused by transformers 5
 _COMPARED = 1 << 24  # bytes compared at a time
 
 
@@ -54,14 +66,19 @@ class HFCheckpoint:
     def __init__(self, path: str | Place, mtp: bool = True):
         self.path = place(path)
         folder = small_files(self.path) if isinstance(self.path, Remote) else self.path
-        self.cfg = ModelConfig.from_hf(folder)
-        self.quantization = quantization_of(folder)
+        cfg, raw = ModelConfig.from_hf(folder), raw_config(folder)
+        self.kept = hf.kept(raw)
+        self.quantization = quantization_of(raw)
         self._block = block_of(self.path, self.quantization)
-        self.tensors = _one_for_each_expert(find_tensors(self.path))
+        tensors, notes = locate(self.path)
+        tensors = _one_for_each_expert(tensors)
+        self.cfg, names = match(self.path, cfg, tensors, mtp, hf.tower(raw) is not raw)
+        self.tensors = {name: tensors[on_disk] for name, on_disk in names.items()}
         self._scales = self._take_scales()
-        self._choose_mtp(mtp)
         self.table = Table(self.cfg)
-        self._check()
+        self._check(notes)
+        for note in notes:
+            log.warning("%s", note)
         self.forms = self._forms()
 
     # ---------------------------------------------------------------- contents
@@ -69,52 +86,52 @@ class HFCheckpoint:
     def _take_scales(self) -> dict[str, Tensor]:
         """Move the scales of FP8 tensors out of `tensors` and return them by tensor name.
 
-        Raises CheckpointError if a scale is missing or has an unexpected shape or dtype.
+        A scale for a whole tensor or for each row is read as those of blocks, which hold it exactly: `_block`
+        and `quantization` then say so. Raises CheckpointError if a scale is missing or has an unexpected
+        shape or dtype.
         """
-        names = [name for name, t in self.tensors.items() if t.dtype == FP8]
-        expected = {
-            f"{n}_scale_inv": tuple(-(-d // b) for d, b in zip(self.tensors[n].shape, self._block))
-            for n in names
-        }
-        scales = {n: self.tensors.pop(n) for n in expected if n in self.tensors}
+        shapes = {name: t.shape for name, t in self.tensors.items() if t.dtype == FP8}
+        scales = {n: self.tensors.pop(f"{n}_scale_inv") for n in shapes if f"{n}_scale_inv" in self.tensors}
+        found = {n: s.shape for n, s in scales.items()}
+        stated = isinstance(self.quantization, dict) and self.quantization.get("weight_block_size")
+        coarse = {n: s for n, s in found.items() if s != self._grid(shapes[n]) and not stated}
+        whole = {n for n, s in coarse.items() if math.prod(s) == 1}
+        rows = {n for n, s in coarse.items() if s in ((shapes[n][0],), (shapes[n][0], 1))} - whole
         raise_mismatch(
             f"{self.path}: the scales of its FP8 tensors are not those of blocks of {list(self._block)} "
-            "(config.json's weight_block_size)",
-            {n: s.shape for n, s in scales.items()},
-            expected,
+            "(config.json's weight_block_size), of rows or of tensors",
+            {f"{n}_scale_inv": s for n, s in found.items()},
+            {f"{n}_scale_inv": found[n] if n in whole | rows else self._grid(s) for n, s in shapes.items()},
             "Do config.json and the weights belong together, and is the download complete?",
         )
         if wrong := [n for n, s in scales.items() if s.dtype not in SCALES]:
             raise CheckpointError(
-                f"{self.path}: {len(wrong)} scales have a dtype that no scale has, such as {wrong[0]} "
+                f"{self.path}: {len(wrong)} scales have a dtype that no scale has, such as {wrong[0]}'s "
                 f"({scales[wrong[0]].dtype}); expected one of {', '.join(d.name for d in SCALES)}"
             )
-        return {n.removesuffix("_scale_inv"): s for n, s in scales.items()}
+        self._per = {n: shapes[n][0] if n in whole else 1 if n in rows else self._block[0] for n in scales}
+        if rows:
+            self._block = 1, self._block[1]
+        method = self.quantization.get("quant_method") if isinstance(self.quantization, dict) else None
+        if scales and (whole | rows or method not in (None, "fp8")):
+            kind = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+            self.quantization = {**kind, "weight_block_size": list(self._block)}
+        return scales
 
-    def _choose_mtp(self, mtp: bool) -> None:
-        """Set the number of multi-token modules from `mtp` and the tensors present; drop unused tensors."""
-        first, depths = self.cfg.num_hidden_layers, self.cfg.num_nextn_predict_layers
-        prefixes = tuple(f"model.layers.{first + k}." for k in range(depths))
-        module = {name for name in self.tensors if depths and name.startswith(prefixes)}
-        if depths and mtp and not module:
-            log.warning(
-                "%s has no tensors of the multi-token module that its config names: none is loaded", self.path
-            )
-        if not mtp or not module:
-            self.cfg = self.cfg.replace(num_nextn_predict_layers=0)
-            self.tensors = {n: t for n, t in self.tensors.items() if n not in module}
+    def _grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the scales of blocks for a tensor of this shape."""
+        return tuple(-(-n // b) for n, b in zip(shape, self._block))
 
-    def _check(self) -> None:
-        self.tensors = {n: t for n, t in self.tensors.items() if not n.endswith(_IGNORED)}
+    def _check(self, notes: Sequence[str]) -> None:
         rows = {name: row for name, row, _ in self.table}
         expected = {n: row.layout.shape for n, row in rows.items() if row.kind == "own" or n in self.tensors}
         cfg = self.cfg
-        raise_mismatch(
+        check(
             f"{self.path}: its tensors are not those of config.json's {cfg.model_type} with "
             f"{cfg.num_hidden_layers} layers",
             {n: t.shape for n, t in self.tensors.items()},
             expected,
-            "Do config.json and the weights belong together, and is the download complete?",
+            notes,
         )
         if wrong := [n for n, t in self.tensors.items() if t.dtype == FP8 and len(t.shape) != 2]:
             raise CheckpointError(
@@ -202,7 +219,7 @@ class HFCheckpoint:
 
         `copies`: tensors on disk that repeat a parameter. `dtypes`: dtypes of tensors that the parameter
         stores exactly in another dtype, and of scales that are not float32. `quantization`: the
-        `quantization_config` of config.json.
+        `quantization_config` of config.json. `config`: its keys that have no part in the model.
         """
         present = [(name, row.paths[0], row.kind) for name, row, _ in self.table if name in self.tensors]
         dtypes = {}
@@ -217,7 +234,8 @@ class HFCheckpoint:
             ):
                 dtypes[name] = stored.kind
         copies = [name for name, _, kind in present if kind in ("copy", "tied")]
-        return {"copies": copies, "dtypes": dtypes, "quantization": self.quantization}
+        kept = {"config": self.kept} if self.kept else {}
+        return {"copies": copies, "dtypes": dtypes, "quantization": self.quantization, **kept}
 
     # ---------------------------------------------------------------- reading
 
@@ -225,8 +243,11 @@ class HFCheckpoint:
         """Return stored rows [first, last), in a buffer that this thread's next read may reuse."""
         form, scale = self.form(name), None
         if form.quantized:
-            blocks = self._scales[name].rows(first // form.block, -(-last // form.block))
-            scale = from_blocks(blocks, first % form.block, last - first, form)
+            per = self._per[name]
+            parts = self._scales[name].rows(first // per, -(-last // per))
+            scale = from_blocks(parts.reshape(len(parts), -1), first % per, last - first, per)
+            if scale.shape[1] == 1:
+                scale = scale.repeat(form.groups(self.tensors[name].shape[1]), 1)
         return Rows(self.tensors[name].rows(first, last), scale)
 
     def fetch(self, name: str, index: Index) -> np.ndarray:
@@ -257,29 +278,38 @@ class HFCheckpoint:
         return fill(model, model.strategy.make_mesh(), make)
 
 
-def quantization_of(path: Path) -> dict[str, Any] | None:
+def raw_config(folder: Path) -> dict[str, Any]:
+    """Return config.json as it is; ModelConfig.from_hf has found it to be an object."""
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def quantization_of(raw: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return `quantization_config` of config.json, or None."""
-    return json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    inner = hf.tower(raw)
+    return inner.get("quantization_config") or inner.get("compression_config")
 
 
-def block_of(path: Place, how: Mapping[str, Any] | None) -> tuple[int, int]:
-    """Return the rows and columns of an FP8 scale block.
+def block_of(path: Place, how: Mapping[str, Any] | str | None) -> tuple[int, int]:
+    """Return the rows and columns of an FP8 scale block, where scales are of blocks.
 
-    Raises CheckpointError for any other kind of quantisation.
+    Raises CheckpointError for a quantisation that is not FP8.
     """
-    known = (
-        {}
-        if how is None
-        else how
-        if isinstance(how, dict)
-        else {"quant_method": how, "weight_block_size": None}
-    )
-    method, block = known.get("quant_method", "fp8"), known.get("weight_block_size", [128, 128])
-    sound = isinstance(block, list) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block)
-    if method != "fp8" or not sound:
+    if how is not None and not isinstance(how, dict):
+        how = {"quant_method": f"quantization_config {how!r}"}
+    known = how or {}
+    method, block = known.get("quant_method", "fp8"), known.get("weight_block_size")
+    eight = method in ("fp8", "fbgemm_fp8") or (method == "modelopt" and known.get("quant_algo") == "FP8")
+    if method == "compressed-tensors" and isinstance(groups := known.get("config_groups"), dict):
+        weights = [g.get("weights") for g in groups.values() if isinstance(g, dict)]
+        weights = [w for w in weights if isinstance(w, dict)]
+        eight = {(w.get("type"), w.get("num_bits")) for w in weights} == {("float", 8)}
+        block = next((w["block_structure"] for w in weights if w.get("block_structure")), block)
+    block = [BLOCK, BLOCK] if block is None else block
+    sound = isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block)
+    if not eight or not sound:
         raise CheckpointError(
-            f"{path}: quantized by {method!r} with blocks {block}; expected weights that are not "
-            "quantized, or 'fp8' with two block sizes. Fetch the original weights"
+            f"{path}: quantized by {method!r} with blocks {block}; expected weights that are not quantized, "
+            "or FP8 with a scale for each tensor, row or block of two sizes. Fetch the original weights"
         )
     return block[0], block[1]
 
@@ -295,15 +325,10 @@ def _one_for_each_expert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Split fused expert tensors: gate_up [E, 2F, D] is gate, then up; down is [E, D, F]."""
     out: dict[str, Tensor] = {}
     for name, t in tensors.items():
-        if not (match := _FUSED.fullmatch(name)) or len(t.shape) != 3:
+        if len(t.shape) != 3 or not (parts := each_expert(name, t.shape[0])):
             out[name] = t
             continue
-        prefix, which, scale = match.groups()
-        end, half = f"_proj.weight{scale or ''}", t.shape[1] // 2
-        for e in range(t.shape[0]):
-            if which == "down":
-                out[f"{prefix}{e}.down{end}"] = t.part(e, slice(None))
-            else:
-                out[f"{prefix}{e}.gate{end}"] = t.part(e, slice(0, half))
-                out[f"{prefix}{e}.up{end}"] = t.part(e, slice(half, None))
+        half = t.shape[1] // 2
+        rows = {"gate": slice(0, half), "up": slice(half, None), "down": slice(None)}
+        out |= {other: t.part(e, rows[part]) for other, e, part in parts}
     return out

@@ -6,8 +6,8 @@
 Quantised tensors are dequantised to float32, which is exact; `exact_dtype` finds the files that need fewer
 bits. Uses NumPy only: the package `gguf` reads and dequantises, one tensor at a time.
 
-Sources: gguf-py's constants.py; llama.cpp's convert_hf_to_gguf.py (LlamaModel, Qwen2Model) for the
-transforms of the weights, and its llama-vocab.cpp for the tokenizers.
+gguf_config.py reads the metadata, gguf_tokenizer.py the vocabulary. Source of the transforms of the weights:
+llama.cpp's convert_hf_to_gguf.py (LlamaModel, Qwen2Model, DeepseekModel, DeepseekV2Model).
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ import importlib.util
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from jaxseek.checkpoint.directory import CheckpointError, new_directory
 from jaxseek.checkpoint.models import raise_mismatch
 from jaxseek.config.model import ConfigError, ModelConfig
 from jaxseek.storage.place import Place, Remote, cached, is_url, place
+from jaxseek_convert.gguf_config import read_config, shape_of
+from jaxseek_convert.gguf_tokenizer import tokenizer_files
 from jaxseek_convert.safetensors_io import write_safetensors
 from jaxseek_convert.table import hf_tensors
 
@@ -38,38 +39,30 @@ _LAYER = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
     "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
+    "ffn_gate_exps": "mlp.experts.{e}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{e}.up_proj",
+    "ffn_down_exps": "mlp.experts.{e}.down_proj",
 }
 _HEADS = {".q_proj.": "num_attention_heads", ".k_proj.": "num_key_value_heads"}
-_ARCHITECTURES = {"llama": _HEADS, "qwen2": {}}  # to the tensors whose rotary rows llama.cpp interleaves
-_CONFIG = {
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "block_count": "num_hidden_layers",
-    "attention.head_count": "num_attention_heads",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "context_length": "max_position_embeddings",
-}
-
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
-_NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_LLAMA3, _QWEN2 = (pre_tokenizers.Split(Regex(_WORDS % n), "isolated") for n in ("{1,3}", ""))
-# tokenizer.ggml.pre -> (pre-tokenizers that split text into words, whether ByteLevel applies GPT-2's regex)
-_PRE: dict[str, tuple[list[pre_tokenizers.PreTokenizer], bool]] = {
-    "gpt-2": ([], True),
-    "smollm": ([pre_tokenizers.Digits(individual_digits=True)], True),
-    "llama-bpe": ([_LLAMA3], False),
-    "qwen2": ([_QWEN2], False),
-    "deepseek-r1-qwen": ([_QWEN2], False),
-}
+_INTERLEAVED = ("llama", "deepseek")  # llama.cpp interleaves the rotary rows of their queries and keys
+_ROUTER_BIAS = "e_score_correction_bias"
 
 
 # ---------------------------------------------------------------- finding the file
@@ -131,15 +124,16 @@ def gguf_to_hf(src: str | Place, dst: str | Path, overwrite: bool = False) -> Pa
     path = _find(src)
     try:
         meta, tensors = _read(path)
-        cfg = _config(meta, tensors)
-        files = {"config.json": cfg.to_hf(), **_tokenizer(meta, cfg)}
-        tensors = _check(cfg, tensors)
+        cfg = read_config(meta, tensors)
+        files = {"config.json": cfg.to_hf(), **tokenizer_files(path, meta, cfg)}
+        pieces = _check(cfg, _pieces(tensors))
     except (CheckpointError, ConfigError) as e:
         raise type(e)(f"{path}: {e}") from e.__cause__
     dtype = np.dtype(cfg.dtype)
-    specs = {name: (_shape(tensor), dtype) for name, tensor in tensors.items()}
-    needed = sum(math.prod(shape) for shape, _ in specs.values()) * dtype.itemsize
-    arrays = ((name, _weight(cfg, name, t).astype(dtype, copy=False)) for name, t in tensors.items())
+    kinds = {name: np.dtype(np.float32) if name.endswith(_ROUTER_BIAS) else dtype for name in pieces}
+    specs = {name: (piece.shape, kinds[name]) for name, piece in pieces.items()}
+    needed = sum(math.prod(shape) * kind.itemsize for shape, kind in specs.values())
+    arrays = ((n, _weight(cfg, n, piece).astype(kinds[n], copy=False)) for n, piece in pieces.items())
     with new_directory(dst, needed, overwrite) as partial:
         for name, content in files.items():
             text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
@@ -169,113 +163,83 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return meta, {tensor.name: tensor for tensor in reader.tensors}
 
 
-def exact_dtype(tensors: Iterable[Any]) -> str:
-    """Return the narrowest dtype that holds every value: bfloat16, float16 or float32.
-
-    16 bits suffice only for a file that was never quantised. Norms are stored as float32 in every GGUF file,
-    but those of a bfloat16 model are exact in bfloat16.
-    """
-
-    def fits(tensor: Any, kind: str, dtype: Any) -> bool:
-        if tensor.tensor_type.name != "F32":
-            return tensor.tensor_type.name == kind
-        with np.errstate(over="ignore"):
-            return np.array_equal(tensor.data.astype(dtype).astype(np.float32), tensor.data)
-
-    tensors = list(tensors)
-    for kind, dtype in (("BF16", ml_dtypes.bfloat16), ("F16", np.float16)):
-        if all(fits(tensor, kind, dtype) for tensor in tensors):
-            return np.dtype(dtype).name
-    return "float32"
-
-
-# ---------------------------------------------------------------- config
-
-
-def _config(meta: Mapping[str, Any], tensors: dict[str, Any]) -> ModelConfig:
-    """Build the ModelConfig from the metadata; pop the rotary factors, not a weight, from `tensors`."""
-    arch = meta.get("general.architecture")
-    if arch not in _ARCHITECTURES:
-        raise CheckpointError(f"the architecture is {arch!r}; supported are {', '.join(_ARCHITECTURES)}")
-    missing = [f"{arch}.{key}" for key in _CONFIG if f"{arch}.{key}" not in meta]
-    if missing or "token_embd.weight" not in tensors:
-        raise CheckpointError(
-            f"no {', '.join(missing) or 'token_embd.weight'}; the file holds no {arch} model"
-        )
-    fields = {k.removeprefix(f"{arch}."): v for k, v in meta.items() if k.startswith(f"{arch}.")}
-    raw = {name: fields[key] for key, name in _CONFIG.items()}
-    raw |= {f"{key}_id": meta.get(f"tokenizer.ggml.{name}_token_id") for key, name in _NAMED.items()}
-    raw["rms_norm_eps"] = float(
-        str(np.float32(raw["rms_norm_eps"]))
-    )  # 1e-05, not the float32's decimal expansion
-    raw["num_key_value_heads"] = fields.get("attention.head_count_kv")
-    raw["head_dim"] = fields.get("attention.key_length")
-    theta = float(fields.get("rope.freq_base", 10000.0))
-    scaling = _rope_scaling(fields, tensors.pop("rope_freqs.weight", None), theta)
-    raw |= {"model_type": arch, "rope_theta": theta, "rope_scaling": scaling}
-    raw["vocab_size"] = _shape(tensors["token_embd.weight"])[0]
-    raw["tie_word_embeddings"] = "output.weight" not in tensors
-    raw["attention_bias"] = "blk.0.attn_q.bias" in tensors
-    raw["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
-    raw["dtype"] = exact_dtype(tensors.values())
-    cfg = ModelConfig.from_hf(raw)
-    if (rotated := fields.get("rope.dimension_count", cfg.head_dim)) != cfg.head_dim:
-        raise CheckpointError(f"rope.dimension_count is {rotated}, expected the whole head, {cfg.head_dim}")
-    return cfg
-
-
-def _rope_scaling(fields: Mapping[str, Any], factors: Any, theta: float) -> dict[str, Any] | None:
-    """Return config.json's `rope_scaling`. Llama 3's has no GGUF field and is inferred from `factors`."""
-    given = {k.removeprefix("rope.scaling."): v for k, v in fields.items() if k.startswith("rope.scaling.")}
-    kind, factor = given.pop("type", "none"), given.pop("factor", 1.0)
-    length = given.pop("original_context_length", 0)
-    given.pop("finetuned", None)
-    if given or kind not in ("none", "linear", "yarn"):
-        also = f" with {', '.join(given)}" if given else ""
-        raise CheckpointError(f"rope.scaling.type is {kind!r}{also}; supported are none, linear and yarn")
-    scaling = {"rope_type": kind, "factor": factor}
-    if factors is not None:
-        factor, low, high, length = float(factors.data.max()), 1.0, 4.0, 8192  # as in Llama 3.1, 3.2, 3.3
-        turns = length / (2 * math.pi * theta ** (np.arange(len(factors.data)) / len(factors.data)))
-        smooth = np.clip((turns - low) / (high - low), 0, 1)
-        if not np.allclose(factors.data, 1 / ((1 - smooth) / factor + smooth), rtol=1e-4):
-            raise CheckpointError("rope_freqs.weight is not Llama 3's; no other rotary factors are supported")
-        scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high}
-    if scaling["rope_type"] in ("yarn", "llama3"):
-        scaling["original_max_position_embeddings"] = length
-    return None if scaling["rope_type"] == "none" else scaling
-
-
 # ---------------------------------------------------------------- weights
 
 
-def _check(cfg: ModelConfig, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tensors by Hugging Face name, in model order.
+@dataclass(frozen=True)
+class Piece:
+    """Where a Hugging Face tensor lies in the file: a tensor, one expert of it, or kv_b in two halves."""
+
+    tensors: tuple[Any, ...]
+    expert: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        first, *second = map(shape_of, self.tensors)
+        if second:
+            return (first[0] * (first[2] + second[0][1]), first[1])
+        return first if self.expert is None else first[1:]
+
+    def read(self) -> np.ndarray:
+        """Dequantise to float32."""
+        from gguf.quants import dequantize
+
+        data = [t.data if self.expert is None else t.data[self.expert] for t in self.tensors]
+        whole = [dequantize(part, t.tensor_type) for part, t in zip(data, self.tensors)]
+        if len(whole) == 1:
+            return whole[0].reshape(self.shape)
+        k_NCP, v_NHC = (part.reshape(shape_of(t)) for part, t in zip(whole, self.tensors))
+        return np.concatenate([k_NCP.swapaxes(1, 2), v_NHC], axis=1).reshape(self.shape)
+
+
+def _pieces(tensors: Mapping[str, Any]) -> dict[str, Piece]:
+    """Map every tensor to Hugging Face names: the experts of one apart, the halves of kv_b together."""
+    out: dict[str, Piece] = {}
+    for name, tensor in tensors.items():
+        whole = re.sub(r"attn_[kv]_b\.", "attn_kv_b.", name)
+        if whole != name:
+            halves = [tensors.get(whole.replace("kv_b", half)) for half in ("k_b", "v_b")]
+            if whole in tensors:  # some files have both forms
+                continue
+            if all(t is not None and len(t.shape) == 3 for t in halves):
+                out[_hf_name(whole)] = Piece(tuple(halves))
+                continue
+        hf = _hf_name(name)
+        if "{e}" in hf and len(tensor.shape) == 3:
+            out |= {hf.format(e=e): Piece((tensor,), e) for e in range(shape_of(tensor)[0])}
+        else:
+            out[hf] = Piece((tensor,))
+    return out
+
+
+def _check(cfg: ModelConfig, pieces: Mapping[str, Piece]) -> dict[str, Piece]:
+    """Return the pieces in model order.
 
     Raises CheckpointError for wrong names or shapes, and for types that gguf cannot dequantise.
     """
     from gguf.quants import dequantize
 
-    tensors = {_hf_name(name): tensor for name, tensor in tensors.items()}
     expected = hf_tensors(cfg)
     raise_mismatch(
         f"is not the {cfg.model_type} model of {cfg.num_hidden_layers} layers that its metadata describe",
-        {name: _shape(tensor) for name, tensor in tensors.items()},
+        {name: piece.shape for name, piece in pieces.items()},
         expected,
         "only models of this architecture without additions are supported",
     )
-    for name, tensor in tensors.items():
+    for name, tensor in {n: t for n, piece in pieces.items() for t in piece.tensors}.items():
         try:
             dequantize(tensor.data.reshape(-1, tensor.data.shape[-1])[:1], tensor.tensor_type)
         except NotImplementedError:
             raise CheckpointError(
                 f"{name} is {tensor.tensor_type.name}, which gguf cannot dequantise"
             ) from None
-    return {name: tensors[name] for name in expected}
+    return {name: pieces[name] for name in expected}
 
 
 def _hf_name(name: str) -> str:
     """Map `blk.3.attn_q.weight` to `model.layers.3.self_attn.q_proj.weight`; unknown names pass through."""
+    if bias := re.fullmatch(r"blk\.(\d+)\.exp_probs_b(\.bias)?", name):
+        return f"model.layers.{bias[1]}.mlp.gate.{_ROUTER_BIAS}"
     parts = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     layer, stem, end = parts.groups() if parts else (None, "", "")
     found = (_MODEL if layer is None else _LAYER).get(stem)
@@ -283,86 +247,11 @@ def _hf_name(name: str) -> str:
     return f"{prefix}{found}.{end}" if found else name
 
 
-def _shape(tensor: Any) -> tuple[int, ...]:
-    return tuple(int(n) for n in reversed(tensor.shape))
-
-
-def _weight(cfg: ModelConfig, name: str, tensor: Any) -> np.ndarray:
+def _weight(cfg: ModelConfig, name: str, piece: Piece) -> np.ndarray:
     """Dequantise a tensor to float32, moving rotary pairs from adjacent rows to half a head apart."""
-    from gguf.quants import dequantize
-
-    x = dequantize(tensor.data, tensor.tensor_type).reshape(_shape(tensor))
-    for part, heads in _ARCHITECTURES[cfg.model_type].items():
-        if part in name:
+    x = piece.read()
+    for part, heads in _HEADS.items():
+        if part in name and cfg.model_type in _INTERLEAVED:
             pairs = x.reshape(getattr(cfg, heads), cfg.head_dim // 2, 2, *x.shape[1:])
             return pairs.swapaxes(1, 2).reshape(x.shape)
     return x
-
-
-# ---------------------------------------------------------------- tokenizer
-
-
-def _tokenizer(meta: Mapping[str, Any], cfg: ModelConfig) -> dict[str, Any]:
-    """Return the contents of tokenizer.json, tokenizer_config.json and generation_config.json.
-
-    As in released files, control tokens after the last vocabulary piece are added tokens, not vocabulary, and
-    tokens that only pad the embedding are left out.
-    """
-    ggml = {k.removeprefix("tokenizer.ggml."): v for k, v in meta.items() if k.startswith("tokenizer.ggml.")}
-    kind, pre, tokens = ggml.get("model"), ggml.get("pre"), ggml.get("tokens", [])
-    if kind != "gpt2" or pre not in _PRE:
-        raise CheckpointError(
-            f"the tokenizer is {kind!r} with pre-tokenizer {pre!r}; supported is 'gpt2' (byte-level BPE) "
-            f"with {', '.join(_PRE)}"
-        )
-    if len(tokens) > cfg.vocab_size:
-        raise CheckpointError(f"{len(tokens)} tokens for an embedding of {cfg.vocab_size} rows")
-    types = ggml.get("token_type", [_NORMAL] * len(tokens))
-    try:
-        ids = {key: ggml.get(f"{name}_token_id") for key, name in _NAMED.items()}
-        names = {key: tokens[i] for key, i in ids.items() if i is not None}
-        add_bos = bool(ggml.get("add_bos_token", pre == "llama-bpe")) and "bos_token" in names
-        tokenizer = _byte_level_bpe(tokens, types, ggml["merges"], pre)
-        if add_bos:
-            bos = names["bos_token"]
-            tokenizer.post_processor = processors.TemplateProcessing(
-                single=[bos, "$A"],
-                pair=[bos, "$A", f"{bos}:1", "$B:1"],
-                special_tokens=[(bos, cfg.bos_token_id)],
-            )
-    except Exception as e:
-        raise CheckpointError(f"no tokenizer can be made of its tokens ({type(e).__name__}: {e})") from e
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": cfg.max_position_embeddings,
-        "clean_up_tokenization_spaces": False,
-        "add_bos_token": add_bos,
-        "chat_template": meta.get("tokenizer.chat_template"),
-        **names,
-    }
-    ends = dict.fromkeys(i for i in (cfg.eos_token_id, ggml.get("eot_token_id")) if i is not None)
-    ids = {"bos_token_id": cfg.bos_token_id, "eos_token_id": list(ends), "pad_token_id": cfg.pad_token_id}
-    return {
-        "tokenizer.json": json.loads(tokenizer.to_str()),
-        "tokenizer_config.json": {k: v for k, v in config.items() if v is not None},
-        "generation_config.json": {k: v for k, v in ids.items() if v not in (None, [])},
-    }
-
-
-def _byte_level_bpe(tokens: list[str], types: list[int], merges: list[str], pre: str) -> Tokenizer:
-    pieces = max((i for i, kind in enumerate(types) if kind == _NORMAL), default=-1) + 1
-    vocab = {token: i for i, token in enumerate(tokens[:pieces])}
-    pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=pre == "llama-bpe"))
-    cuts, use_regex = _PRE[pre]
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, byte_level])
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.normalizer = normalizers.NFC() if pre == "qwen2" else None
-    special = {_CONTROL: True, _USER_DEFINED: False}
-    added = [i for i, kind in enumerate(types) if kind in special]
-    tokenizer.add_tokens([AddedToken(tokens[i], special=special[types[i]], normalized=False) for i in added])
-    if wrong := [i for i in [*range(pieces), *added] if tokenizer.token_to_id(tokens[i]) != i]:
-        token = tokens[wrong[0]]
-        raise ValueError(f"{token} is {wrong[0]}, but would be {tokenizer.token_to_id(token)}")
-    return tokenizer

@@ -64,7 +64,7 @@ class Form:
 def float8(how: Mapping[str, Any] | None) -> Form:
     """Return the FP8 form with the block size and scale format of a config.json's `quantization_config`."""
     how = how or {}
-    rows, columns = how.get("weight_block_size", (BLOCK, BLOCK))
+    rows, columns = how.get("weight_block_size") or (BLOCK, BLOCK)
     return Form(FP8.name, columns, rows, how.get("scale_fmt") == "ue8m0")
 
 
@@ -193,11 +193,11 @@ def _least_error(numbers: jax.Array, scale: jax.Array) -> jax.Array:
     return jnp.take_along_axis(choices, errors.argmin(0)[None], 0)[0]
 
 
-def from_blocks(scale_inv: np.ndarray, first: int, rows: int, form: Form) -> np.ndarray:
-    """Expand block scales to rows [first, first + rows): float32 [rows, groups]."""
-    low = first // form.block
-    part = scale_inv[low : -(-(first + rows) // form.block)].astype(np.float32, copy=False)
-    return part.repeat(form.block, 0)[first - low * form.block :][:rows]
+def from_blocks(scale_inv: np.ndarray, first: int, rows: int, block: int) -> np.ndarray:
+    """Expand scales of `block` rows each to rows [first, first + rows): float32 [rows, groups]."""
+    low = first // block
+    part = scale_inv[low : -(-(first + rows) // block)].astype(np.float32, copy=False)
+    return part.repeat(min(block, first + rows), 0)[first - low * block :][:rows]
 
 
 def to_blocks(scale: np.ndarray, form: Form) -> np.ndarray:

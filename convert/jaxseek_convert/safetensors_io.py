@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxseek.checkpoint.directory import CheckpointError
+from jaxseek.checkpoint.directory import CheckpointError, adapter_at
 from jaxseek.storage.place import Place
 from jaxseek_convert.files import File, RemoteFile, open_file
+from jaxseek_convert.names import some
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -90,26 +92,19 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def find_tensors(path: Place) -> dict[str, Tensor]:
-    """Locate every tensor of a file, or of a directory, with or without an index.
+    """Locate every tensor of a file or directory; see `locate`."""
+    return locate(path)[0]
 
-    Raises CheckpointError for a directory without safetensors, a truncated or damaged file, an index that
-    names missing files or tensors, and a tensor that is in two files.
+
+def locate(path: Place) -> tuple[dict[str, Tensor], list[str]]:
+    """Locate every tensor of a file, or of a directory, and tell what is odd about its files.
+
+    Raises CheckpointError for a directory without a model's safetensors, a truncated or damaged file, absent
+    files, and a tensor that is in two files.
     """
     if isinstance(path, Path) and path.is_file():
-        return _read_file(File(path))
-    there = {found.name: found for found in path.glob("*")}
-    index = read_index(path) if INDEX in there else None
-    weights = {name for name in there if name.endswith(".safetensors")}
-    files = sorted(weights if index is None else set(index.values()))
-    if not files:
-        torch = sorted(name for name in there if name.endswith(".bin"))
-        hint = f"; it holds {torch[0]}: save it as safetensors with transformers first" if torch else ""
-        raise CheckpointError(f"{path}: no {INDEX} and no .safetensors file{hint}")
-    if absent := [f for f in files if f not in weights]:
-        raise CheckpointError(
-            f"{path / INDEX}: names {len(files)} files, of which {len(absent)} are absent ({_some(absent)}); "
-            "fetch them"
-        )
+        return _read_file(File(path)), []
+    files, index, notes = weight_files(path)
     tensors: dict[str, Tensor] = {}
     home: dict[str, str] = {}
     for file in files:
@@ -124,15 +119,79 @@ def find_tensors(path: Place) -> dict[str, Tensor]:
     if index is not None and home != index:
         wrong = sorted(name for name in home.keys() | index.keys() if home.get(name) != index.get(name))
         name = wrong[0]
-        raise CheckpointError(
+        notes.append(
             f"{path / INDEX}: does not fit its files in {len(wrong)} tensors, such as {name}: the index has "
-            f"it in {index.get(name, 'no file')}, it is in {home.get(name, 'no file')}; fetch them all again"
+            f"it in {index.get(name, 'no file')}, it is in {home.get(name, 'no file')}"
         )
-    return tensors
+    return tensors, notes
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+def weight_files(path: Place) -> tuple[list[str], dict[str, str] | None, list[str]]:
+    """Choose the files that are the model, as transformers does; return them, their index, and notes.
+
+    `model.safetensors` is the model whatever lies beside it. Else it is the files that the index names, or,
+    if some of these are absent or there is no index, a whole set of numbered shards, or all files that are no
+    adapter and not in the authors' own layout. Raises CheckpointError if there are none.
+    """
+    there = {found.name for found in path.glob("*")}
+    weights = {name for name in there if name.endswith(".safetensors")}
+    index = read_index(path) if INDEX in there else None
+    listed = set() if index is None else set(index.values())
+    absent = sorted(listed - weights)
+    files, parts = _shards(weights)
+    if SINGLE in weights:
+        files = [SINGLE]
+    elif listed and not absent:
+        files = sorted(listed)
+    elif not files and absent:
+        raise CheckpointError(
+            f"{path / INDEX}: names {len(listed)} files, of which {len(absent)} are absent ({some(absent)}); "
+            "fetch them"
+        )
+    elif not files and parts:
+        raise CheckpointError(f"{path}: files of a set are absent ({some(parts)}); fetch them")
+    if not files:
+        raise CheckpointError(adapter_at(path) or _no_weights(path, there))
+    notes = []
+    if unread := sorted(weights - set(files)):
+        notes.append(
+            f"{path}: {some(unread)} beside {files[0]} not read" + _ADAPTER * unread[0].startswith("adapter")
+        )
+    if listed and listed != set(files):
+        notes.append(f"{path / INDEX}: names other files ({some(sorted(listed - set(files)))}), not followed")
+        index = None
+    return files, index, notes
+
+
+_NUMBERED = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
+_OTHERS = ("adapter", "consolidated", "optimizer")  # not, or not in this layout, the model
+_ADAPTER = ": the adapter is not applied; merge it into the model first to use it"
+
+
+def _shards(weights: Collection[str]) -> tuple[list[str], list[str]]:
+    """Return the files of the model where no index names them, or else those missing from its set."""
+    sets: dict[tuple[str, str], list[str]] = {}
+    single = []
+    for name in sorted(weights):
+        if found := _NUMBERED.fullmatch(name):
+            sets.setdefault((found[1], found[3]), []).append(name)
+        elif not name.startswith(_OTHERS):
+            single.append(name)
+    whole = [kind for kind, names in sets.items() if len(names) == int(kind[1])]
+    if whole:
+        return sorted([*sets[max(whole, key=lambda kind: kind[0] == "model")], *single]), []
+    missing = [
+        f"{int(total) - len(names)} of {names[0]}'s {int(total)}" for (_, total), names in sets.items()
+    ]
+    return ([], missing) if missing else (single, [])
+
+
+def _no_weights(path: Place, there: Collection[str]) -> str:
+    torch = sorted(name for name in there if name.endswith((".bin", ".pt", ".pth")))
+    own = sorted(name for name in there if name.startswith("consolidated"))
+    hint = f"; it holds {torch[0]}: save it as safetensors with transformers first" if torch else ""
+    hint = f"; {own[0]} is in its authors' own layout: fetch the Hugging Face files" if own else hint
+    return f"{path}: no {INDEX} and no .safetensors file of a model{hint}"
 
 
 def read_index(path: Place) -> dict[str, str]:

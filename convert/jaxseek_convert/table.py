@@ -64,6 +64,8 @@ LAYER = (
     _row("self_attn.v_proj.bias", "KH -> KH", "attn.v_bias_KH"),
     _row("self_attn.o_proj.weight", "D KGH -> KGHD", "attn.o_KGHD"),
     _row("self_attn.o_proj.bias", "D -> D", "attn.o_bias_D"),
+    _row("self_attn.q_norm.weight", "H -> H", "attn.q_head_norm.scale_D"),
+    _row("self_attn.k_norm.weight", "H -> H", "attn.k_head_norm.scale_D"),
     # latent attention
     _row("self_attn.q_proj.weight", "NH D -> DNH", "attn.q_DNH"),
     _row("self_attn.q_a_proj.weight", "Q D -> DQ", "attn.q_a_DQ"),

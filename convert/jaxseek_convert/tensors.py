@@ -91,7 +91,7 @@ class StoreCheckpoint:
             return Form(params.get(path, {"dtype": "bfloat16"})["dtype"])
         how = self.manifest["origin"].get("quantization") or {}
         kind = params[f"{path}.value"]["dtype"]
-        block = how.get("weight_block_size", [BLOCK])[0]
+        block = (how.get("weight_block_size") or [BLOCK])[0]
         return Form(kind, groups[path], block if kind == FLOAT8.kind else 1)
 
     def _as_written(self, array: Array) -> Array:
@@ -115,7 +115,8 @@ class StoreCheckpoint:
         same = {n for n, (row, _) in self.tensors.items() if forms[row.paths[0]] == self.forms[row.paths[0]]}
         dtypes = {n: d for n, d in origin.get("dtypes", {}).items() if n.removesuffix("_scale_inv") in same}
         copies = {"copies": [n for n in origin["copies"] if n in self.tensors]} if "copies" in origin else {}
-        return {**copies, "dtypes": dtypes, "quantization": origin.get("quantization")}
+        kept = {"config": origin["config"]} if "config" in origin else {}
+        return {**copies, "dtypes": dtypes, "quantization": origin.get("quantization"), **kept}
 
     def form(self, name: str) -> Form:
         """Return how a tensor is stored."""

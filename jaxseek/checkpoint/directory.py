@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import shutil
 import time
@@ -16,7 +17,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 import jax
 
@@ -44,6 +45,22 @@ def kind_of(path: str | Place) -> Literal["jaxseek", "hf"] | None:
     if (path / "params").is_dir():
         return None if isinstance(path, Remote) else "jaxseek"
     return "hf" if (path / "config.json").is_file() else None
+
+
+def adapter_at(path: Place) -> str:
+    """Return what to tell a user who gave a LoRA adapter's folder as a model; empty for any other place."""
+    note = path / "adapter_config.json"
+    if not note.is_file():
+        return ""
+    base: Any = None
+    with contextlib.suppress(ValueError, OSError, RecursionError):
+        told = json.loads(note.read_text(encoding="utf-8"))
+        base = told.get("base_model_name_or_path") if isinstance(told, dict) else None
+    return (
+        f"{path}: is an adapter (LoRA), not a model: it changes the weights of {base or 'its base model'}. "
+        "Merge it first, with peft: AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload()"
+        ".save_pretrained(MODEL), and give MODEL"
+    )
 
 
 def left(path: Place) -> str:

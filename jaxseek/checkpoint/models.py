@@ -35,6 +35,7 @@ from jaxseek.checkpoint.directory import (
     MANIFEST,
     PARTIAL,
     CheckpointError,
+    adapter_at,
     kind_of,
     left,
     new_directory,
@@ -214,7 +215,9 @@ def not_a_checkpoint(path_or_preset: str | Place) -> CheckpointError:
         )
     if path.name.endswith(".gguf") and path.is_file():
         return CheckpointError(f"{path}: is a GGUF file; convert it first: jaxseek convert {path} DST")
-    what = "exists, but is none" if path.exists() else f"does not exist{left(path)}"
+    if adapter := adapter_at(path):
+        return CheckpointError(adapter)
+    what = f"exists, but is none{_inside(path)}" if path.exists() else f"does not exist{left(path)}"
     near = difflib.get_close_matches(name, known, 3, 0.4)
     hint = hub_hint(path_or_preset) or (
         f"; presets with a similar name: {', '.join(near)}"
@@ -225,6 +228,19 @@ def not_a_checkpoint(path_or_preset: str | Place) -> CheckpointError:
         f"{path}: expected a jaxseek checkpoint (a directory with {MANIFEST}), a Hugging Face directory "
         f"(with config.json) or the name of a preset; this {what}{hint}"
     )
+
+
+def _inside(path: Place) -> str:
+    """Name what lies in a folder that is no checkpoint itself."""
+    if not isinstance(path, Path) or not path.is_dir():
+        return ""
+    below = sorted(p.parent for pattern in ("*", "snapshots/*") for p in path.glob(f"{pattern}/config.json"))
+    if below:
+        return f", but holds {' and '.join(map(str, below[-2:]))}: give one of these"
+    parts = sorted(
+        p.name for pattern in ("zero_to_fp32.py", "*.distcp", "*.bin", "*.pth") for p in path.glob(pattern)
+    )
+    return f", but holds {parts[0]}: save the model as Hugging Face safetensors first" if parts else ""
 
 
 def _why_not(path: Place) -> str:

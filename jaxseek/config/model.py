@@ -1,8 +1,7 @@
 """ModelConfig: one frozen dataclass for every DeepSeek family, with Hugging Face's field names.
 
-`from_hf` reads both dialects of `config.json` (`rope_scaling` + `rope_theta`, or transformers 5's
-`rope_parameters`); `to_hf` writes the one that transformers 4 and 5 both read. Presets are TOML files
-with the same fields. Uses the standard library only, so that reading a config is fast.
+hf.py reads and writes `config.json`. Presets are TOML files with the same fields. Uses the standard library
+only, so that reading a config is fast.
 """
 
 from __future__ import annotations
@@ -10,44 +9,37 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import logging
 import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
-log = logging.getLogger("jaxseek")
-
+DTYPES = ("bfloat16", "float16", "float32")
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1}
 
 _V3_ROUTER = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}
 _HALF_SPLIT = {"rope_interleave": False}  # llama's rotary layout
 # model_type -> (Hugging Face class, its defaults for fields missing in config.json, fields that it fixes
 # whatever config.json says).
-_FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {}, _HALF_SPLIT),
-    "qwen2": ("Qwen2ForCausalLM", {}, _HALF_SPLIT | {"attention_bias": True, "mlp_bias": False}),
+    "qwen2": ("Qwen2ForCausalLM", {"attention_bias": True}, _HALF_SPLIT | {"mlp_bias": False}),
+    "qwen3": ("Qwen3ForCausalLM", {"head_dim": 128}, _HALF_SPLIT | {"mlp_bias": False}),
     "deepseek": ("DeepseekForCausalLM", {}, _HALF_SPLIT | {"mlp_bias": False}),
-    "deepseek_v2": ("DeepseekV2ForCausalLM", {}, {"rope_interleave": True, "norm_topk_prob": False}),
+    "deepseek_v2": ("DeepseekV2ForCausalLM", {}, {"rope_interleave": True}),
     "deepseek_v3": ("DeepseekV3ForCausalLM", _V3_ROUTER | {"rope_interleave": True}, {"mlp_bias": False}),
     "deepseek_v32": ("DeepseekV32ForCausalLM", _V3_ROUTER, {"rope_interleave": True, "mlp_bias": False}),
 }
-_MLA = ("deepseek_v2", "deepseek_v3", "deepseek_v32")
+MLA = ("deepseek_v2", "deepseek_v3", "deepseek_v32")
 # These classes compute hidden_size / heads, or require that it divides.
 _HEADS_DIVIDE = ("llama", "deepseek", "deepseek_v2")
-_ALIASES = (
-    ("num_local_experts", "n_routed_experts"),
-    ("num_experts", "n_routed_experts"),
-    ("num_mtp_layers", "num_nextn_predict_layers"),
-    ("torch_dtype", "dtype"),
-)
-_SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_MLA_SHAPE = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-_INDEX_SHAPE = ("index_n_heads", "index_head_dim", "index_topk")
-_MOE_SHAPE = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
-_MOE_FIELDS = {
-    *_MOE_SHAPE,
+SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+MLA_SHAPE = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+INDEX_SHAPE = ("index_n_heads", "index_head_dim", "index_topk")
+MOE_SHAPE = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
+MOE_FIELDS = {
+    *MOE_SHAPE,
     "n_shared_experts",
     "first_k_dense_replace",
     "moe_layer_freq",
@@ -59,16 +51,6 @@ _MOE_FIELDS = {
     "routed_scaling_factor",
     "aux_loss_alpha",
     "seq_aux",
-}
-# rope_type -> (required fields, optional fields), beside rope_theta.
-_ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "default": ((), ()),
-    "linear": (("factor",), ()),
-    "yarn": (
-        ("factor", "original_max_position_embeddings"),
-        ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate"),
-    ),
-    "llama3": (("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"), ()),
 }
 
 
@@ -200,10 +182,9 @@ class ModelConfig:
     def from_hf(cls, source: str | Location | dict[str, Any]) -> ModelConfig:
         """Read a Hugging Face `config.json`, given its path, its directory's path, or the parsed dict.
 
-        With a path, the generation_config.json beside it is read too.
-
-        Raises ConfigError for an unknown `model_type`, missing fields (all named at once) or inconsistent
-        values.
+        With a path, the generation_config.json beside it is read too. In a model of images and text, this is
+        the config of its language model. Raises ConfigError for an unknown architecture, missing fields (all
+        named at once), inconsistent values, and keys that ask for a computation that no DeepSeek model has.
         """
         if isinstance(source, dict):
             raw, where = dict(source), "config"
@@ -219,69 +200,18 @@ class ModelConfig:
                 raise ConfigError(f"{where}: no such file; expected a Hugging Face config.json") from None
             beside = path.with_name("generation_config.json")
             raw["generation"] = _read_object(beside) if beside.is_file() else {}
+        from jaxseek.config import hf
+
         try:
-            return cls._from_hf_dict(raw)
+            return hf.read(raw, where)
         except ConfigError as e:
             raise ConfigError(f"{where}: {e}") from None
 
-    @classmethod
-    def _from_hf_dict(cls, raw: dict[str, Any]) -> ModelConfig:
-        kind = raw.get("model_type")
-        if not isinstance(kind, str) or kind not in _FAMILIES:
-            raise ConfigError(
-                f"model_type is {kind!r}; jaxseek knows {', '.join(sorted(_FAMILIES))}. "
-                "Other architectures are not part of the DeepSeek family."
-            )
-        for alias, name in _ALIASES:
-            if raw.get(name) is None and raw.get(alias) is not None:
-                raw[name] = raw[alias]
-        moe = "deepseek" in kind and bool(raw.get("n_routed_experts"))
-        required = (*_SHAPE, "max_position_embeddings")
-        required += _MLA_SHAPE * (kind in _MLA) + _INDEX_SHAPE * (kind == "deepseek_v32") + _MOE_SHAPE * moe
-        if missing := [k for k in required if raw.get(k) is None]:
-            raise ConfigError(f"missing field(s) {', '.join(missing)} for model_type {kind!r}")
-        if (act := raw.get("hidden_act") or "silu") != "silu":
-            raise ConfigError(f"hidden_act is {act!r}; every DeepSeek model uses 'silu'")
-        if raw.get("use_sliding_window") and raw.get("sliding_window"):
-            raise ConfigError("use_sliding_window is true; no DeepSeek model uses a sliding window")
-        if kind == "deepseek_v32" and isinstance(layer_types := raw.get("mlp_layer_types"), list):
-            raw["first_k_dense_replace"] = _leading_dense(layer_types)
-
-        _, defaults, fixed = _FAMILIES[kind]
-        if kind in _MLA:  # MLA has no KV heads; transformers defaults to V3's 128
-            fixed = fixed | {"num_key_value_heads": raw["num_attention_heads"]}
-        names = {f.name for f in dataclasses.fields(cls)} - _absent(kind, moe) - {"rope"}
-        given = {k: raw[k] for k in names if raw.get(k) is not None}
-        for name, value in fixed.items():
-            if name in given and given[name] != value:
-                log.warning("%s %r is ignored: %s models always have %r", name, given[name], kind, value)
-        out = {k: v for k, v in (defaults | given | fixed).items() if k in names}
-        out.setdefault("num_key_value_heads", raw["num_attention_heads"])
-        out["rope"] = _rope_from_hf(raw)
-        out["dtype"] = str(out.get("dtype", "bfloat16")).removeprefix("torch.")
-        if isinstance(out.get("eos_token_id"), list):
-            out["eos_token_id"] = tuple(out["eos_token_id"])
-        if out.get("q_lora_rank") == 0:  # the official demo writes 0 for null
-            del out["q_lora_rank"]
-        return cls(**out)
-
     def to_hf(self) -> dict[str, Any]:
         """Return this model's Hugging Face `config.json` as a dict; `from_hf(to_hf())` is the identity."""
-        absent = _absent(self.model_type, self.n_routed_experts > 0) | {"rope", "dtype", "generation"}
-        out = {k: v for k, v in dataclasses.asdict(self).items() if k not in absent}
-        if self.is_mla and not self.n_routed_experts:  # transformers' default is a mixture of experts
-            out |= {"n_routed_experts": 0, "first_k_dense_replace": self.num_hidden_layers}
-        if not self.num_nextn_predict_layers and self.model_type != "deepseek_v3":  # V3's class defaults to 1
-            del out["num_nextn_predict_layers"]
-        if isinstance(self.eos_token_id, tuple):
-            out["eos_token_id"] = list(self.eos_token_id)
-        return out | {
-            "architectures": [_FAMILIES[self.model_type][0]],
-            "hidden_act": "silu",
-            "torch_dtype": self.dtype,
-            "rope_theta": self.rope.rope_theta,
-            "rope_scaling": _rope_to_hf(self.rope),
-        }
+        from jaxseek.config import hf
+
+        return hf.write(self)
 
     @classmethod
     def from_preset(cls, name: str) -> ModelConfig:
@@ -294,11 +224,7 @@ class ModelConfig:
             near = difflib.get_close_matches(name.rsplit("/", 1)[-1].lower(), found, 3, 0.4)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise ConfigError(f"no preset {name!r}{hint} (jaxseek info --list names them all)")
-        raw = _read_preset(found[name])
-        try:
-            return cls._from_hf_dict(raw)
-        except ConfigError as e:
-            raise ConfigError(f"{found[name]}: {e}") from None
+        return cls.from_hf(_read_preset(found[name]))
 
     def replace(self, **changes: Any) -> ModelConfig:
         """Return a validated copy with some fields changed."""
@@ -318,21 +244,23 @@ class ModelConfig:
             for name in names:
                 need(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, expected above 0")
 
-        if self.model_type not in _FAMILIES:
-            raise ConfigError(f"model_type is {self.model_type!r}; jaxseek knows {', '.join(_FAMILIES)}")
+        if self.model_type not in FAMILIES:
+            raise ConfigError(f"model_type is {self.model_type!r}; jaxseek knows {', '.join(FAMILIES)}")
         for f in dataclasses.fields(self):
             if f.type == "int":
                 need(getattr(self, f.name) >= 0, f"{f.name} is {getattr(self, f.name)}, expected 0 or more")
-        for name, value in _FAMILIES[self.model_type][2].items():
+        for name, value in FAMILIES[self.model_type][2].items():
             need(getattr(self, name) == value, f"{name} must be {value}, as {self.model_type!r} has it")
-        need_positive(*_SHAPE, "num_key_value_heads", "max_position_embeddings", "rms_norm_eps")
+        need_positive(*SHAPE, "num_key_value_heads", "max_position_embeddings", "rms_norm_eps")
         kind = self.model_type
-        need_positive(*_MLA_SHAPE * (kind in _MLA), *_INDEX_SHAPE * (kind == "deepseek_v32"))
-        alien = {*_MLA_SHAPE, "q_lora_rank", *_INDEX_SHAPE, *_MOE_SHAPE} & _absent(kind, "deepseek" in kind)
+        need_positive(*MLA_SHAPE * (kind in MLA), *INDEX_SHAPE * (kind == "deepseek_v32"))
+        alien = {*MLA_SHAPE, "q_lora_rank", *INDEX_SHAPE, *MOE_SHAPE} & absent_fields(
+            kind, "deepseek" in kind
+        )
         for name in sorted(alien):
             need(not getattr(self, name), f"{name} is {getattr(self, name)}, but {kind!r} models have none")
         if self.n_routed_experts:
-            need_positive(*_MOE_SHAPE, "moe_layer_freq", "n_group", "topk_group")
+            need_positive(*MOE_SHAPE, "moe_layer_freq", "n_group", "topk_group")
         if problems:
             raise ConfigError("; ".join(problems))
 
@@ -403,6 +331,11 @@ class ModelConfig:
         return self.attention_bias and self.model_type != "qwen2"
 
     @property
+    def qk_norm(self) -> bool:
+        """True if queries and keys are normalised per head before rotation (Qwen3)."""
+        return self.model_type == "qwen3"
+
+    @property
     def rope_dim(self) -> int:
         """Number of rotated dimensions per head."""
         return self.qk_rope_head_dim if self.is_mla else self.head_dim
@@ -465,6 +398,7 @@ class ModelConfig:
                 attn += (Q or 0) * IN * IH + D * IH + 2 * IH + D * IN
         else:
             attn = 2 * D * N * H + 2 * D * K * H + (self.attention_bias and (N + 2 * K) * H)
+            attn += 2 * H if self.qk_norm else 0
         attn += self.attention_out_bias and D
 
         def mlp(width: int) -> int:
@@ -507,53 +441,10 @@ def _read_object(path: Any) -> dict[str, Any]:
     return raw
 
 
-def _absent(kind: str, moe: bool) -> set[str]:
+def absent_fields(kind: str, moe: bool) -> set[str]:
     """Return the fields that config.json lacks for this model type."""
-    mla = {"head_dim"} if kind in _MLA else {*_MLA_SHAPE, "q_lora_rank", "rope_interleave"}
-    return mla | (set() if kind == "deepseek_v32" else set(_INDEX_SHAPE)) | (set() if moe else _MOE_FIELDS)
-
-
-def _leading_dense(layer_types: list[str]) -> int:
-    """Convert DeepseekV32Config's `mlp_layer_types` to `first_k_dense_replace`.
-
-    Raises ConfigError if a dense layer follows a sparse one.
-    """
-    k = layer_types.index("sparse") if "sparse" in layer_types else len(layer_types)
-    if layer_types[k:] != ["sparse"] * (len(layer_types) - k):
-        raise ConfigError(
-            f"mlp_layer_types is {layer_types}; expected dense layers first, then sparse ones only"
-        )
-    return k
-
-
-def _rope_from_hf(raw: dict[str, Any]) -> RopeConfig:
-    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if not isinstance(given, dict) or any(isinstance(v, dict) for v in given.values()):
-        raise ConfigError(f"rope parameters are {given!r}, expected one flat table for all layers")
-    given = {k: v for k, v in given.items() if v is not None}
-    kind = given.get("rope_type") or given.get("type") or "default"
-    if not isinstance(kind, str) or kind not in _ROPE_FIELDS:
-        raise ConfigError(f"rope_type is {kind!r}; jaxseek knows {', '.join(_ROPE_FIELDS)}")
-    partial = given.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0
-    if partial != 1.0:
-        raise ConfigError(f"partial_rotary_factor is {partial}; every DeepSeek model rotates whole heads")
-    needs, may_have = _ROPE_FIELDS[kind]
-    if "original_max_position_embeddings" in needs:  # transformers' default, standardize_rope_params
-        given.setdefault("original_max_position_embeddings", raw["max_position_embeddings"])
-    if missing := [k for k in needs if k not in given]:
-        raise ConfigError(f"rope_type {kind!r} needs {', '.join(missing)}")
-    values: dict[str, Any] = {k: given[k] for k in (*needs, *may_have) if k in given}
-    values["rope_theta"] = given.get("rope_theta") or raw.get("rope_theta") or 10000.0
-    values["rope_type"] = kind
-    return RopeConfig(**values)
-
-
-def _rope_to_hf(rope: RopeConfig) -> dict[str, Any] | None:
-    if rope.rope_type == "default":
-        return None
-    out: dict[str, Any] = {"type": rope.rope_type, "rope_type": rope.rope_type}
-    needs, may_have = _ROPE_FIELDS[rope.rope_type]
-    return out | {k: v for k in (*needs, *may_have) if (v := getattr(rope, k)) is not None}
+    mla = {"head_dim"} if kind in MLA else {*MLA_SHAPE, "q_lora_rank", "rope_interleave"}
+    return mla | (set() if kind == "deepseek_v32" else set(INDEX_SHAPE)) | (set() if moe else MOE_FIELDS)
 
 
 # -------------------------------------------------------------------- presets

@@ -1,4 +1,4 @@
-"""Grouped-query attention: DeepSeek LLM, MoE-16B, the R1 distills (HF LlamaAttention, Qwen2Attention)."""
+"""Grouped-query attention: DeepSeek LLM, MoE-16B, the R1 distills (HF LlamaAttention, Qwen2 and Qwen3)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from flax import nnx
 from jaxseek.config.model import ModelConfig
 from jaxseek.model.cache import KVCache
 from jaxseek.model.context import Context
+from jaxseek.model.norm import RMSNorm
 from jaxseek.model.rope import rotate
 from jaxseek.ops.attention import attend, attend_cached
 from jaxseek.ops.cache_write import write_slots
@@ -22,7 +23,7 @@ _HEADS = ("kv_heads", "q_groups")
 
 
 class GQA(nnx.Module):
-    """Queries in groups G that share one of K key-value heads; biases as the family has them."""
+    """Queries in groups G that share one of K key-value heads; biases and norms as the family has them."""
 
     def __init__(self, cfg: ModelConfig, init: Init):
         self.cfg = cfg
@@ -37,6 +38,8 @@ class GQA(nnx.Module):
         self.k_bias_KH = init((K, H), ("kv_heads", None), fill=0.0) if bias else None
         self.v_bias_KH = init((K, H), ("kv_heads", None), fill=0.0) if bias else None
         self.o_bias_D = init((D,), ("embed",), fill=0.0) if out_bias else None
+        self.q_head_norm = RMSNorm(H, cfg.rms_norm_eps, init) if cfg.qk_norm else None
+        self.k_head_norm = RMSNorm(H, cfg.rms_norm_eps, init) if cfg.qk_norm else None
 
     def empty_cache(self, layers: int, batch: int, capacity: int, dtype: Any, rules: Rules) -> KVCache:
         """Zeros for `batch` rows of `capacity` tokens each."""
@@ -70,7 +73,7 @@ class GQA(nnx.Module):
         return y_BTD, cache
 
     def _project(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Rotated queries and keys, and values."""
+        """Queries and keys, normalised per head where the family does that, then rotated; and values."""
         use, dtype = ctx.rules.use, x_BTD.dtype
         q_BTKGH = self.q_DKGH.matmul(x_BTD, ctx, "batch", "length", *_HEADS, None)
         k_BTKH = self.k_DKH.matmul(x_BTD, ctx, "batch", "length", "kv_heads", None)
@@ -79,4 +82,6 @@ class GQA(nnx.Module):
             q_BTKGH += use(self.q_bias_KGH, dtype)[None, None]
             k_BTKH += use(self.k_bias_KH, dtype)[None, None]
             v_BTKH += use(self.v_bias_KH, dtype)[None, None]
+        if self.q_head_norm is not None and self.k_head_norm is not None:
+            q_BTKGH, k_BTKH = self.q_head_norm(q_BTKGH), self.k_head_norm(k_BTKH)
         return rotate(q_BTKGH, ctx.rope, False), rotate(k_BTKH, ctx.rope, False), v_BTKH

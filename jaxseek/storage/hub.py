@@ -11,7 +11,7 @@ from jaxseek.storage.place import Place, PlaceError, place
 
 HUB = "hf://"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_SMALL = ("*.json", "*.model", "*.txt", "*.jinja")
+_SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "*.md", "LICENSE*", "NOTICE*")
 
 
 def model_place(name: str | os.PathLike[str] | Place, weights: bool = True) -> Place:

@@ -1,16 +1,13 @@
 """ModelConfig: presets against the published numbers, both Hugging Face dialects, and unusable input."""
 
-import ast
 import json
-import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import jaxseek.config
+from jaxseek.config import hf
 from jaxseek.config.model import ConfigError, ModelConfig, RopeConfig, presets, yarn_mscale
 
 PRESETS = sorted(presets())
@@ -53,6 +50,7 @@ PUBLISHED = {
     "deepseek-r1-distill-qwen-7b": (7_615_616_512, 7_615_616_512, 28_672),
     "deepseek-r1-distill-qwen-14b": (14_770_033_664, 14_770_033_664, 98_304),
     "deepseek-r1-distill-qwen-32b": (32_763_876_352, 32_763_876_352, 131_072),
+    "deepseek-r1-0528-qwen3-8b": (8_190_735_360, 8_190_735_360, 73_728),
     "deepseek-r1-distill-llama-8b": (8_030_261_248, 8_030_261_248, 65_536),
     "deepseek-r1-distill-llama-70b": (70_553_706_496, 70_553_706_496, 163_840),
 }
@@ -116,6 +114,8 @@ R1 = {
     "v_head_dim": 128,
     "vocab_size": 129280,
 }
+V2_CLASS = {"model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"]}
+V32_CLASS = {"model_type": "deepseek_v32", "architectures": ["DeepseekV32ForCausalLM"]}
 LLAMA = {
     "model_type": "llama",
     "vocab_size": 512,
@@ -240,13 +240,6 @@ def test_a_preset_that_resembles_none_is_refused_without_a_suggestion():
         ModelConfig.from_preset("xyz")
 
 
-def test_reading_a_config_needs_only_the_standard_library():
-    tree = ast.parse(Path(jaxseek.config.model.__file__).read_text(encoding="utf-8"))
-    names = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
-    names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names
-
-
 # -------------------------------------------------------------------- Hugging Face dialects
 
 
@@ -288,7 +281,7 @@ def test_a_field_left_out_takes_the_default_of_its_class():
     assert (plain.num_key_value_heads, plain.head_dim, plain.rope) == (4, 64, RopeConfig())
     lean = {k: v for k, v in R1.items() if k not in ("topk_method", "scoring_func", "norm_topk_prob")}
     assert ModelConfig.from_hf(lean) == ModelConfig.from_hf(R1)
-    v2 = ModelConfig.from_hf(lean | {"model_type": "deepseek_v2"})
+    v2 = ModelConfig.from_hf(lean | V2_CLASS)
     assert (v2.topk_method, v2.scoring_func, v2.norm_topk_prob, v2.has_router_bias) == (
         "greedy",
         "softmax",
@@ -331,12 +324,118 @@ def test_layer_types_of_transformers_v3_2_say_which_layers_are_dense():
         ModelConfig.from_hf(raw | {"mlp_layer_types": ["sparse", "dense"]})
 
 
-def test_what_a_class_always_does_is_kept_and_the_config_that_says_otherwise_is_reported(caplog):
-    v2 = ModelConfig.from_preset("tiny-v2")
-    assert ModelConfig.from_hf(v2.to_hf() | {"norm_topk_prob": True}) == v2
-    assert "norm_topk_prob True is ignored: deepseek_v2 models always have False" in caplog.text
-    with pytest.raises(ConfigError, match="norm_topk_prob must be False, as 'deepseek_v2' has it"):
-        v2.replace(norm_topk_prob=True)
+def test_the_routers_of_vl2_are_obeyed_under_v2():
+    router = {"norm_topk_prob": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+    v2 = ModelConfig.from_hf(ModelConfig.from_preset("tiny-v2").to_hf() | router)
+    assert (v2.norm_topk_prob, v2.scoring_func, v2.has_router_bias) == (True, "sigmoid", True)
+    assert ModelConfig.from_hf(R1 | {"scoring_func": "softmax"}).scoring_func == "softmax"
+
+
+def test_the_family_is_told_by_the_classes_where_the_model_type_is_of_another_name():
+    kimi = ModelConfig.from_hf(R1 | {"model_type": "kimi_k2"})
+    assert kimi == ModelConfig.from_hf(R1)
+    assert ModelConfig.from_hf({k: v for k, v in R1.items() if k != "model_type"}) == kimi
+    base = ModelConfig.from_hf(LLAMA | {"model_type": None, "architectures": ["Qwen2Model"]})
+    assert base.model_type == "qwen2"
+    with pytest.raises(ConfigError, match="expected two names of one family"):
+        ModelConfig.from_hf(LLAMA | {"architectures": ["Qwen2ForCausalLM"]})
+    with pytest.raises(
+        ConfigError, match=r"DeepseekV4ForCausalLM.* is a release of DeepSeek that jaxseek does"
+    ):
+        ModelConfig.from_hf(LLAMA | {"model_type": "deepseek_v4", "architectures": ["DeepseekV4ForCausalLM"]})
+
+
+OCR = {  # as of DeepSeek-OCR, whose language model has no model_type
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "first_k_dense_replace": 1,
+    "hidden_size": 1280,
+    "intermediate_size": 6848,
+    "kv_lora_rank": None,
+    "lm_head": True,
+    "max_position_embeddings": 8192,
+    "moe_intermediate_size": 896,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_attention_heads": 10,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 12,
+    "num_key_value_heads": 10,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 0,
+    "qk_rope_head_dim": 0,
+    "rm_head": False,
+    "topk_group": 1,
+    "topk_method": "greedy",
+    "use_mla": False,
+    "v_head_dim": 0,
+    "vocab_size": 129280,
+}
+
+
+def test_the_language_model_of_a_model_of_images_is_read_from_inside():
+    whole = {"model_type": "deepseek_vl_v2", "torch_dtype": "float16", "vision_config": {"width": 8}}
+    ocr = ModelConfig.from_hf(whole | {"language_config": OCR})
+    assert (ocr.model_type, ocr.head_dim, ocr.n_routed_experts, ocr.dtype) == ("deepseek", 128, 64, "float16")
+    assert ModelConfig.from_hf(ocr.to_hf()) == ocr
+    vl = ModelConfig.from_hf({"model_type": "deepseek_vl", "text_config": LLAMA, "image_token_id": 3})
+    assert vl == ModelConfig.from_hf(LLAMA)
+    kimi = {"model_type": "kimi_vl", "text_config": R1, "media_placeholder_token_id": 3}
+    assert ModelConfig.from_hf(kimi) == ModelConfig.from_hf(R1)
+
+
+def test_a_key_that_is_unknown_is_named_and_one_that_changes_nothing_is_not(caplog):
+    harmless = {"_name_or_path": "x", "pretraining_tp": 2, "attention_dropout": 0.1, "head_dim": 64}
+    harmless |= {"logits_scaling": 1.0, "hidden_act": "swish", "clip_qkv": None, "num_experts": 0}
+    assert ModelConfig.from_hf(R1 | harmless) == ModelConfig.from_hf(R1)
+    assert not caplog.text
+    ModelConfig.from_hf(R1 | {"new_trick": 3})
+    assert "config: keys that jaxseek does not know, and passes over: 'new_trick'" in caplog.text
+
+
+def test_a_window_of_no_layer_or_of_the_whole_context_is_none():
+    window = {"model_type": "qwen3", "head_dim": 64, "use_sliding_window": True, "sliding_window": 64}
+    plain = ModelConfig.from_hf(LLAMA | {"model_type": "qwen3", "head_dim": 64})
+    for none in (
+        {"max_window_layers": 2},
+        {},  # Qwen3's default is the 28th layer
+        {"max_window_layers": 0, "sliding_window": 2048},
+        {"max_window_layers": 0, "sliding_window": None},
+        {"max_window_layers": 0, "use_sliding_window": False},
+        {"max_window_layers": 0, "layer_types": ["full_attention"] * 2},
+    ):
+        assert ModelConfig.from_hf(LLAMA | window | none) == plain
+    for some in ({"max_window_layers": 1}, {"layer_types": ["full_attention", "sliding_attention"]}):
+        with pytest.raises(ConfigError, match="sliding_window 64 is below max_position_embeddings 2048"):
+            ModelConfig.from_hf(LLAMA | window | some)
+
+
+@pytest.mark.parametrize("hint", ["auto", "float8_e4m3fn", "int8", 8, ["float32"], {"": "float32"}])
+def test_a_dtype_that_cannot_be_read_is_a_hint_alone(hint, caplog):
+    assert ModelConfig.from_hf(LLAMA | {"torch_dtype": hint}).dtype == "bfloat16"
+    assert f"dtype is {hint!r}, expected bfloat16, float16, float32; read as bfloat16" in caplog.text
+    assert ModelConfig.from_hf(LLAMA | {"torch_dtype": "half"}).dtype == "float16"
+
+
+def test_the_temperature_of_r1_0528_qwen3_is_obeyed():
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    cfg = ModelConfig.from_hf(LLAMA | {"rope_scaling": rope | {"attn_factor": 0.8782488562869419}})
+    assert cfg.rope.attention_factor == 1.0
+    assert ModelConfig.from_hf(cfg.to_hf()) == cfg
+    with pytest.raises(ConfigError, match="attn_factor is 'x' and factor"):
+        ModelConfig.from_hf(LLAMA | {"rope_scaling": rope | {"attn_factor": "x"}})
+
+
+def test_keys_without_a_part_in_the_model_are_kept_apart():
+    known = {"auto_map": R1["auto_map"], "ep_size": 1, "attention_dropout": 0.0, "pretraining_tp": 1}
+    known |= {"transformers_version": "4.46.3", "use_cache": True}
+    assert hf.kept(R1) == known
+    assert hf.kept(R1 | {"model_type": "kimi_k2"}) == known | {"model_type": "kimi_k2"}
+    inside = hf.kept({"model_type": "x", "language_config": R1 | {"new_trick": 3}})
+    assert inside == {k: v for k, v in known.items() if k != "auto_map"} | {"new_trick": 3}
+    for raw in (R1, LLAMA, ModelConfig.from_preset("tiny-v3").to_hf()):
+        cfg = ModelConfig.from_hf(raw)
+        assert ModelConfig.from_hf(cfg.to_hf() | hf.kept(raw)) == cfg
 
 
 def test_integers_become_floats_because_transformers_refuses_them():
@@ -383,10 +482,19 @@ BAD = [
     ({"num_attention_heads": 256}, "head_dim 1 is odd"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; every DeepSeek model uses 'silu'"),
     ({"use_sliding_window": True, "sliding_window": 64}, "no DeepSeek model uses a sliding window"),
+    ({"layer_types": ["linear_attention"]}, "'linear_attention'; every DeepSeek model uses 'full_attention'"),
+    ({"norm_type": "layernorm"}, "norm_type is 'layernorm'; every DeepSeek model uses 'rmsnorm'"),
+    ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0; every DeepSeek model uses 0.0"),
+    ({"query_pre_attn_scalar": 256}, "query_pre_attn_scalar is 256; no DeepSeek model has it"),
+    ({"norm_eps": 1e-5}, "norm_eps is 1e-05; no DeepSeek model has it"),
+    ({"qkv_bias": True}, "qkv_bias is True; jaxseek reads attention_bias in its place"),
+    ({"use_qk_norm": True}, "use_qk_norm is True; every DeepSeek model uses False"),
+    ({"num_local_experts": 8}, "n_routed_experts is 8, but 'llama' models have none"),
+    ({"kv_lora_rank": 512}, "kv_lora_rank is 512, but 'llama' models have none"),
+    ({"rope_interleave": True}, "rope_interleave must be False, as 'llama' has it"),
     ({"rms_norm_eps": 0}, r"rms_norm_eps is 0\.0, expected above 0"),
     ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes', expected bool"),
     ({"num_hidden_layers": True}, "num_hidden_layers is True, expected int"),
-    ({"torch_dtype": "int8"}, "dtype is 'int8', expected bfloat16, float16, float32"),
     ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor is 0\.5; every DeepSeek model"),
     ({"rope_scaling": {"type": "dynamic"}}, "rope_type is 'dynamic'; jaxseek knows default, linear, yarn"),
     ({"rope_scaling": {"type": "linear"}}, "rope_type 'linear' needs factor"),
@@ -405,14 +513,16 @@ BAD_R1 = [
     ({"topk_method": "best"}, "topk_method is 'best', expected greedy, group_limited_greedy, noaux_tc"),
     ({"scoring_func": "relu"}, "scoring_func is 'relu', expected softmax, sigmoid"),
     ({"qk_rope_head_dim": 63}, "qk_rope_head_dim 63 is odd"),
+    ({"index_topk": 64}, "index_topk is 64, but 'deepseek_v3' models have none"),
+    ({"use_mla": False}, "use_mla is False; every DeepSeek model uses True"),
     ({"kv_lora_rank": 0}, "kv_lora_rank is 0, expected above 0"),
     ({"n_shared_experts": -1}, "n_shared_experts is -1, expected 0 or more"),
     (
-        {"model_type": "deepseek_v2", "num_attention_heads": 120, "num_key_value_heads": 120},
+        V2_CLASS | {"num_attention_heads": 120, "num_key_value_heads": 120},
         "7168 is not .* 120",
     ),
     (
-        {"index_n_heads": 4, "index_head_dim": 32, "index_topk": 8, "model_type": "deepseek_v32"},
+        V32_CLASS | {"index_n_heads": 4, "index_head_dim": 32, "index_topk": 8},
         "32 is below .* 64",
     ),
 ]
@@ -438,7 +548,7 @@ def test_missing_fields_are_all_named_at_once():
     ):
         ModelConfig.from_hf({k: v for k, v in R1.items() if k not in keys})
     with pytest.raises(ConfigError, match="index_n_heads, index_head_dim, index_topk"):
-        ModelConfig.from_hf(R1 | {"model_type": "deepseek_v32"})
+        ModelConfig.from_hf(R1 | V32_CLASS)
 
 
 def test_all_problems_of_a_config_are_told_together():
@@ -506,7 +616,9 @@ def configs(draw):
     size = st.integers(1, 64)
     flag = st.booleans()
     ids = st.none() | st.integers(0, 99)
-    kind = draw(st.sampled_from(["llama", "qwen2", "deepseek", "deepseek_v2", "deepseek_v3", "deepseek_v32"]))
+    kind = draw(
+        st.sampled_from(["llama", "qwen2", "qwen3", "deepseek", "deepseek_v2", "deepseek_v3", "deepseek_v32"])
+    )
     latent, kv_heads, groups = "_v" in kind, draw(st.integers(1, 4)), draw(st.integers(1, 4))
     heads = kv_heads if latent else kv_heads * draw(st.integers(1, 4))
     fields = {
@@ -517,7 +629,7 @@ def configs(draw):
         "rope": draw(ropes()),
         "eos_token_id": draw(ids | st.lists(st.integers(0, 99)).map(tuple)),
         "dtype": draw(st.sampled_from(["bfloat16", "float16", "float32"])),
-        "attention_bias": kind == "qwen2" or draw(flag),
+        "attention_bias": draw(flag),
         "mlp_bias": kind in ("llama", "deepseek_v2") and draw(flag),
         "tie_word_embeddings": draw(flag),
         "rms_norm_eps": draw(st.floats(1e-8, 1e-3)),
@@ -526,7 +638,7 @@ def configs(draw):
         fields[name] = draw(size)
     for name in ("bos_token_id", "pad_token_id"):
         fields[name] = draw(ids)
-    if kind in ("llama", "qwen2"):
+    if kind in ("llama", "qwen2", "qwen3"):
         fields["head_dim"] = 2 * draw(st.integers(0, 32))
     if latent:
         fields |= {k: draw(size) for k in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim")}
@@ -549,7 +661,7 @@ def configs(draw):
             "moe_layer_freq": draw(st.integers(1, 3)),
             "scoring_func": draw(st.sampled_from(["softmax", "sigmoid"])),
             "topk_method": draw(st.sampled_from(["greedy", "group_limited_greedy", "noaux_tc"])),
-            "norm_topk_prob": kind != "deepseek_v2" and draw(flag),
+            "norm_topk_prob": draw(flag),
             "routed_scaling_factor": draw(st.floats(0.1, 20)),
             "aux_loss_alpha": draw(st.floats(0, 1)),
             "seq_aux": draw(flag),

@@ -648,9 +648,7 @@ def test_fp8_that_does_not_fit_is_named(change, block, message, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
-@pytest.mark.parametrize(
-    "how", ["fp8", ["fp8"], {"weight_block_size": None}, {"weight_block_size": [0, 128]}]
-)
+@pytest.mark.parametrize("how", ["fp8", ["fp8"], {"weight_block_size": 128}, {"weight_block_size": [0, 128]}])
 def test_an_account_of_quantization_that_makes_no_sense_is_an_error(how, tmp_path):
     src = write_hf(tmp_path / "hf", SMALL, random_tensors(SMALL))
     (src / "config.json").write_text(json.dumps(SMALL | {"quantization_config": how}))
@@ -677,8 +675,6 @@ def test_files_of_a_download_that_went_wrong_are_named(hf, tmp_path):
     ):
         index.write_text(text)
         fails('expected JSON with "weight_map"')
-    index.write_text(sound.replace(shards[1].name, "model-00009-of-00003.safetensors"))
-    fails(r"1 are absent \(model-00009-of-00003.safetensors\); fetch them")
     index.write_text(sound)
     shards[1].write_bytes(raw[:-1])
     fails(r"header describes [\d,]+ bytes, the file has [\d,]+")

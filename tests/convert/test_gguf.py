@@ -2,11 +2,14 @@
 
 import json
 import math
+import re
 import sys
 
 import numpy as np
 import pytest
 import tiny_gguf as tiny
+import tokenizers
+from hf_checkpoints import MODELS, random_tensors
 
 from jaxseek.checkpoint.models import CheckpointError
 from jaxseek.cli.main import main
@@ -257,6 +260,150 @@ def test_the_command_says_what_it_wrote_or_what_is_wrong(tmp_path, capsys):
     gguf_to_hf(tmp_path / "tiny.gguf", tmp_path / "hf", overwrite=True)
 
 
+# ---------------------------------------------------------------- DeepSeek's architectures
+
+DS = {"vocab_size": 271, "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 5e4}
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "mscale": 0.707}
+FAMILIES = {
+    "deepseek": MODELS["deepseek"] | DS | {"head_dim": 4},
+    "deepseek2, V2-Lite": MODELS["deepseek_v2, no q_lora"] | DS,
+    "deepseek2, V2": MODELS["deepseek_v2"]
+    | DS
+    | {"n_group": 2, "topk_group": 1, "topk_method": "group_limited_greedy", "mlp_bias": False}
+    | {"routed_scaling_factor": 16.0, "rope_scaling": YARN | {"mscale_all_dim": 0.707}},
+    "deepseek2, V3": MODELS["deepseek_v3"]
+    | DS
+    | {"num_nextn_predict_layers": 0, "routed_scaling_factor": 2.5},
+    "qwen3": MODELS["qwen3"] | DS,
+}
+
+
+def write_family(path, arch, raw, new):
+    """A model's GGUF, as DeepseekV2Model and the others of convert_hf_to_gguf.py write it; its tensors."""
+    cfg, tensors = ModelConfig.from_hf(raw), random_tensors(raw, np.float32)
+    out, at = dict(tensors), "model.layers.{}.mlp.experts."
+    for layer in range(cfg.num_hidden_layers if cfg.n_routed_experts else 0):
+        prefix = at.format(layer)
+        for part in ("gate", "up", "down") if cfg.is_moe_layer(layer) else ():
+            each = [out.pop(f"{prefix}{e}.{part}_proj.weight") for e in range(cfg.n_routed_experts)]
+            out[f"{prefix}{part}_proj.weight"] = np.stack(each)
+    for name in [n for n in out if "kv_b_proj" in n and new]:
+        k, v = np.split(
+            out.pop(name).reshape(cfg.num_attention_heads, -1, cfg.kv_lora_rank),
+            [cfg.qk_nope_head_dim],
+            axis=1,
+        )
+        out |= {name.replace("kv_b", "k_b"): k.swapaxes(1, 2).copy(), name.replace("kv_b", "v_b"): v.copy()}
+    for name in out if arch == "deepseek" else ():
+        if "q_proj" in name or "k_proj" in name:
+            out[name] = tiny.interleave(out[name], cfg.num_attention_heads)
+    meta = {
+        "vocab_size": cfg.vocab_size,
+        "context_length": 128,
+        "embedding_length": cfg.hidden_size,
+        "feed_forward_length": cfg.intermediate_size,
+        "block_count": cfg.num_hidden_layers,
+        "attention.head_count": cfg.num_attention_heads,
+        "attention.head_count_kv": 1 if new else cfg.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": cfg.rms_norm_eps,
+        "rope.freq_base": cfg.rope.rope_theta,
+        "rope.dimension_count": cfg.rope_dim,
+        "attention.key_length": cfg.head_dim,
+        "attention.value_length": cfg.v_head_dim or cfg.head_dim,
+    }
+    if cfg.is_mla:
+        meta |= {"attention.kv_lora_rank": cfg.kv_lora_rank}
+        meta |= {"attention.q_lora_rank": cfg.q_lora_rank} if cfg.q_lora_rank else {}
+    if new:  # the widths of the cache
+        meta |= {"attention.key_length_mla": cfg.head_dim, "attention.value_length_mla": cfg.v_head_dim}
+        meta |= {
+            "attention.key_length": cfg.kv_lora_rank + cfg.rope_dim,
+            "attention.value_length": cfg.kv_lora_rank,
+        }
+    if cfg.n_routed_experts:
+        meta |= {
+            "leading_dense_block_count": cfg.first_k_dense_replace,
+            "expert_count": cfg.n_routed_experts,
+            "expert_used_count": cfg.num_experts_per_tok,
+            "expert_shared_count": cfg.n_shared_experts,
+            "expert_feed_forward_length": cfg.moe_intermediate_size,
+            "expert_weights_scale": cfg.routed_scaling_factor,
+        }
+        meta |= (
+            {"expert_group_count": cfg.n_group, "expert_group_used_count": cfg.topk_group}
+            if cfg.n_group > 1
+            else {}
+        )
+        meta |= (
+            {"expert_gating_func": 2, "expert_weights_norm": True} if cfg.scoring_func == "sigmoid" else {}
+        )
+    if cfg.rope.rope_type == "yarn":
+        meta |= {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}
+        meta |= {"rope.scaling.original_context_length": 32, "rope.scaling.yarn_log_multiplier": 0.0707}
+    kept = {k: v for k, v in tiny.metadata(pre="deepseek-llm").items() if "llama." not in k}
+    kept |= {"general.architecture": arch} | {f"{arch}.{k}": v for k, v in meta.items()}
+    writer, names = (
+        gguf.GGUFWriter(path, arch),
+        gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], cfg.num_hidden_layers),
+    )
+    writer.kv_data[0].clear()
+    add = {str: writer.add_string, float: writer.add_float32, bool: writer.add_bool, list: writer.add_array}
+    for key, value in kept.items():
+        add.get(type(value), writer.add_uint32)(key, value)
+    for name, array in out.items():
+        name = name.replace("e_score_correction_bias", "e_score_correction.bias")
+        found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert found, name
+        writer.add_tensor(found, array)
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file()
+    writer.close()
+    return tensors
+
+
+@pytest.mark.parametrize("new", [False, True], ids=["kv_b whole", "kv_b in two"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_file_of_deepseeks_architectures_is_the_folder_that_it_was_made_of(name, new, tmp_path):
+    raw, arch = FAMILIES[name], name.partition(",")[0]
+    if new and arch != "deepseek2":
+        return
+    expected = write_family(tmp_path / "a.gguf", arch, raw, new)
+    found = read_safetensors(gguf_to_hf(tmp_path / "a.gguf", tmp_path / "hf"))
+    assert found.keys() == expected.keys()
+    for tensor in expected:
+        np.testing.assert_array_equal(found[tensor], expected[tensor], err_msg=tensor)
+    ours, theirs = ModelConfig.from_hf(tmp_path / "hf"), ModelConfig.from_hf(raw)
+    aside = {k: getattr(theirs, k) for k in ("bos_token_id", "eos_token_id", "dtype", "aux_loss_alpha")}
+    assert ours.replace(**aside) == theirs
+
+
+def test_groups_that_an_old_file_does_not_tell_are_those_of_the_release(tmp_path, caplog, monkeypatch):
+    raw = FAMILIES["deepseek2, V3"] | {"n_group": 1, "topk_group": 1}
+    write_family(tmp_path / "a.gguf", "deepseek2", raw, False)
+    release = ModelConfig.from_hf(raw).replace(n_group=2)
+    monkeypatch.setattr("jaxseek_convert.gguf_config.presets", lambda: {"deepseek-v3": tmp_path})
+    monkeypatch.setattr(ModelConfig, "from_preset", lambda name: release)
+    assert ModelConfig.from_hf(gguf_to_hf(tmp_path / "a.gguf", tmp_path / "hf")).n_group == 2
+    assert (
+        "does not tell the groups of experts; they are those of deepseek-v3: the best 1 of 2" in caplog.text
+    )
+
+
+@pytest.mark.parametrize(
+    ("pre", "cut"),
+    [
+        ("deepseek-llm", ["Hi", ",", " x", "1", "2", "3", "\n", "世界"]),
+        ("deepseek-coder", ["Hi", ",", " x", "1", "2", "3", "\n", "世界"]),
+        ("deepseek-v3", ["Hi", ",", " x", "123", "\n", "世界"]),
+    ],
+)
+def test_deepseeks_pre_tokenizers_cut_words_numbers_and_lines(convert, pre, cut):
+    directory, _ = convert(meta=tiny.metadata(pre=pre))
+    spec = json.loads((directory / "tokenizer.json").read_text("utf-8"))
+    spec["pre_tokenizer"]["pretokenizers"].pop()  # bytes as letters
+    found = tokenizers.Tokenizer.from_str(json.dumps(spec)).pre_tokenizer.pre_tokenize_str("Hi, x123\n世界")
+    assert [word for word, _ in found] == cut
+
+
 # ---------------------------------------------------------------- what is refused
 
 
@@ -291,7 +438,7 @@ def test_a_file_that_is_no_gguf_or_is_cut_anywhere_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"architecture": "gemma3"}, "'gemma3'; supported are llama, qwen2"),
+        ({"architecture": "gemma3"}, "'gemma3'; supported are llama, qwen2, qwen3, deepseek, deepseek2"),
         ({"block_count": None}, "no llama.block_count"),
         ({"block_count": 3}, r"9 missing: model.layers.2.*\n.*additions"),
         ({"block_count": 1}, r"9 unknown: model.layers.1"),
@@ -300,20 +447,35 @@ def test_a_file_that_is_no_gguf_or_is_cut_anywhere_is_refused(tmp_path):
         ({"llama__rope__scaling__type": "longrope"}, "'longrope'; supported are none, linear and yarn"),
         ({"llama__rope__scaling__yarn_log_multiplier": 0.1}, "'none' with yarn_log_multiplier"),
         ({"split__count": 3}, "one of 3 parts; join them"),
-        ({"model": "llama"}, "tokenizer is 'llama' with pre-tokenizer 'smollm'; supported is 'gpt2'"),
-        ({"pre": None}, "pre-tokenizer None; supported is .* smollm, llama-bpe, qwen2"),
-        ({"merges": ["no such"]}, "no tokenizer can be made"),
-        ({"eos_token_id": 5000}, "no tokenizer can be made"),
-        (
-            {"tokens": ["a", "aa", "a"], "token_type": [1, 1, 3], "merges": ["a a"]},
-            "no tokenizer can be made .*a is 2, but would be 0",
-        ),
-        ({"tokens": ["a"] * 1000}, f"1000 tokens for an embedding of {tiny.V} rows"),
     ],
 )
 def test_what_is_not_supported_is_refused_with_what_is(tmp_path, changes, match):
     tiny.write_gguf(tmp_path / "a.gguf", meta=tiny.metadata(**changes))
     refused(tmp_path / "a.gguf", match)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"model": "llama"}, "tokenizer is 'llama' with pre-tokenizer 'smollm'; supported is 'gpt2'"),
+        ({"pre": None}, "pre-tokenizer None; supported is .* smollm, llama-bpe, qwen2"),
+        ({"merges": ["no such"]}, "none can be made of its tokens"),
+        ({"eos_token_id": 5000}, "none can be made of its tokens"),
+        (
+            {"tokens": ["a", "aa", "a"], "token_type": [1, 1, 3], "merges": ["a a"]},
+            "none can be made of its tokens: a is 2, but would be 0",
+        ),
+        ({"tokens": ["a"] * 1000}, f"1000 tokens for an embedding of {tiny.V} rows"),
+    ],
+)
+def test_without_a_tokenizer_that_can_be_made_the_weights_are_converted_with_a_word(
+    convert, tmp_path, changes, match, caplog
+):
+    directory, held = convert(meta=tiny.metadata(**changes))
+    assert re.search(match, caplog.text)
+    assert "Put the tokenizer files of the original model beside them" in caplog.text
+    assert not (directory / "tokenizer.json").exists()
+    assert read_safetensors(directory).keys() == held.keys()
 
 
 def test_numbers_that_do_not_fit_each_other_are_refused(tmp_path):
@@ -327,8 +489,8 @@ def test_numbers_that_do_not_fit_each_other_are_refused(tmp_path):
     ("name", "match"),
     [
         ("rope_freqs.weight", "rope_freqs.weight is not Llama 3's"),
-        ("blk.0.attn_q_norm.weight", "1 unknown: blk.0.attn_q_norm.weight"),
-        ("blk.0.ffn_gate_inp.weight", "1 unknown: blk.0.ffn_gate_inp.weight"),
+        ("blk.0.attn_q_norm.weight", "1 unknown: model.layers.0.self_attn.q_norm.weight"),
+        ("blk.0.ffn_gate_inp.weight", "1 unknown: model.layers.0.mlp.gate.weight"),
     ],
 )
 def test_tensors_of_another_model_are_refused(tmp_path, name, match):

@@ -228,12 +228,12 @@ def test_scales_of_blocks_are_those_of_their_rows_and_back(rows, block):
     form = float8({"weight_block_size": [block, 4]})
     blocks = np.random.default_rng(0).standard_normal((-(-rows // block), 3)).astype(np.float32)
     blocks[0, 0], blocks[0, 1], blocks[0, 2] = np.nan, -0.0, np.inf
-    each = from_blocks(blocks, 0, rows, form)
+    each = from_blocks(blocks, 0, rows, form.block)
     for i in range(rows):
         assert each[i].tobytes() == blocks[i // block].tobytes()
     assert to_blocks(each, form).tobytes() == blocks.tobytes()
     for first in range(0, rows, 7):
-        part = from_blocks(blocks[first // block :], first % block, min(9, rows - first), form)
+        part = from_blocks(blocks[first // block :], first % block, min(9, rows - first), form.block)
         assert part.tobytes() == each[first : first + 9].tobytes()
 
 
@@ -249,4 +249,4 @@ def test_rows_of_a_block_with_scales_of_their_own_are_refused():
 def test_scales_of_other_dtypes_are_their_numbers():
     for dtype in (BF16, F16, np.dtype(ml_dtypes.float8_e8m0fnu)):
         blocks = np.array([[0.5, 2, 2.0**-9]]).astype(dtype)
-        np.testing.assert_array_equal(from_blocks(blocks, 0, 3, FLOAT8), [[0.5, 2, 2.0**-9]] * 3)
+        np.testing.assert_array_equal(from_blocks(blocks, 0, 3, FLOAT8.block), [[0.5, 2, 2.0**-9]] * 3)

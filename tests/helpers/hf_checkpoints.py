@@ -41,6 +41,7 @@ MODELS = {
     "llama, all biases": {"model_type": "llama", **BASE, "attention_bias": True, "mlp_bias": True},
     "llama, tied": {"model_type": "llama", **BASE, "tie_word_embeddings": True},
     "qwen2": {"model_type": "qwen2", **BASE, "num_key_value_heads": 2},
+    "qwen3": {"model_type": "qwen3", **BASE, "num_key_value_heads": 2, "head_dim": 6},
     "deepseek": {"model_type": "deepseek", **BASE, **MOE},
     "deepseek_v2": V2 | {"mlp_bias": True},
     "deepseek_v2, no q_lora": V2 | {"q_lora_rank": None},

@@ -121,6 +121,8 @@ def gqa(cfg, w, x):
     )
     k = (x @ w["k_DKH"].reshape(-1, K * H) + w.get("k_bias_KH", np.zeros(K * H)).reshape(-1)).reshape(T, K, H)
     v = (x @ w["v_DKH"].reshape(-1, K * H) + w.get("v_bias_KH", np.zeros(K * H)).reshape(-1)).reshape(T, K, H)
+    if cfg.model_type == "qwen3":
+        q, k = (rms_norm(x, w[f"{n}_head_norm.scale_D"], cfg.rms_norm_eps) for n, x in (("q", q), ("k", k)))
     q, k = rotate_all(cfg.rope, q, False), rotate_all(cfg.rope, k, False)
     keep = np.tril(np.ones((T, T), bool))
     heads = [
@@ -326,6 +328,7 @@ TINY = {
     "llama with biases": _DENSE
     | {"attention_bias": True, "mlp_bias": True, "rope": RopeConfig("linear", factor=4.0)},
     "qwen2": _DENSE | {"model_type": "qwen2", "attention_bias": True, "tie_word_embeddings": True},
+    "qwen3": _DENSE | {"model_type": "qwen3", "head_dim": 16, "rms_norm_eps": 1e-5},
     "v1": _V1,
     "v1, every second layer": _V1 | {"moe_layer_freq": 2, "first_k_dense_replace": 0, "num_hidden_layers": 3},
     "v2-lite": _V2 | {"q_lora_rank": None},

@@ -9,7 +9,7 @@ from jaxseek.config.model import ModelConfig, RopeConfig, presets
 
 pytestmark = pytest.mark.parity
 
-KINDS = ("llama", "qwen2", "deepseek_v2", "deepseek_v3", "deepseek_v32")
+KINDS = ("llama", "qwen2", "qwen3", "deepseek_v2", "deepseek_v3", "deepseek_v32")
 SEEDS = range(12)
 # One preset of every shape that transformers has a class for (it has none for model_type deepseek).
 SHAPES = (
@@ -24,6 +24,7 @@ SHAPES = (
     "deepseek-r1-distill-qwen-7b",
     "deepseek-r1-distill-qwen-14b",
     "deepseek-r1-distill-qwen-32b",
+    "deepseek-r1-0528-qwen3-8b",
     "deepseek-r1-distill-llama-8b",
     "deepseek-r1-distill-llama-70b",
     "tiny-llm",
@@ -66,7 +67,7 @@ def random_hf_fields(kind: str, seed: int) -> dict[str, Any]:
         fields["attention_bias"] = rng.random() < 0.5
     if kind in ("llama", "deepseek_v2", "deepseek_v32"):
         fields["mlp_bias"] = rng.random() < 0.5  # V3.2 has the field, and its layers ignore it
-    if kind in ("llama", "qwen2") and rng.random() < 0.5:
+    if kind in ("llama", "qwen2", "qwen3") and rng.random() < 0.5:
         fields["head_dim"] = 2 * rng.randint(3, 20)
     if not latent:
         return fields

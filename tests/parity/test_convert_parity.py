@@ -49,6 +49,7 @@ MODELS = {
     "llama with biases": ("Llama", COMMON | {"attention_bias": True, "mlp_bias": True}),
     "llama tied": ("Llama", COMMON | {"tie_word_embeddings": True}),
     "qwen2": ("Qwen2", COMMON | {"num_key_value_heads": 2}),
+    "qwen3": ("Qwen3", COMMON | {"num_key_value_heads": 2, "head_dim": 8}),
     "deepseek_v2": ("DeepseekV2", V2),
     "deepseek_v2 without q_lora": ("DeepseekV2", V2 | {"q_lora_rank": None, "mlp_bias": True}),
     "deepseek_v3": ("DeepseekV3", COMMON | SPARSE),

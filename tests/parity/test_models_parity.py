@@ -12,7 +12,7 @@ from jaxseek.engine.sampling import Sampling
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
 
-FAMILIES = ("llama", "qwen2", "deepseek_v2", "deepseek_v2_lite", "deepseek_v3", "deepseek_v32")
+FAMILIES = ("llama", "qwen2", "deepseek_v2", "deepseek_v2_lite", "deepseek_v3", "deepseek_v32", "qwen3")
 CASES = [(family, seed) for family in FAMILIES for seed in range(4)]
 
 
@@ -39,7 +39,7 @@ def random_config(family: str, seed: int):
         "eos_token_id": 1,
     }
     rope = {"rope_type": "default", "rope_theta": pick(1e4, 5e5)}
-    if family in ("llama", "qwen2"):
+    if family in ("llama", "qwen2", "qwen3"):
         if family == "llama" and seed % 2:
             rope |= {
                 "rope_type": "llama3",
@@ -55,6 +55,8 @@ def random_config(family: str, seed: int):
         }
         if family == "qwen2":
             return tf.Qwen2Config(**common, use_sliding_window=False)
+        if family == "qwen3":
+            return tf.Qwen3Config(**common, attention_bias=pick(True, False), head_dim=pick(16, 32))
         return tf.LlamaConfig(
             **common, attention_bias=pick(True, False), mlp_bias=pick(True, False), head_dim=pick(16, 32)
         )
