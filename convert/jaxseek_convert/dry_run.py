@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import re
 import shutil
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxseek.checkpoint import models
-from jaxseek.checkpoint.directory import existing_parent
+from jaxseek.checkpoint.directory import CheckpointError, existing_parent
 from jaxseek.config.formats import Spec
 from jaxseek.config.model import ModelConfig
 from jaxseek.experts.replicate import place_experts
@@ -28,6 +27,7 @@ from jaxseek.model.weight import MATRICES, quantized
 from jaxseek.sharding.parameters import device_bytes, parameters
 from jaxseek.sharding.strategy import Strategy
 from jaxseek.storage.place import Place, Remote, small_files, writable
+from jaxseek.storage.untrusted import read_json
 from jaxseek_convert.conversion import sink_for, source_place, target_forms
 from jaxseek_convert.files import File, Writer
 from jaxseek_convert.from_hf import block_of, quantization_of
@@ -53,7 +53,7 @@ class Announced:
         self.path, self.cfg = path, ModelConfig.from_hf(path)
         self.quantization = quantization_of(path)
         self._block = block_of(path, self.quantization)
-        raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        raw = read_json(path / "config.json", CheckpointError)
         self._dtype = models.parse_dtype(raw.get("torch_dtype") or raw.get("dtype") or "bfloat16").name
         if not mtp:
             self.cfg = self.cfg.replace(num_nextn_predict_layers=0)

@@ -6,7 +6,6 @@ experts and rows that the device holds. Beside the model, memory holds one shard
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -25,6 +24,7 @@ from jaxseek.config.model import ModelConfig
 from jaxseek.model.deepseek import DeepSeek
 from jaxseek.sharding.parameters import fill
 from jaxseek.storage.place import Place, Remote, place, small_files
+from jaxseek.storage.untrusted import brief, read_json
 from jaxseek_convert.layout import Index
 from jaxseek_convert.numbers import BF16, F32, FLOATS, FP8, SCALES, Form, Memory, Rows, decode, from_blocks
 from jaxseek_convert.safetensors_io import Tensor, find_tensors
@@ -57,7 +57,7 @@ class HFCheckpoint:
         self.cfg = ModelConfig.from_hf(folder)
         self.quantization = quantization_of(folder)
         self._block = block_of(self.path, self.quantization)
-        self.tensors = _one_for_each_expert(find_tensors(self.path))
+        self.tensors = _one_for_each_expert(find_tensors(self.path), self.cfg.n_routed_experts)
         self._scales = self._take_scales()
         self._choose_mtp(mtp)
         self.table = Table(self.cfg)
@@ -259,7 +259,7 @@ class HFCheckpoint:
 
 def quantization_of(path: Path) -> dict[str, Any] | None:
     """Return `quantization_config` of config.json, or None."""
-    return json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    return read_json(path / "config.json", CheckpointError).get("quantization_config")
 
 
 def block_of(path: Place, how: Mapping[str, Any] | None) -> tuple[int, int]:
@@ -275,10 +275,10 @@ def block_of(path: Place, how: Mapping[str, Any] | None) -> tuple[int, int]:
         else {"quant_method": how, "weight_block_size": None}
     )
     method, block = known.get("quant_method", "fp8"), known.get("weight_block_size", [128, 128])
-    sound = isinstance(block, list) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block)
+    sound = isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block)
     if method != "fp8" or not sound:
         raise CheckpointError(
-            f"{path}: quantized by {method!r} with blocks {block}; expected weights that are not "
+            f"{path}: quantized by {brief(method)} with blocks {brief(block)}; expected weights that are not "
             "quantized, or 'fp8' with two block sizes. Fetch the original weights"
         )
     return block[0], block[1]
@@ -291,11 +291,11 @@ def _wider(forms: set[Form]) -> Form:
     return Form(plain.pop() if len(plain) == 1 else F32.name)
 
 
-def _one_for_each_expert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Split fused expert tensors: gate_up [E, 2F, D] is gate, then up; down is [E, D, F]."""
+def _one_for_each_expert(tensors: dict[str, Tensor], experts: int) -> dict[str, Tensor]:
+    """Split fused tensors of so many experts: gate_up [E, 2F, D] is gate, then up; down is [E, D, F]."""
     out: dict[str, Tensor] = {}
     for name, t in tensors.items():
-        if not (match := _FUSED.fullmatch(name)) or len(t.shape) != 3:
+        if not (match := _FUSED.fullmatch(name)) or len(t.shape) != 3 or t.shape[0] != experts:
             out[name] = t
             continue
         prefix, which, scale = match.groups()

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import logging
 import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
+
+from jaxseek.storage.untrusted import brief, read_json
 
 log = logging.getLogger("jaxseek")
 
@@ -71,13 +72,28 @@ _ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "llama3": (("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"), ()),
 }
 
+# The most that a config may have of what is counted through or allocated: far above every model.
+_MOST = {
+    **dict.fromkeys(("num_hidden_layers", "n_shared_experts"), 1 << 10),
+    "num_nextn_predict_layers": 1 << 6,
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "index_n_heads"), 1 << 14),
+    **dict.fromkeys(("head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 1 << 14),
+    **dict.fromkeys(("n_routed_experts", "index_head_dim", "kv_lora_rank", "q_lora_rank"), 1 << 16),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), 1 << 20),
+    "vocab_size": 1 << 24,
+    "rope_theta": 10**15,
+    "rms_norm_eps": 1,
+}
+_MOST_NUMBER = (1 << 31) - 1  # of any other number: int32 on the devices
+_MOST_EXPERTS = 1 << 17  # of all layers together, each of which has tensors of its own
+
 
 class Location(Protocol):
     """A path, or an object with these methods of one."""
 
     def is_dir(self) -> bool: ...
     def __truediv__(self, part: str, /) -> Any: ...
-    def read_text(self, encoding: str = "utf-8") -> str: ...
+    def read_bytes(self) -> bytes: ...
 
 
 class ConfigError(ValueError):
@@ -85,18 +101,29 @@ class ConfigError(ValueError):
 
 
 def _check_types(config: RopeConfig | ModelConfig) -> None:
-    """Raise ConfigError unless every field has its annotated type; convert integers to float as annotated."""
+    """Raise ConfigError unless every field has its annotated type and no number is absurdly large.
+
+    Integers become floats as annotated.
+    """
     problems = []
     for name, hint in get_type_hints(type(config)).items():
         value, options = getattr(config, name), get_args(hint) or (hint,)
-        if float in options and type(value) is int:
-            object.__setattr__(config, name, float(value))
-        elif get_origin(hint) is Literal:
+        numbers = value if isinstance(value, tuple) else (value,)
+        most = _MOST.get(name, _MOST_NUMBER)
+        if get_origin(hint) is Literal:
             if value not in options:
-                problems.append(f"{name} is {value!r}, expected {', '.join(options)}")
-        elif type(value) not in [get_origin(o) or o for o in options]:  # exact: True is not an integer
+                problems.append(f"{name} is {brief(value)}, expected {', '.join(options)}")
+        elif type(value) not in [get_origin(o) or o for o in options] and not (  # exact: True is no integer
+            float in options and type(value) is int
+        ):
             wanted = " or ".join(getattr(o, "__name__", str(o)) for o in options)
-            problems.append(f"{name} is {value!r}, expected {wanted}")
+            problems.append(f"{name} is {brief(value)}, expected {wanted}")
+        elif isinstance(value, tuple) and any(type(n) is not int for n in value):
+            problems.append(f"{name} is {brief(value)}, expected whole numbers")
+        elif any(type(n) in (int, float) and not abs(n) <= most for n in numbers):  # NaN is not
+            problems.append(f"{name} is {brief(value)}, expected at most {most:,}")
+        elif float in options and type(value) is int:
+            object.__setattr__(config, name, float(value))
     if problems:
         raise ConfigError("; ".join(problems))
 
@@ -127,9 +154,14 @@ class RopeConfig:
             raise ConfigError(
                 f"rope_type {kind!r} has original_max_position_embeddings {length}, expected above 0"
             )
-        if kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
-            low, high = self.low_freq_factor, self.high_freq_factor
-            raise ConfigError(f"low_freq_factor {low} is not below high_freq_factor {high}")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if kind == "llama3" and not 0 < low < high:
+            raise ConfigError(f"low_freq_factor {low} is not between 0 and high_freq_factor {high}")
+        if kind == "yarn" and not (self.rope_theta > 1 and self.beta_fast > 0 and self.beta_slow > 0):
+            raise ConfigError(
+                f"rope_theta {self.rope_theta}, beta_fast {self.beta_fast} and beta_slow {self.beta_slow} "
+                "must be above 1, 0 and 0"
+            )
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -210,13 +242,9 @@ class ModelConfig:
             path = path / "config.json" if path.is_dir() else path
             where = str(path)
             try:
-                raw = json.loads(path.read_text(encoding="utf-8"))
+                raw = read_json(path, ConfigError)
             except FileNotFoundError:
                 raise ConfigError(f"{where}: no such file; expected a Hugging Face config.json") from None
-            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
-                raise ConfigError(f"{where}: not valid JSON ({e}); is the download complete?") from None
-            if not isinstance(raw, dict):
-                raise ConfigError(f"{where}: expected a JSON object, got {type(raw).__name__}")
         try:
             return cls._from_hf_dict(raw)
         except ConfigError as e:
@@ -227,7 +255,7 @@ class ModelConfig:
         kind = raw.get("model_type")
         if not isinstance(kind, str) or kind not in _FAMILIES:
             raise ConfigError(
-                f"model_type is {kind!r}; jaxseek knows {', '.join(sorted(_FAMILIES))}. "
+                f"model_type is {brief(kind)}; jaxseek knows {', '.join(sorted(_FAMILIES))}. "
                 "Other architectures are not part of the DeepSeek family."
             )
         for alias, name in _ALIASES:
@@ -239,7 +267,7 @@ class ModelConfig:
         if missing := [k for k in required if raw.get(k) is None]:
             raise ConfigError(f"missing field(s) {', '.join(missing)} for model_type {kind!r}")
         if (act := raw.get("hidden_act") or "silu") != "silu":
-            raise ConfigError(f"hidden_act is {act!r}; every DeepSeek model uses 'silu'")
+            raise ConfigError(f"hidden_act is {brief(act)}; every DeepSeek model uses 'silu'")
         if raw.get("use_sliding_window") and raw.get("sliding_window"):
             raise ConfigError("use_sliding_window is true; no DeepSeek model uses a sliding window")
         if kind == "deepseek_v32" and isinstance(layer_types := raw.get("mlp_layer_types"), list):
@@ -355,6 +383,11 @@ class ModelConfig:
             need(width >= R, f"index_head_dim {width} is below qk_rope_head_dim {R}")
         if self.n_routed_experts:
             E, G, Kt = self.n_routed_experts, self.n_group, self.num_experts_per_tok
+            layers = self.num_hidden_layers + self.num_nextn_predict_layers
+            need(
+                layers * E <= _MOST_EXPERTS,
+                f"{layers} layers of n_routed_experts {E} are more than {_MOST_EXPERTS:,} experts",
+            )
             need(Kt <= E, f"num_experts_per_tok {Kt} is above n_routed_experts {E}")
             if self.topk_method != "greedy":
                 need(E % G == 0, f"n_routed_experts {E} is not divisible by n_group {G}")
@@ -482,7 +515,7 @@ def _leading_dense(layer_types: list[str]) -> int:
     k = layer_types.index("sparse") if "sparse" in layer_types else len(layer_types)
     if layer_types[k:] != ["sparse"] * (len(layer_types) - k):
         raise ConfigError(
-            f"mlp_layer_types is {layer_types}; expected dense layers first, then sparse ones only"
+            f"mlp_layer_types is {brief(layer_types)}; expected dense layers first, then sparse ones only"
         )
     return k
 
@@ -490,11 +523,11 @@ def _leading_dense(layer_types: list[str]) -> int:
 def _rope_from_hf(raw: dict[str, Any]) -> RopeConfig:
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(given, dict) or any(isinstance(v, dict) for v in given.values()):
-        raise ConfigError(f"rope parameters are {given!r}, expected one flat table for all layers")
+        raise ConfigError(f"rope parameters are {brief(given)}, expected one flat table for all layers")
     given = {k: v for k, v in given.items() if v is not None}
     kind = given.get("rope_type") or given.get("type") or "default"
     if not isinstance(kind, str) or kind not in _ROPE_FIELDS:
-        raise ConfigError(f"rope_type is {kind!r}; jaxseek knows {', '.join(_ROPE_FIELDS)}")
+        raise ConfigError(f"rope_type is {brief(kind)}; jaxseek knows {', '.join(_ROPE_FIELDS)}")
     partial = given.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0
     if partial != 1.0:
         raise ConfigError(f"partial_rotary_factor is {partial}; every DeepSeek model rotates whole heads")

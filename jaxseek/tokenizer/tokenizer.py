@@ -8,12 +8,16 @@ an added token that is marked special or looks like markup; other added tokens (
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
+import os
 import re
+import tempfile
+import threading
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from jaxseek.storage.hub import model_place
 from jaxseek.storage.place import Place, place, write_bytes
+from jaxseek.storage.untrusted import expect, parse_json, read_bytes
 from jaxseek.tokenizer import chat
 from jaxseek.tokenizer.chat import Mark, Message, TokenizerError
 
@@ -37,6 +42,25 @@ _FILES = (
 )
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 _MARKUP = re.compile(r"<.+>|\[.+\]", re.DOTALL)
+_TOKEN = (str, {"content": str}, None)
+_ID = (int, [int], None)
+# What is read of each file, in the terms of `untrusted.expect`.
+_FORMS: dict[str, Any] = {
+    "tokenizer.json": {
+        "model": {"vocab": (dict, list)},
+        "added_tokens": [{"content": str, "id": int, "special": bool}],
+    },
+    "tokenizer_config.json": {
+        **{f"{name}?": _TOKEN for name in _NAMED},
+        "chat_template?": (str, [{"name": str, "template": str}], None),
+        "add_bos_token?": (bool, None),
+        "added_tokens_decoder?": {str: {"content": str}},
+    },
+    "special_tokens_map.json": {f"{name}?": _TOKEN for name in _NAMED},
+    "generation_config.json": {"bos_token_id?": _ID, "eos_token_id?": _ID, "pad_token_id?": _ID},
+}
+# Words, numbers, scripts, white space and runs on which a bad pre-tokenizer fails: tried when it is loaded.
+_TRIAL = "It's a test, 12345.\n\n\tΩ你好 é\u0301 😀 <x>" + "a" * 40 + "!" + " " * 40 + "_"
 
 
 class Tokenizer:
@@ -59,11 +83,16 @@ class Tokenizer:
         config = _read_json(files, "tokenizer_config.json")
         names = {key: _content(c[key]) for c in (special_map, config) for key in _NAMED if c.get(key)}
         try:
-            if source == "tokenizer.json":
-                backend = _HuggingFace(_read_json(files, source), names.values())
-            else:
-                backend = _SentencePiece(files[source], config.get("added_tokens_decoder", {}))
-        except Exception as error:
+            with _quietly():
+                if source == "tokenizer.json":
+                    backend = _HuggingFace(_read_json(files, source), names.values())
+                else:
+                    backend = _SentencePiece(files[source], config.get("added_tokens_decoder", {}))
+                with contextlib.suppress(Exception):  # some have no token for some of its letters
+                    backend.decode(backend.encode([_TRIAL]))
+        except BaseException as error:
+            if not isinstance(error, Exception) and not _is_panic(error):
+                raise
             raise TokenizerError(
                 f"{source} cannot be read as a tokenizer ({type(error).__name__}: {error}); fetch the file "
                 "again, or remove it to load the model without a tokenizer"
@@ -100,10 +129,13 @@ class Tokenizer:
         """
         path = model_place(path, weights=False)
         paths = [path / name for name in _FILES] + sorted(path.glob("*.model"), key=str)
-        files = {file.name: file.read_bytes() for file in paths if file.is_file()}
+        files = {file.name: read_bytes(file, TokenizerError) for file in paths if file.exists()}
         if "tokenizer.json" not in files and not any(name.endswith(".model") for name in files):
             return None
-        return cls(files, template)
+        try:
+            return cls(files, template)
+        except TokenizerError as error:
+            raise TokenizerError(f"{path}: {error}") from error
 
     def save(self, path: str | Place) -> None:
         """Write the files that this tokenizer was read from, byte for byte, the vocabulary last."""
@@ -130,7 +162,8 @@ class Tokenizer:
         `skip_special` drops BOS, EOS, pad and tokens marked special; `<think>` and role marks stay.
         """
         kept = [i for i in map(int, ids) if 0 <= i < self.vocab_size]
-        return self._backend.decode([i for i in kept if not (skip_special and i in self._skipped)])
+        with _without_panic():
+            return self._backend.decode([i for i in kept if not (skip_special and i in self._skipped)])
 
     def token_id(self, token: str) -> int | None:
         """Return the id of a control token or vocabulary piece, or None."""
@@ -198,7 +231,8 @@ class Tokenizer:
             "".join(segments).encode()
         except UnicodeEncodeError as error:
             raise TokenizerError(f"the text is not valid Unicode: {error}") from error
-        ids = self._backend.encode(segments)
+        with _without_panic():
+            ids = self._backend.encode(segments)
         if bos and self.add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             return [self.bos_id, *ids]
         return ids
@@ -366,13 +400,46 @@ class _SentencePiece:
 
 
 def _read_json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    value = parse_json(files.get(name, b"{}"), name, TokenizerError)
+    return expect(value, _FORMS[name], name, TokenizerError)
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Return whether the tokenizers library panicked, which is no Exception."""
+    return type(error).__name__ == "PanicException"
+
+
+@contextlib.contextmanager
+def _without_panic() -> Iterator[None]:
+    """Turn a panic of the tokenizers library into a TokenizerError."""
     try:
-        value = json.loads(files.get(name, b"{}"))
-    except ValueError as error:
-        raise TokenizerError(f"{name} is not valid JSON ({error}); fetch the file again") from error
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{name} holds a {type(value).__name__}; expected a JSON object")
-    return value
+        yield
+    except BaseException as error:
+        if not _is_panic(error):
+            raise
+        raise TokenizerError(f"tokenizer.json fails with this text: {error}") from None
+
+
+_quiet = threading.Lock()
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Hold back what is written to standard error, also by libraries, and drop it if something is raised."""
+    try:
+        before = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    with _quiet, tempfile.TemporaryFile() as kept:
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+            kept.seek(0)
+            os.write(before, kept.read())
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
 
 
 def _content(token: str | Mapping[str, Any]) -> str:
@@ -383,7 +450,10 @@ def _content(token: str | Mapping[str, Any]) -> str:
 def _chat_template(files: Mapping[str, bytes], config: Mapping[str, Any]) -> str | None:
     """Return chat_template.jinja, or else the config's template (in older files a list of named ones)."""
     if "chat_template.jinja" in files:
-        return files["chat_template.jinja"].decode()
+        try:
+            return files["chat_template.jinja"].decode()
+        except UnicodeDecodeError as error:
+            raise TokenizerError(f"chat_template.jinja is not UTF-8 text ({error})") from None
     template = config.get("chat_template")
     if isinstance(template, list):
         return next((t["template"] for t in template if t["name"] == "default"), None)
