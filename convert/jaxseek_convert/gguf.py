@@ -13,6 +13,7 @@ transforms of the weights, and its llama-vocab.cpp for the tokenizers.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import math
 import re
@@ -28,6 +29,7 @@ from jaxseek.checkpoint.directory import CheckpointError, new_directory
 from jaxseek.checkpoint.models import raise_mismatch
 from jaxseek.config.model import ConfigError, ModelConfig
 from jaxseek.storage.place import Place, Remote, cached, is_url, place
+from jaxseek_convert.gguf_header import check_header
 from jaxseek_convert.safetensors_io import write_safetensors
 from jaxseek_convert.table import hf_tensors
 
@@ -136,6 +138,10 @@ def gguf_to_hf(src: str | Place, dst: str | Path, overwrite: bool = False) -> Pa
         tensors = _check(cfg, tensors)
     except (CheckpointError, ConfigError) as e:
         raise type(e)(f"{path}: {e}") from e.__cause__
+    except Exception as e:  # metadata may have values of any type
+        raise CheckpointError(
+            f"{path}: its metadata cannot be used ({type(e).__name__}: {e}); fetch it again"
+        ) from e
     dtype = np.dtype(cfg.dtype)
     specs = {name: (_shape(tensor), dtype) for name, tensor in tensors.items()}
     needed = sum(math.prod(shape) for shape, _ in specs.values()) * dtype.itemsize
@@ -157,15 +163,20 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         from gguf import GGUFReader
     except ImportError as e:
         raise CheckpointError(f"a GGUF file needs the package gguf: pip install gguf ({e})") from None
+    check_header(path)
     try:
         reader = GGUFReader(path)
         meta = {name: field.contents() for name, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError) as e:
+    except Exception as e:
         raise CheckpointError(f"not a whole GGUF file ({e}); is the download complete?") from e
     if reader.byte_order != "I":
         raise CheckpointError("the file has the byte order of another machine; convert it where it was made")
     if meta.get("split.count", 1) > 1:
         raise CheckpointError(f"one of {meta['split.count']} parts; join them with llama-gguf-split --merge")
+    ends = sorted((t.data_offset, t.data_offset + t.n_bytes, t.name) for t in reader.tensors)
+    for (_, end, one), (start, _, other) in itertools.pairwise(ends):
+        if start < end:
+            raise CheckpointError(f"tensors {one} and {other} overlap; fetch it again")
     return meta, {tensor.name: tensor for tensor in reader.tensors}
 
 

@@ -24,6 +24,7 @@ def run(args: argparse.Namespace) -> None:
     from jaxseek.engine.engine import Timing
     from jaxseek.engine.generate import engine_for, request, stream
     from jaxseek.engine.text import encode
+    from jaxseek.machine.terminal import visible
     from jaxseek.tokenizer.chat import split_reasoning
 
     model, tokenizer = load_model(args.model, args.mesh, args.dtype)
@@ -47,17 +48,17 @@ def run(args: argparse.Namespace) -> None:
         if not text.strip():
             continue
         messages.append({"role": "user", "content": text})
-        ids = encode(tokenizer, messages, False if args.no_think else None)
-        opened = tokenizer.opened_think(ids)
-        show = out.reasoning(opened)
         engine.timing = Timing()
         try:
+            ids = encode(tokenizer, messages, False if args.no_think else None)
             own = dataclasses.replace(base, seed=args.seed + turn)
             handle = engine.submit(request(model, tokenizer, ids, own))
         except ValueError as e:
             messages.pop()
-            print(f"{e}; /reset starts anew", file=sys.stderr)
+            print(visible(f"{e}; /reset starts anew"), file=sys.stderr)
             continue
+        opened = tokenizer.opened_think(ids)
+        show = out.reasoning(opened)
         try:
             for piece in stream(engine, handle):
                 show(piece)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Mode = Literal["greedy", "plain", "filtered"]
+_MOST = 2**31 - 1  # int32 on the devices
 
 
 @dataclass(frozen=True)
@@ -31,20 +33,23 @@ class Sampling:
     stop_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for ok, text in (
-            (self.max_new_tokens >= 1, f"max_new_tokens is {self.max_new_tokens}, expected 1 or more"),
-            (0 <= self.temperature < float("inf"), f"temperature is {self.temperature}, expected 0 or more"),
-            (
-                self.top_k >= 0 and self.top_k == int(self.top_k),
-                f"top_k is {self.top_k}, expected a whole number, 0 (off) or more",
-            ),
-            (0 < self.top_p <= 1, f"top_p is {self.top_p}, expected within (0, 1]"),
-            (0 <= self.min_p <= 1, f"min_p is {self.min_p}, expected within [0, 1]"),
-            (0 <= self.seed < 2**63, f"seed is {self.seed}, expected within 0..2^63-1"),
-            (all(self.stop), "a stop string is empty"),
-        ):
-            if not ok:
-                raise ValueError(text)
+        def within(name: str, least: float, most: float, whole: bool = False) -> None:
+            value, number = getattr(self, name), "a whole number" if whole else "a number"
+            real = isinstance(value, Real) and not isinstance(value, bool)
+            if not real or not least <= value <= most or (whole and value % 1):
+                shown = value if real else repr(value)
+                raise ValueError(f"{name} is {shown}, expected {number} within {least:g}..{most:.10g}")
+
+        within("max_new_tokens", 1, _MOST, whole=True)
+        within("temperature", 0, 1e30)
+        within("top_k", 0, _MOST, whole=True)
+        within("top_p", 0, 1)
+        within("min_p", 0, 1)
+        within("seed", 0, 2**63 - 1, whole=True)
+        if not self.top_p:
+            raise ValueError(f"top_p is {self.top_p}, expected above 0, up to 1")
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError(f"stop is {self.stop!r}, expected texts, of which none is empty")
 
     @property
     def mode(self) -> Mode:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from jaxseek.storage.untrusted import brief
 
 if TYPE_CHECKING:
     from jaxseek.tokenizer.tokenizer import Tokenizer
@@ -24,13 +26,18 @@ def encode(tokenizer: Tokenizer | None, prompt: Prompt, thinking: bool | None = 
             f"a prompt is a mapping with {', '.join(map(str, prompt))}; expected text, token ids (its "
             "input_ids, say) or a list of messages"
         )
+    if isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
+        raise ValueError(f"a prompt is {brief(prompt)}, expected text, token ids or a list of messages")
     if isinstance(prompt, str) or any(isinstance(m, Mapping) for m in prompt):
         if tokenizer is None:
             raise ValueError("the model has no tokenizer; give prompts as lists of token ids")
         if isinstance(prompt, str):
             return tokenizer.encode(prompt)
         return tokenizer.render_chat(prompt, thinking=thinking)  # type: ignore[arg-type]
-    ids = np.asarray(prompt)
+    try:
+        ids = np.asarray(prompt)
+    except ValueError:  # lists of several lengths
+        ids = np.asarray([brief(prompt)])
     if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
         raise ValueError(
             f"a prompt of token ids is {ids.dtype}{list(ids.shape)}, expected whole numbers in a row"

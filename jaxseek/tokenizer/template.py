@@ -66,9 +66,13 @@ def _started() -> subprocess.Popen[bytes]:
     global _process
     if _process is None:
         paths = os.pathsep.join(filter(None, sys.path))
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        command = [sys.executable, "-P", __file__]
-        _process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths}, **pipes)
+        _process = subprocess.Popen(
+            [sys.executable, "-P", __file__],
+            env=os.environ | {"PYTHONPATH": paths},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
     return _process
 
 
