@@ -8,10 +8,10 @@ only.
 from __future__ import annotations
 
 import json
-import math
 import re
 import reprlib
 import stat
+import sys
 import tomllib
 from collections import Counter
 from pathlib import Path
@@ -20,7 +20,6 @@ from typing import Any
 MOST_BYTES = 64 << 20  # of a file; the largest tokenizer.json in use has half of that
 _MOST_TOML = 1 << 18
 _MOST_DEPTH = 64  # of objects and lists within each other; walking far deeper ones would exhaust the stack
-_MOST_DIGITS = 40  # of a number; some tokenizers state a length of 31
 _MOST_DOTS = 400  # in a line of TOML: the time for a dotted key is quadratic in its parts
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _KINDS = {dict: "an object", list: "a list", str: "text", bool: "true or false", None: "null"}
@@ -68,11 +67,11 @@ def parse_json(data: bytes | str, where: str, error: Error = ValueError, kind: t
     """Parse JSON, in UTF-8 with or without a byte order mark, that holds a `kind` (`object`: anything).
 
     Raises `error`, whose message begins with `where`: for anything else, a key that stands twice in an
-    object, half a surrogate pair, and objects or numbers of an absurd depth or length.
+    object, half a surrogate pair, and objects within each other to an absurd depth.
     """
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data.removeprefix("\ufeff")
-        value = json.loads(text, object_pairs_hook=_unique, parse_int=_integer)
+        value = json.loads(text, object_pairs_hook=_unique)
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
         raise_deep(value)
@@ -118,12 +117,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _integer(digits: str) -> int:
-    if len(digits) > _MOST_DIGITS:
-        raise ValueError(f"a number has {len(digits):,} digits")
-    return int(digits)
-
-
 def raise_deep(value: Any) -> None:
     """Raise RecursionError if objects and lists are nested too deep for those who walk them."""
     level = [value]
@@ -165,7 +158,7 @@ def _misfit(value: Any, form: Any, key: str) -> str | None:
             return _misfit_keys(value, form, key)
         fits = False
     elif form is float:
-        fits = type(value) in (int, float) and abs(value) < math.inf
+        fits = type(value) in (int, float) and abs(value) <= sys.float_info.max
     elif form is int:
         fits = type(value) is int and 0 <= value < 2**63
     else:

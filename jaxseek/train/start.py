@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from jaxseek.sharding.parameters import fill, parameters
 from jaxseek.sharding.strategy import Strategy
 from jaxseek.storage.hub import model_place
 from jaxseek.storage.place import file_sizes, place, scratch, writable
+from jaxseek.storage.untrusted import expect, read_json
 from jaxseek.tokenizer.tokenizer import Tokenizer
 from jaxseek.train import lora
 from jaxseek.train.checkpoints import Checkpoints
@@ -62,7 +62,7 @@ def _claim(run: RunConfig) -> None:
     out = writable(run.out)
     kept = out / "run.json"
     made = [name for name in file_sizes(out) if not name.startswith(("run.json", hosts.TOKEN))]
-    now, before = run.to_dict(), json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
+    now, before = run.to_dict(), read_json(kept, ConfigError) if kept.is_file() else None
     if before is not None and made:
         was, is_ = _flat(before), _flat(now)
         differ = [
@@ -88,7 +88,9 @@ def finished(run: RunConfig) -> int | None:
     def steps() -> int | None:
         if models.kind_of(path) is None:
             return None
+        form = {"steps": int, "run": {"steps": int}}
         origin = models.read_manifest(path)["origin"]
+        expect(origin, form, f"{path / models.MANIFEST}: origin", ConfigError)
         return origin["steps"] if origin["run"]["steps"] == run.steps else None
 
     return hosts.from_first(steps)

@@ -676,7 +676,7 @@ def test_files_of_a_download_that_went_wrong_are_named(hf, tmp_path):
         '{"weight_map": {"a": "../x"}}',
     ):
         index.write_text(text)
-        fails('expected JSON with "weight_map"')
+        fails(r"index.json: (not valid JSON|has no weight_map|weight_map.* is 3, expected|names the file)")
     index.write_text(sound.replace(shards[1].name, "model-00009-of-00003.safetensors"))
     fails(r"1 are absent \(model-00009-of-00003.safetensors\); fetch them")
     index.write_text(sound)
