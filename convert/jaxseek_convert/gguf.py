@@ -277,7 +277,8 @@ def _check(cfg: ModelConfig, tensors: Mapping[str, Any]) -> dict[str, Any]:
     )
     for name, tensor in tensors.items():
         try:
-            dequantize(tensor.data.reshape(-1, tensor.data.shape[-1])[:1], tensor.tensor_type)
+            with np.errstate(all="ignore"):
+                dequantize(tensor.data.reshape(-1, tensor.data.shape[-1])[:1], tensor.tensor_type)
         except NotImplementedError:
             raise CheckpointError(
                 f"{name} is {tensor.tensor_type.name}, which gguf cannot dequantise"
@@ -302,7 +303,8 @@ def _weight(cfg: ModelConfig, name: str, tensor: Any) -> np.ndarray:
     """Dequantise a tensor to float32, moving rotary pairs from adjacent rows to half a head apart."""
     from gguf.quants import dequantize
 
-    x = dequantize(tensor.data, tensor.tensor_type).reshape(_shape(tensor))
+    with np.errstate(all="ignore"):  # scales of a damaged file are any numbers
+        x = dequantize(tensor.data, tensor.tensor_type).reshape(_shape(tensor))
     for part, heads in _ARCHITECTURES[cfg.model_type].items():
         if part in name:
             pairs = x.reshape(getattr(cfg, heads), cfg.head_dim // 2, 2, *x.shape[1:])

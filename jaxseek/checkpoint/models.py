@@ -51,7 +51,7 @@ from jaxseek.ops import int4
 from jaxseek.sharding.parameters import fill, parameters
 from jaxseek.storage.hub import HUB, hub_hint, model_place
 from jaxseek.storage.place import Place, Remote, file_sizes, local_tree, place, write_text
-from jaxseek.storage.untrusted import brief, expect, read_json
+from jaxseek.storage.untrusted import brief, expect, raise_irregular, read_json
 
 FORMAT = 1
 DTYPES = ("bfloat16", "float16", "float32")
@@ -234,6 +234,9 @@ def not_a_checkpoint(path_or_preset: str | Place) -> CheckpointError:
         )
     if path.name.endswith(".gguf") and path.is_file():
         return CheckpointError(f"{path}: is a GGUF file; convert it first: jaxseek convert {path} DST")
+    for marker in (path / "config.json", path / MANIFEST):
+        if isinstance(marker, Path) and marker.exists():
+            raise_irregular(marker, CheckpointError)
     what = "exists, but is none" if path.exists() else f"does not exist{left(path)}"
     near = difflib.get_close_matches(name, known, 3, 0.4)
     hint = hub_hint(path_or_preset) or (

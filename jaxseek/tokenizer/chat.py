@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxseek.tokenizer.template import TemplateFault, run_template
+from jaxseek.tokenizer.template_process import TemplateFault, run_template
 
 Message = Mapping[str, Any]
 """{"role": "system" | "user" | "assistant" | "tool", "content": str, "tool_calls": optional list}"""

@@ -44,6 +44,7 @@ _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 _MARKUP = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 _TOKEN = (str, {"content": str}, None)
 _ID = (int, [int], None)
+_MOST_GROWTH = 1 << 10  # of a text that is normalised, in characters for one
 # What is read of each file, in the terms of `untrusted.expect`.
 _FORMS: dict[str, Any] = {
     "tokenizer.json": {
@@ -162,7 +163,7 @@ class Tokenizer:
         `skip_special` drops BOS, EOS, pad and tokens marked special; `<think>` and role marks stay.
         """
         kept = [i for i in map(int, ids) if 0 <= i < self.vocab_size]
-        with _without_panic():
+        with _told():
             return self._backend.decode([i for i in kept if not (skip_special and i in self._skipped)])
 
     def token_id(self, token: str) -> int | None:
@@ -231,7 +232,7 @@ class Tokenizer:
             "".join(segments).encode()
         except UnicodeEncodeError as error:
             raise TokenizerError(f"the text is not valid Unicode: {error}") from error
-        with _without_panic():
+        with _told():
             ids = self._backend.encode(segments)
         if bos and self.add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             return [self.bos_id, *ids]
@@ -280,6 +281,7 @@ class _HuggingFace:
     """
 
     def __init__(self, spec: dict[str, Any], named: Iterable[str]):
+        _raise_growing(spec)
         model = spec["model"]
         vocab = model["vocab"]
         ids = vocab if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
@@ -325,6 +327,18 @@ class _HuggingFace:
 
     def token_id(self, token: str) -> int | None:
         return self.control.get(token, self._tokenizer.token_to_id(token))
+
+
+def _raise_growing(spec: Mapping[str, Any]) -> None:
+    """Raise ValueError for replacements that make texts absurdly longer, one after the other."""
+    for part in ("normalizer", "decoder"):
+        steps, times = [spec.get(part)], 1
+        for step in steps:
+            if isinstance(step, dict):
+                steps += [*(step.get("normalizers") or ()), *(step.get("decoders") or ())]
+                times *= max(1, len(str(step.get("content", "")))) if step.get("type") == "Replace" else 1
+        if times > _MOST_GROWTH:
+            raise ValueError(f"its {part} makes a text up to {times:,} times longer")
 
 
 def _rename(model: dict[str, Any], alias: Mapping[str, str], taken: Iterable[str]) -> None:
@@ -410,14 +424,16 @@ def _is_panic(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def _without_panic() -> Iterator[None]:
-    """Turn a panic of the tokenizers library into a TokenizerError."""
+def _told() -> Iterator[None]:
+    """Turn whatever a tokenizer's library raises for a text into a TokenizerError."""
     try:
         yield
     except BaseException as error:
-        if not _is_panic(error):
+        if not isinstance(error, Exception) and not _is_panic(error):
             raise
-        raise TokenizerError(f"tokenizer.json fails with this text: {error}") from None
+        raise TokenizerError(
+            f"the tokenizer fails with this text ({type(error).__name__}: {error})"
+        ) from None
 
 
 _quiet = threading.Lock()

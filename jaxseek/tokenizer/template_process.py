@@ -1,7 +1,7 @@
-"""Render a checkpoint's own chat template in a process that has limits: it is a program from elsewhere.
+"""Run a checkpoint's own chat template in a process that has limits: it is a program from elsewhere.
 
 A template can loop for ever, multiply a text to gigabytes or call itself without end, and Python cannot stop
-any of these from outside. So a helper process renders, within limits on time, memory and output, and is
+any of these from outside. So a helper process runs it, within limits on time, memory and output, and is
 started anew after one of them was reached. This file is also what that process runs: it imports the standard
 library and jinja2 only.
 """
@@ -37,6 +37,17 @@ _process: subprocess.Popen[bytes] | None = None
 
 def run_template(source: str, variables: Mapping[str, Any]) -> str:
     """Render the template `source`. Raises TemplateFault, whatever the template does."""
+    return _ask(source, variables)
+
+
+@functools.lru_cache(maxsize=8)
+def template_variables(source: str) -> frozenset[str]:
+    """Return the names of the variables that a template reads. Raises TemplateFault."""
+    return frozenset(_ask(source, None))
+
+
+def _ask(source: str, variables: Mapping[str, Any] | None) -> Any:
+    """Have a template rendered, or without variables its names told."""
     try:
         request = json.dumps([source, variables], default=str).encode() + b"\n"
     except (ValueError, TypeError, RecursionError) as e:
@@ -57,9 +68,9 @@ def run_template(source: str, variables: Mapping[str, Any]) -> str:
     if code:
         raise TemplateFault(f"failed: it needed more than {MEMORY >> 20} MB or too deep a stack ({code})")
     reply = json.loads(line)
-    if "text" not in reply:
+    if "fault" in reply:
         raise TemplateFault(reply["fault"])
-    return reply["text"]
+    return reply["found"]
 
 
 def _started() -> subprocess.Popen[bytes]:
@@ -114,19 +125,29 @@ def _serve() -> None:
         _limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + SECONDS)
         try:
             source, variables = json.loads(line)
-            parts, length = [], 0
-            for part in _compiled(source).generate(**variables):
-                parts.append(part)
-                length += len(part)
-                if length > LENGTH:
-                    raise ValueError(f"it writes more than {LENGTH:,} characters")
-            reply = {"text": "".join(parts)}
+            reply = {"found": _names(source) if variables is None else _rendered(source, variables)}
         except jinja2.TemplateError as e:
             reply = {"fault": f"refused the conversation: {str(e)[:1000]}"}
         except Exception as e:
             reply = {"fault": f"failed: {type(e).__name__}: {str(e)[:1000]}"}
         sys.stdout.buffer.write(json.dumps(reply).encode() + b"\n")
         sys.stdout.buffer.flush()
+
+
+def _rendered(source: str, variables: Mapping[str, Any]) -> str:
+    parts, length = [], 0
+    for part in _environment().from_string(source).generate(**variables):
+        parts.append(part)
+        length += len(part)
+        if length > LENGTH:
+            raise ValueError(f"it writes more than {LENGTH:,} characters")
+    return "".join(parts)
+
+
+def _names(source: str) -> list[str]:
+    from jinja2.meta import find_undeclared_variables
+
+    return sorted(find_undeclared_variables(_environment().parse(source)))
 
 
 def _limit(what: int, most: int) -> None:
@@ -136,9 +157,9 @@ def _limit(what: int, most: int) -> None:
         resource.setrlimit(what, (most, hard))
 
 
-@functools.lru_cache(maxsize=8)
-def _compiled(source: str) -> Any:
-    """Compile a template in the sandbox and with the helpers of transformers' `apply_chat_template`."""
+@functools.cache
+def _environment() -> Any:
+    """Return a sandbox with the helpers of transformers' `apply_chat_template`; it keeps what it compiled."""
     import jinja2
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -158,13 +179,13 @@ def _compiled(source: str) -> Any:
     def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
-    )
+    extensions = [Generation, "jinja2.ext.loopcontrols"]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.from_string = functools.lru_cache(maxsize=8)(environment.from_string)
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment.from_string(source)
+    return environment
 
 
 if __name__ == "__main__":
