@@ -75,6 +75,8 @@ def _ask(source: str, variables: Mapping[str, Any] | None) -> Any:
 
 def _started() -> subprocess.Popen[bytes]:
     global _process
+    if _process is not None and _process.poll() is not None:  # killed while it waited
+        stop()
     if _process is None:
         paths = os.pathsep.join(filter(None, sys.path))
         _process = subprocess.Popen(
@@ -94,7 +96,7 @@ def stop() -> int:
     process, _process = _process, None
     if process is None:
         return 0
-    with process:  # closes its pipes, at which it ends by itself if it waits
+    with contextlib.suppress(BrokenPipeError), process:  # closes its pipes, at which it ends if it waits
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.2 if process.poll() is None else 0)
         process.kill()

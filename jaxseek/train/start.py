@@ -17,6 +17,7 @@ from jaxseek.data.dataset import train_tokenizer
 from jaxseek.data.sources import function
 from jaxseek.experts.replicate import refuse_slots
 from jaxseek.machine import hosts
+from jaxseek.machine.host_memory import free_memory
 from jaxseek.model.deepseek import DeepSeek
 from jaxseek.sharding.parameters import fill, parameters
 from jaxseek.sharding.strategy import Strategy
@@ -221,6 +222,12 @@ def open_model(run: RunConfig, cfg: ModelConfig, strategy: Strategy) -> DeepSeek
     """Open the model that the run starts from, in float32; the base of adapters is in the compute dtype."""
     dtype = compute_dtype(run) if run.lora.rank else jnp.float32
     if models.kind_of(run.model) is None:
+        needed, free = cfg.num_params(mtp=True) * jnp.dtype(dtype).itemsize, free_memory()
+        if jax.default_backend() == "cpu" and needed > free:
+            raise ConfigError(
+                f"the weights of {run.model} as configured are {needed / 1e9:,.1f} GB, of which "
+                f"{free / 1e9:,.1f} GB of memory are free; choose a smaller model"
+            )
         return DeepSeek.init(cfg, strategy, run.seed, dtype)
     model, _ = load(run.model, strategy, dtype)
     if model.cfg == cfg:
