@@ -26,7 +26,7 @@ def known_sums(folder: Path) -> dict[str, str]:
     for file in sorted(folder.glob("*.safetensors")):
         note = folder / ".cache" / "huggingface" / "download" / f"{file.name}.metadata"
         found = [Path(os.readlink(file)).name] if file.is_symlink() else []
-        found += note.read_text(encoding="utf-8").split("\n")[1:2] if note.is_file() else []
+        found += note.read_text(encoding="utf-8", errors="replace").split("\n")[1:2] if note.is_file() else []
         if match := next((f.strip() for f in found if _SHA256.fullmatch(f.strip())), None):
             sums[file.name] = match
     return sums

@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxseek.checkpoint.directory import CheckpointError
 from jaxseek.storage.place import Place, Remote, file_state
+from jaxseek.storage.untrusted import raise_irregular
 
 _libc = ctypes.CDLL(None, use_errno=True)  # calls that it lacks, outside Linux, are skipped
 _local = threading.local()
@@ -27,6 +28,7 @@ class File:
     """A local file: byte ranges are copied into a buffer (`read`) or memory-mapped (`view`)."""
 
     def __init__(self, path: Path):
+        raise_irregular(path, CheckpointError)
         self.path, self.name = path, path.name
         self.size = path.stat().st_size
 

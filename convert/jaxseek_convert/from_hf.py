@@ -6,7 +6,6 @@ experts and rows that the device holds. Beside the model, memory holds one shard
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from jaxseek.config.model import ModelConfig
 from jaxseek.model.deepseek import DeepSeek
 from jaxseek.sharding.parameters import fill
 from jaxseek.storage.place import Place, Remote, place, small_files
+from jaxseek.storage.untrusted import brief, read_json
 from jaxseek_convert.layout import Index
 from jaxseek_convert.names import check, each_expert, match
 from jaxseek_convert.numbers import (
@@ -71,7 +71,7 @@ class HFCheckpoint:
         self.quantization = quantization_of(raw)
         self._block = block_of(self.path, self.quantization)
         tensors, notes = locate(self.path)
-        tensors = _one_for_each_expert(tensors)
+        tensors = _one_for_each_expert(tensors, cfg.n_routed_experts)
         self.cfg, names = match(self.path, cfg, tensors, mtp, hf.tower(raw) is not raw)
         self.tensors = {name: tensors[on_disk] for name, on_disk in names.items()}
         self._scales = self._take_scales()
@@ -279,8 +279,8 @@ class HFCheckpoint:
 
 
 def raw_config(folder: Path) -> dict[str, Any]:
-    """Return config.json as it is; ModelConfig.from_hf has found it to be an object."""
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    """Return config.json as it is. Raises CheckpointError."""
+    return read_json(folder / "config.json", CheckpointError)
 
 
 def quantization_of(raw: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -295,7 +295,7 @@ def block_of(path: Place, how: Mapping[str, Any] | str | None) -> tuple[int, int
     Raises CheckpointError for a quantisation that is not FP8.
     """
     if how is not None and not isinstance(how, dict):
-        how = {"quant_method": f"quantization_config {how!r}"}
+        how = {"quant_method": f"quantization_config {brief(how)}"}
     known = how or {}
     method, block = known.get("quant_method", "fp8"), known.get("weight_block_size")
     eight = method in ("fp8", "fbgemm_fp8") or (method == "modelopt" and known.get("quant_algo") == "FP8")
@@ -308,8 +308,8 @@ def block_of(path: Place, how: Mapping[str, Any] | str | None) -> tuple[int, int
     sound = isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block)
     if not eight or not sound:
         raise CheckpointError(
-            f"{path}: quantized by {method!r} with blocks {block}; expected weights that are not quantized, "
-            "or FP8 with a scale for each tensor, row or block of two sizes. Fetch the original weights"
+            f"{path}: quantized by {brief(method)} with blocks {brief(block)}; expected weights that are not "
+            "quantized, or FP8 with a scale for each tensor, row or block of two sizes. Fetch the originals"
         )
     return block[0], block[1]
 
@@ -321,11 +321,12 @@ def _wider(forms: set[Form]) -> Form:
     return Form(plain.pop() if len(plain) == 1 else F32.name)
 
 
-def _one_for_each_expert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Split fused expert tensors: gate_up [E, 2F, D] is gate, then up; down is [E, D, F]."""
+def _one_for_each_expert(tensors: dict[str, Tensor], experts: int) -> dict[str, Tensor]:
+    """Split fused tensors of so many experts: gate_up [E, 2F, D] is gate, then up; down is [E, D, F]."""
     out: dict[str, Tensor] = {}
     for name, t in tensors.items():
-        if len(t.shape) != 3 or not (parts := each_expert(name, t.shape[0])):
+        parts = each_expert(name, experts) if len(t.shape) == 3 and t.shape[0] == experts else []
+        if not parts:
             out[name] = t
             continue
         half = t.shape[1] // 2

@@ -13,6 +13,7 @@ llama.cpp's convert_hf_to_gguf.py (LlamaModel, Qwen2Model, DeepseekModel, Deepse
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import math
 import re
@@ -28,6 +29,7 @@ from jaxseek.checkpoint.models import raise_mismatch
 from jaxseek.config.model import ConfigError, ModelConfig
 from jaxseek.storage.place import Place, Remote, cached, is_url, place
 from jaxseek_convert.gguf_config import read_config, shape_of
+from jaxseek_convert.gguf_header import check_header
 from jaxseek_convert.gguf_tokenizer import tokenizer_files
 from jaxseek_convert.safetensors_io import write_safetensors
 from jaxseek_convert.table import hf_tensors
@@ -129,6 +131,10 @@ def gguf_to_hf(src: str | Place, dst: str | Path, overwrite: bool = False) -> Pa
         pieces = _check(cfg, _pieces(tensors))
     except (CheckpointError, ConfigError) as e:
         raise type(e)(f"{path}: {e}") from e.__cause__
+    except Exception as e:  # metadata may have values of any type
+        raise CheckpointError(
+            f"{path}: its metadata cannot be used ({type(e).__name__}: {e}); fetch it again"
+        ) from e
     dtype = np.dtype(cfg.dtype)
     kinds = {name: np.dtype(np.float32) if name.endswith(_ROUTER_BIAS) else dtype for name in pieces}
     specs = {name: (piece.shape, kinds[name]) for name, piece in pieces.items()}
@@ -151,15 +157,20 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         from gguf import GGUFReader
     except ImportError as e:
         raise CheckpointError(f"a GGUF file needs the package gguf: pip install gguf ({e})") from None
+    check_header(path)
     try:
         reader = GGUFReader(path)
         meta = {name: field.contents() for name, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError) as e:
+    except Exception as e:
         raise CheckpointError(f"not a whole GGUF file ({e}); is the download complete?") from e
     if reader.byte_order != "I":
         raise CheckpointError("the file has the byte order of another machine; convert it where it was made")
     if meta.get("split.count", 1) > 1:
         raise CheckpointError(f"one of {meta['split.count']} parts; join them with llama-gguf-split --merge")
+    ends = sorted((t.data_offset, t.data_offset + t.n_bytes, t.name) for t in reader.tensors)
+    for (_, end, one), (start, _, other) in itertools.pairwise(ends):
+        if start < end:
+            raise CheckpointError(f"tensors {one} and {other} overlap; fetch it again")
     return meta, {tensor.name: tensor for tensor in reader.tensors}
 
 
@@ -228,7 +239,8 @@ def _check(cfg: ModelConfig, pieces: Mapping[str, Piece]) -> dict[str, Piece]:
     )
     for name, tensor in {n: t for n, piece in pieces.items() for t in piece.tensors}.items():
         try:
-            dequantize(tensor.data.reshape(-1, tensor.data.shape[-1])[:1], tensor.tensor_type)
+            with np.errstate(all="ignore"):
+                dequantize(tensor.data.reshape(-1, tensor.data.shape[-1])[:1], tensor.tensor_type)
         except NotImplementedError:
             raise CheckpointError(
                 f"{name} is {tensor.tensor_type.name}, which gguf cannot dequantise"
@@ -249,7 +261,8 @@ def _hf_name(name: str) -> str:
 
 def _weight(cfg: ModelConfig, name: str, piece: Piece) -> np.ndarray:
     """Dequantise a tensor to float32, moving rotary pairs from adjacent rows to half a head apart."""
-    x = piece.read()
+    with np.errstate(all="ignore"):  # scales of a damaged file are any numbers
+        x = piece.read()
     for part, heads in _HEADS.items():
         if part in name and cfg.model_type in _INTERLEAVED:
             pairs = x.reshape(getattr(cfg, heads), cfg.head_dim // 2, 2, *x.shape[1:])

@@ -21,13 +21,14 @@ import numpy as np
 
 from jaxseek.checkpoint.directory import CheckpointError, adapter_at
 from jaxseek.storage.place import Place
+from jaxseek.storage.untrusted import MOST_BYTES, brief, expect, parse_json, read_json
 from jaxseek_convert.files import File, RemoteFile, open_file
 from jaxseek_convert.names import some
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 5_000_000_000
-_MAX_HEADER = 100_000_000  # the format's own limit
+_MOST_AXES = 8  # of a tensor
 _AGAIN = "the file is damaged or its download is incomplete: fetch it again"
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(kind)
@@ -196,34 +197,36 @@ def _no_weights(path: Place, there: Collection[str]) -> str:
 
 def read_index(path: Place) -> dict[str, str]:
     where = path / INDEX
-    try:
-        index = json.loads(where.read_text(encoding="utf-8"))["weight_map"]
-        if all(Path(file).name == file for file in index.values()):
-            return index
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise CheckpointError(
-        f'{where}: expected JSON with "weight_map", tensor names to file names; fetch it again'
-    )
+    form = {"weight_map": {str: str}}
+    index = expect(read_json(where, CheckpointError), form, str(where), CheckpointError)["weight_map"]
+    if wrong := next((file for file in index.values() if Path(file).name != file), None):
+        raise CheckpointError(f"{where}: names the file {brief(wrong)}, expected one beside it")
+    return index
+
+
+_ENTRY = {"dtype": str, "shape": [int], "data_offsets": [int]}
 
 
 def _read_file(file: File | RemoteFile) -> dict[str, Tensor]:
     size = file.size
-    head = int.from_bytes(file.read(0, min(8, size)).tobytes(), "little")
-    if size < 8 or head > min(size - 8, _MAX_HEADER):
+    if size < 8:
+        raise CheckpointError(f"{file}: is {'cut off' if size else 'empty'} ({size} bytes); {_AGAIN}")
+    head = int.from_bytes(file.read(0, 8).tobytes(), "little")
+    if head > min(size - 8, MOST_BYTES):
         raise CheckpointError(f"{file}: the header should have {head} bytes, the file has {size}; {_AGAIN}")
-    try:
-        header = json.loads(file.read(8, 8 + head).tobytes())
-        header.pop("__metadata__", None)
-        entries = sorted(
-            (tuple(map(_whole, e["data_offsets"])), name, str(e["dtype"]), tuple(map(_whole, e["shape"])))
-            for name, e in header.items()
-        )
-        expected = 8 + head + max((stop for (_, stop), *_ in entries), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise CheckpointError(
-            f"{file}: the header cannot be read ({type(e).__name__}: {e}); {_AGAIN}"
-        ) from None
+    header = parse_json(file.read(8, 8 + head).tobytes(), f"{file}: the header", CheckpointError)
+    header.pop("__metadata__", None)
+    expect(header, {str: _ENTRY}, f"{file}: the header", CheckpointError)
+    for name, entry in header.items():
+        if len(entry["data_offsets"]) != 2 or len(entry["shape"]) > _MOST_AXES:
+            raise CheckpointError(
+                f"{file}: {name} has offsets {brief(entry['data_offsets'])} and shape "
+                f"{brief(entry['shape'])}, expected two and at most {_MOST_AXES} numbers; {_AGAIN}"
+            )
+    entries = sorted(
+        (tuple(e["data_offsets"]), name, e["dtype"], tuple(e["shape"])) for name, e in header.items()
+    )
+    expected = 8 + head + max((stop for (_, stop), *_ in entries), default=0)
     if size != expected:
         raise CheckpointError(
             f"{file}: the header describes {expected:,} bytes, the file has {size:,}; {_AGAIN}"
@@ -231,7 +234,7 @@ def _read_file(file: File | RemoteFile) -> dict[str, Tensor]:
     tensors, end = {}, 0
     for (start, stop), name, kind, shape in entries:
         if kind not in DTYPES:
-            raise CheckpointError(f"{file}: {name} has dtype {kind}; known: {', '.join(DTYPES)}")
+            raise CheckpointError(f"{file}: {name} has dtype {brief(kind)}; known: {', '.join(DTYPES)}")
         need = math.prod(shape) * DTYPES[kind].itemsize
         if start != end or stop - start != need:
             raise CheckpointError(
@@ -241,12 +244,6 @@ def _read_file(file: File | RemoteFile) -> dict[str, Tensor]:
         tensors[name] = Tensor(file, DTYPES[kind], shape, 8 + head + start)
         end = stop
     return tensors
-
-
-def _whole(n: Any) -> int:
-    if type(n) is not int or n < 0:
-        raise ValueError(f"{n!r} is no size")
-    return n
 
 
 class Shards:

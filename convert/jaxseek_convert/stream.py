@@ -31,6 +31,7 @@ from jaxseek.config.model import ModelConfig
 from jaxseek.machine.host_memory import resident
 from jaxseek.machine.hosts import gather
 from jaxseek.storage.place import Log, Place, Remote, cut, read_log
+from jaxseek.storage.untrusted import expect, parse_json
 from jaxseek_convert.files import Writer, open_file
 from jaxseek_convert.numbers import Form, Memory, Rows, change
 from jaxseek_convert.table import Table
@@ -239,8 +240,10 @@ class Journal:
 def _entries(path: Place, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the entries of a journal, or none if it belongs to another conversion."""
 
-    def parse(line: bytes) -> dict[str, Any]:
-        entry = json.loads(line)
+    form = {"identity?": dict, "boot?": str, "name?": str, "digests?": ({str: str}, None)}
+
+    def parse(line: bytes, where: str) -> dict[str, Any]:
+        entry = expect(parse_json(line, where), form, where)
         if not entry.keys() & {"identity", "boot", "name"} or ("name" in entry and "digests" not in entry):
             raise ValueError(line)
         return entry

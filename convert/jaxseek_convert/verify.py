@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from jaxseek.model.deepseek import DeepSeek
 from jaxseek.sharding.parameters import fill
 from jaxseek.storage.hub import model_place
 from jaxseek.storage.place import Place
+from jaxseek.storage.untrusted import expect, read_json
 from jaxseek_convert import stream
 from jaxseek_convert.checksums import check_sums, known_sums
 from jaxseek_convert.conversion import DIGESTS, Source, Stage, differing, opened, source_place
@@ -81,10 +81,8 @@ def read_digests(folder: Place) -> dict[str, dict[str, str]] | None:
     place = folder / DIGESTS
     if not place.is_file():
         return None
-    try:
-        return json.loads(place.read_text(encoding="utf-8"))["tensors"]
-    except (ValueError, KeyError, TypeError) as e:
-        raise CheckpointError(f"{place}: cannot be read ({type(e).__name__}: {e}); convert again") from None
+    form = {"tensors": {str: {str: str}}}
+    return expect(read_json(place, CheckpointError), form, str(place), CheckpointError)["tensors"]
 
 
 def _digested(source: Source) -> list[str]:

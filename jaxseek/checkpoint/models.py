@@ -22,6 +22,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -51,9 +52,19 @@ from jaxseek.ops import int4
 from jaxseek.sharding.parameters import fill, parameters
 from jaxseek.storage.hub import HUB, hub_hint, model_place
 from jaxseek.storage.place import Place, Remote, file_sizes, local_tree, place, write_text
+from jaxseek.storage.untrusted import brief, expect, raise_irregular, read_json
 
 FORMAT = 1
 DTYPES = ("bfloat16", "float16", "float32")
+_STORED = (*DTYPES, "float8_e4m3fn", "float8_e8m0fnu", "int8", "int4", "uint8")  # dtypes of arrays
+_FORM = {  # of the manifest, in the terms of `untrusted.expect`
+    "format": int,
+    "params": {str: {"shape": [int], "dtype": str}},
+    "origin": {"copies?": [str], "dtypes?": {str: str}, "quantization?": (dict, str, None)},
+    "files": {str: int},
+    "quantization?": {str: (int, None)},
+    "layout?": str,
+}
 _CHUNK_BYTES = 64 << 20  # storage chunk: the smallest read, and the smallest write that replicas share
 
 
@@ -144,7 +155,7 @@ def restore(path: str | Place, mesh: Any = None, dtype: Any = None, mtp: bool = 
     dtypes = {p: param_dtype(a, dtype, stored[p]["dtype"]) for p, a in expected.items()}
     dtypes |= {p: np.dtype(np.uint8) for p, kind in dtypes.items() if kind == jnp.int4}
     if manifest.get("layout") == LAYOUT:
-        arrays = {p: _from_store(path, p, shardings[p], dtypes[p]) for p in shapes}
+        arrays = {p: _from_store(path, p, shapes[p], shardings[p], dtypes[p]) for p in shapes}
     else:
         arrays = _orbax_restore(path / "params", shapes, shardings, dtypes)
 
@@ -158,9 +169,14 @@ def restore(path: str | Place, mesh: Any = None, dtype: Any = None, mtp: bool = 
         return fill(model, mesh, value)
 
 
-def _from_store(path: Place, name: str, sharding: Sharding, dtype: Any) -> jax.Array:
+def _from_store(path: Place, name: str, shape: tuple[int, ...], sharding: Sharding, dtype: Any) -> jax.Array:
     """Load an array of a conversion store, reading only the slice of each device's shard."""
     array = Array.of(path, name)
+    if array.shape != shape:
+        raise CheckpointError(
+            f"{path / 'params' / name}: its zarr.json has shape {list(array.shape)}, {MANIFEST} "
+            f"{list(shape)}; copy the checkpoint again"
+        )
 
     def shard(index: Any) -> np.ndarray:
         at = tuple(slice(*i.indices(n)[:2]) for i, n in zip(index, array.shape))
@@ -171,15 +187,26 @@ def _from_store(path: Place, name: str, sharding: Sharding, dtype: Any) -> jax.A
 
 def read_manifest(path: Place) -> dict[str, Any]:
     """Read `jaxseek.json` of a checkpoint. Raises CheckpointError as `restore` does."""
+    where = str(path / MANIFEST)
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        version, *_ = (manifest[key] for key in ("format", "params", "origin", "files"))
+        manifest = read_json(path / MANIFEST, CheckpointError)
     except FileNotFoundError:
         raise CheckpointError(_why_not(path)) from None
-    except (ValueError, KeyError, TypeError) as e:
-        raise CheckpointError(f"{path / MANIFEST}: cannot be read ({type(e).__name__}: {e})") from None
-    if version != FORMAT:
-        raise CheckpointError(f"{path}: has format {version!r}, this jaxseek reads {FORMAT}; update jaxseek")
+    if manifest.get("format", FORMAT) != FORMAT:
+        version = brief(manifest["format"])
+        raise CheckpointError(f"{path}: has format {version}, this jaxseek reads {FORMAT}; update jaxseek")
+    expect(manifest, _FORM, where, CheckpointError)
+    params = manifest["params"]
+    for p, group in manifest.get("quantization", {}).items():
+        if group == 0:
+            raise CheckpointError(f"{where}: quantization.{p} is 0, expected the size of a group or null")
+        if lost := [n for n in (f"{p}.value", f"{p}.scale") if n not in params]:
+            raise CheckpointError(f"{where}: quantization names {p}, but params has no {lost[0]}")
+    kinds = [(f"params.{p}.dtype", held["dtype"]) for p, held in params.items()]
+    kinds += [(f"origin.dtypes.{n}", kind) for n, kind in manifest["origin"].get("dtypes", {}).items()]
+    for key, kind in kinds:
+        if kind not in _STORED:
+            raise CheckpointError(f"{where}: {key} is {brief(kind)}, expected one of {', '.join(_STORED)}")
     return manifest
 
 
@@ -217,6 +244,9 @@ def not_a_checkpoint(path_or_preset: str | Place) -> CheckpointError:
         return CheckpointError(f"{path}: is a GGUF file; convert it first: jaxseek convert {path} DST")
     if adapter := adapter_at(path):
         return CheckpointError(adapter)
+    for marker in (path / "config.json", path / MANIFEST):
+        if isinstance(marker, Path) and marker.exists():
+            raise_irregular(marker, CheckpointError)
     what = f"exists, but is none{_inside(path)}" if path.exists() else f"does not exist{left(path)}"
     near = difflib.get_close_matches(name, known, 3, 0.4)
     hint = hub_hint(path_or_preset) or (
@@ -433,7 +463,7 @@ def _orbax_restore(
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             return checkpointer.restore(orbax_place(path), args=wanted)
-    except (ValueError, KeyError, OSError) as e:
+    except Exception as e:  # Orbax's readers raise errors of many classes on damaged files
         raise CheckpointError(
             f"{path}: cannot be restored, so the checkpoint is damaged or its copy incomplete "
             f"({type(e).__name__}: {str(e)[:500]})"

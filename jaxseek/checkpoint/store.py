@@ -21,9 +21,17 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxseek.checkpoint.directory import CheckpointError
 from jaxseek.storage.place import Place
+from jaxseek.storage.untrusted import brief, expect, raise_irregular, read_json
 
 LAYOUT = "flat"  # name of this layout in the manifest
+_FORM = {  # of zarr.json, in the terms of `untrusted.expect`
+    "shape": [int],
+    "data_type": str,
+    "chunk_grid": {"configuration": {"chunk_shape": [int]}},
+    "codecs": [{"name": str, "configuration?": {"order?": [int]}}],
+}
 CHUNK_BYTES = 32 << 20  # other readers read a whole chunk for any element
 
 
@@ -106,6 +114,11 @@ class Array:
 
         def fill(at: tuple[int, ...]) -> None:
             flat = _numbers(folder / self._file(at), self.dtype)
+            if len(flat) != math.prod(self.chunk):
+                raise CheckpointError(
+                    f"{folder / self._file(at)}: has {len(flat):,} numbers, expected "
+                    f"{math.prod(self.chunk):,}; copy the checkpoint again"
+                )
             chunk = flat.reshape([self.chunk[i] for i in self.order]).transpose(inverse)
             first = [k * c for k, c in zip(at, self.chunk)]
             low = [max(i.start, f) for i, f in zip(index, first)]
@@ -121,11 +134,19 @@ class Array:
     @classmethod
     def of(cls, folder: Place, path: str) -> Array:
         """Read the metadata of an array in an existing store."""
-        raw = json.loads((folder / "params" / path / "zarr.json").read_text(encoding="utf-8"))
-        order = [c["configuration"]["order"] for c in raw["codecs"] if c["name"] == "transpose"]
-        axes = tuple(order[0]) if order else tuple(range(len(raw["shape"])))
-        chunk = tuple(raw["chunk_grid"]["configuration"]["chunk_shape"])
-        return cls(path, tuple(raw["shape"]), jnp.dtype(raw["data_type"]), axes, chunk)
+        where = folder / "params" / path / "zarr.json"
+        raw = expect(read_json(where, CheckpointError), _FORM, str(where), CheckpointError)
+        order = [
+            c.get("configuration", {}).get("order", ()) for c in raw["codecs"] if c["name"] == "transpose"
+        ]
+        shape, chunk = tuple(raw["shape"]), tuple(raw["chunk_grid"]["configuration"]["chunk_shape"])
+        axes = tuple(order[0]) if order else tuple(range(len(shape)))
+        if sorted(axes) != list(range(len(shape))) or len(chunk) != len(shape) or 0 in chunk:
+            raise CheckpointError(f"{where}: order {axes} and chunks {chunk} do not fit the shape {shape}")
+        try:
+            return cls(path, shape, jnp.dtype(raw["data_type"]), axes, chunk)
+        except TypeError:
+            raise CheckpointError(f"{where}: data_type is {brief(raw['data_type'])}, which is none") from None
 
     def metadata(self) -> dict[str, Any]:
         """Return the contents of zarr.json (zarr 3)."""
@@ -147,7 +168,8 @@ class Array:
 
 def _numbers(file: Place, dtype: np.dtype) -> np.ndarray:
     if isinstance(file, Path):
-        return np.memmap(file, dtype, "r").view(np.ndarray)
+        raise_irregular(file, CheckpointError)
+        return np.memmap(file, dtype, "r").view(np.ndarray) if file.stat().st_size else np.empty(0, dtype)
     return np.frombuffer(file.read_bytes(), dtype)
 
 

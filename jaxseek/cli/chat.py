@@ -25,6 +25,7 @@ def run(args: argparse.Namespace) -> None:
     from jaxseek.engine.engine import Timing
     from jaxseek.engine.generate import engine_for, request, seed_for, stream
     from jaxseek.engine.text import encode
+    from jaxseek.machine.terminal import visible
     from jaxseek.tokenizer.chat import split_reasoning
 
     how = rendering(args)
@@ -52,15 +53,15 @@ def run(args: argparse.Namespace) -> None:
         messages.append({"role": "user", "content": text})
         try:
             ids = encode(tokenizer, messages, **how)
-            opened = tokenizer.opened_think(ids)
-            show = out.reasoning(opened)
             engine.timing = Timing()
             own = dataclasses.replace(base, seed=seed_for(args.seed + turn, ids))
             handle = engine.submit(request(model, tokenizer, ids, own))
         except ValueError as e:
             messages.pop()
-            print(f"{e}; /reset starts anew", file=sys.stderr)
+            print(visible(f"{e}; /reset starts anew"), file=sys.stderr)
             continue
+        opened = tokenizer.opened_think(ids)
+        show = out.reasoning(opened)
         try:
             for piece in stream(engine, handle):
                 show(piece)

@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from jaxseek.engine.engine import Timing
     from jaxseek.engine.generate import engine_for, in_order, request, seed_for, stream
     from jaxseek.machine.hosts import from_first
+    from jaxseek.machine.terminal import visible
     from jaxseek.tokenizer.chat import split_reasoning
 
     prompts, how = from_first(lambda: (read_prompts(args.prompt, args.file), rendering(args)))
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         content = ids if tokenizer is None else prompt.content
         if isinstance(answer, ValueError):
             failed = True
-            print(f"{prompt.where}: {answer}", file=sys.stderr)
+            print(visible(f"{prompt.where}: {answer}"), file=sys.stderr)
             if args.json:
                 out.json({"prompt": content, "seed": seed, "error": str(answer)})
             continue

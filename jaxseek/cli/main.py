@@ -34,6 +34,7 @@ VERBS = (
     *("plan", "sweep", "placement", "doctor"),
 )
 
+_LONGEST = 2000  # characters of an error
 _CALLBACKS = ("_xla_gc_callback", "__del__")
 
 
@@ -102,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError as e:
         left = _drop_unwritable()  # a reader such as head has left, which is no error
         code, text = (0, "") if left else (1, f"{about} {_in_one_line(e)}")
-    except Exception as e:
+    except BaseException as e:  # a panic of a library in Rust is no Exception
         code, text = 1, f"{about} {_in_one_line(e)}"
         if os.environ.get("JAXSEEK_TRACEBACK"):
             if not joined:
@@ -147,7 +148,7 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
     return top.parse_args(argv)
 
 
-def _in_one_line(e: Exception) -> str:
+def _in_one_line(e: BaseException) -> str:
     """Describe an error in one line, and say so if neither the user nor the machine can be its cause."""
     from jaxseek.machine.terminal import visible
 
@@ -155,6 +156,8 @@ def _in_one_line(e: Exception) -> str:
     if type(e).__name__ == "JaxRuntimeError":
         message = message.partition("\n")[0]  # the rest lists every buffer
     text = visible(" ".join(message.split())) or type(e).__name__
+    if len(text) > _LONGEST:
+        text = f"{text[:_LONGEST]}... ({len(text) - _LONGEST:,} characters more)"
     if isinstance(e, MemoryError) or (isinstance(e, RuntimeError) and "RESOURCE_EXHAUSTED" in text):
         return f"out of memory: {text}; a smaller batch or context needs less"
     frames = [frame for frame, _ in traceback.walk_tb(e.__traceback__)]

@@ -6,6 +6,7 @@ A prompt keeps where it comes from, so that an error names the file and the line
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 from jaxseek.cli.shared import WrongUse, check_tools, unicode
 from jaxseek.storage.place import place
+from jaxseek.storage.untrusted import parse_json
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,8 @@ def _standard_input() -> Prompt:
     if sys.stdin is None:
         raise ValueError("-p -: standard input is closed")
     try:
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(newline="")  # keep carriage returns
         text = sys.stdin.read()
         text.encode()
     except UnicodeError as e:
@@ -141,16 +145,15 @@ def _standard_input() -> Prompt:
 
 def _file(file: str) -> Iterator[Prompt]:
     try:
-        text = place(file).read_text(encoding="utf-8-sig")
+        text = place(file).read_bytes().decode("utf-8-sig")
     except UnicodeError as e:
         raise ValueError(f"{file}: not a text file in UTF-8 ({e})") from None
-    for number, line in enumerate(
-        text.split("\n"), 1
-    ):  # str.splitlines would split at U+2028, which JSON allows
-        if line.strip():
+    # Only a newline ends a line: str.splitlines would split at U+2028, form feeds and carriage returns too.
+    for number, line in enumerate(text.split("\n"), 1):
+        line = line.removesuffix("\r")
+        if line.strip(" \t"):
             where = f"{file}, line {number}"
-            content = _row(line, where) if file.endswith(".jsonl") else line.removesuffix("\r")
-            yield Prompt(content, where)
+            yield Prompt(_row(line, where) if file.endswith(".jsonl") else line, where)
 
 
 def _row(line: str, where: str) -> Any:
@@ -159,12 +162,13 @@ def _row(line: str, where: str) -> Any:
     from jaxseek.tokenizer.chat import check_messages
 
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as e:
+        row = parse_json(line, where)
+    except ValueError as e:
+        why = str(e).removeprefix(f"{where}: ")
         raise ValueError(
-            f'{where}: expected JSON with "prompt" or "messages", found {_brief(line)} ({e})'
+            f'{where}: expected JSON with "prompt" or "messages", found {_brief(line)} ({why})'
         ) from None
-    if not isinstance(row, dict) or not {"prompt", "messages"} & row.keys():
+    if not {"prompt", "messages"} & row.keys():
         raise ValueError(f'{where}: expected JSON with "prompt" or "messages", found {_brief(row)}')
     name = "messages" if "messages" in row else "prompt"
     content = row[name]

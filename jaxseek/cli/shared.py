@@ -84,6 +84,13 @@ def unicode(text: str) -> str:
     return text
 
 
+def stop_text(text: str) -> str:
+    """Parse a text at which replies end."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty, expected a text to end at")
+    return unicode(text)
+
+
 def _brief(text: str) -> str:
     return ascii(text if len(text) <= 60 else text[:57] + "...")
 
@@ -121,7 +128,7 @@ def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     parser.add_argument(
         "--stop",
         action="append",
-        type=unicode,
+        type=stop_text,
         default=[],
         metavar="TEXT",
         help="end at this text; repeatable",

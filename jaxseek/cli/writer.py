@@ -26,10 +26,12 @@ class Writer:
         self.terminal = sys.stdout.isatty()
         self._styled = self.terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         self._flush: Callable[[], None] | None = None
+        self._altered = False
 
     def plain(self, piece: str, style: str = "") -> None:
         """Write a piece, on a terminal in a style."""
         text = visible(piece) if self.terminal else piece
+        self._altered |= text != piece
         sys.stdout.write(f"{style}{text}{_RESET}" if style and self._styled else text)
         sys.stdout.flush()
 
@@ -59,6 +61,12 @@ class Writer:
             self._flush()
             self._flush = None
         self.plain("\n")
+        if self._altered:
+            self._altered = False
+            print(
+                "[control characters are shown as signs; a file or pipe gets them as they are]",
+                file=sys.stderr,
+            )
 
     def json(self, value: Any) -> None:
         """Write a line of JSON; text stays readable, control characters are escaped."""

@@ -30,6 +30,7 @@ from jaxseek.config.model import (
     absent_fields,
     yarn_mscale,
 )
+from jaxseek.storage.untrusted import brief
 
 log = logging.getLogger("jaxseek")
 
@@ -229,14 +230,14 @@ def _family(raw: Mapping[str, Any]) -> str:
     known = isinstance(kind, str) and kind in FAMILIES
     if known and told not in ([], [kind]):
         raise ConfigError(
-            f"model_type is {kind!r}, but architectures is {classes!r}; expected two names of one family. "
-            "Correct the one that is wrong"
+            f"model_type is {brief(kind)}, but architectures is {brief(classes)}; expected two names of one "
+            "family. Correct the one that is wrong"
         )
     if not known and len(told) != 1:
         ours = re.search("deepseek|multi_modality|janus", f"{kind} {names}", re.IGNORECASE)
         whose = "a release of DeepSeek that jaxseek does not support" if ours else "not DeepSeek's"
         raise ConfigError(
-            f"model_type is {kind!r}; jaxseek knows {', '.join(sorted(FAMILIES))}. "
+            f"model_type is {brief(kind)}; jaxseek knows {', '.join(sorted(FAMILIES))}. "
             f"This architecture{f' ({names[0]})' if names else ''} is {whose}."
         )
     found = str(kind) if known else told[0]
@@ -254,9 +255,9 @@ def _refuse_other_computations(raw: Mapping[str, Any], kind: str) -> None:
             continue  # only another spelling of it, where it stands alone, would change anything
         if value is not None and value not in values:
             what = f"every DeepSeek model uses {values[0]!r}" if values else "no DeepSeek model has it"
-            problems.append(f"{name} is {value!r}; {what}")
+            problems.append(f"{name} is {brief(value)}; {what}")
     if raw.get("qkv_bias") not in (None, raw.get("attention_bias", kind == "qwen2")):
-        problems.append(f"qkv_bias is {raw['qkv_bias']!r}; jaxseek reads attention_bias in its place")
+        problems.append(f"qkv_bias is {brief(raw['qkv_bias'])}; jaxseek reads attention_bias in its place")
     problems += _windows(raw, kind)
     if problems:
         raise ConfigError("; ".join(problems))
@@ -271,14 +272,14 @@ def _windows(raw: Mapping[str, Any], kind: str) -> list[str]:
         *(("indexed_attention",) if kind == "deepseek_v32" else ()),
     )
     if isinstance(types, list) and (other := [t for t in types if t not in known]):
-        return [f"layer_types has {other[0]!r}; every DeepSeek model uses 'full_attention'"]
+        return [f"layer_types has {brief(other[0])}; every DeepSeek model uses 'full_attention'"]
     if not raw.get("use_sliding_window") or window is None:
         return []
     default = _MAX_WINDOW_LAYERS if "qwen" in kind else 0
     first = raw.get("max_window_layers") if raw.get("max_window_layers") is not None else default
     numbers = (window, first, raw["num_hidden_layers"], raw["max_position_embeddings"])
     if any(type(n) is not int for n in numbers):
-        return [f"sliding_window is {window!r} from layer {first!r} on, expected integers"]
+        return [f"sliding_window is {brief(window)} from layer {brief(first)} on, expected integers"]
     some = "sliding_attention" in types if isinstance(types, list) else first < raw["num_hidden_layers"]
     if not some or window >= raw["max_position_embeddings"]:
         return []
@@ -296,7 +297,7 @@ def _leading_dense(layer_types: list[str]) -> int:
     k = layer_types.index("sparse") if "sparse" in layer_types else len(layer_types)
     if layer_types[k:] != ["sparse"] * (len(layer_types) - k):
         raise ConfigError(
-            f"mlp_layer_types is {layer_types}; expected dense layers first, then sparse ones only"
+            f"mlp_layer_types is {brief(layer_types)}; expected dense layers first, then sparse ones only"
         )
     return k
 
@@ -311,7 +312,7 @@ def _dtype(value: Any, where: str) -> str:
     name = str(value).removeprefix("torch.")
     name = _DTYPE_NAMES.get(name, name)
     if name not in DTYPES:
-        _warn(f"{where}: dtype is {value!r}, expected {', '.join(DTYPES)}; read as bfloat16")
+        _warn(f"{where}: dtype is {brief(value)}, expected {', '.join(DTYPES)}; read as bfloat16")
         return "bfloat16"
     return name
 
@@ -319,13 +320,13 @@ def _dtype(value: Any, where: str) -> str:
 def _rope(raw: dict[str, Any], where: str) -> RopeConfig:
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(given, dict) or any(isinstance(v, dict) for v in given.values()):
-        raise ConfigError(f"rope parameters are {given!r}, expected one flat table for all layers")
+        raise ConfigError(f"rope parameters are {brief(given)}, expected one flat table for all layers")
     given = {k: v for k, v in given.items() if v is not None}
     kind = given.get("rope_type") or given.get("type") or "default"
     if not isinstance(kind, str) or kind not in _ROPE_FIELDS:
-        raise ConfigError(f"rope_type is {kind!r}; jaxseek knows {', '.join(_ROPE_FIELDS)}")
+        raise ConfigError(f"rope_type is {brief(kind)}; jaxseek knows {', '.join(_ROPE_FIELDS)}")
     if (partial := given.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise ConfigError(f"partial_rotary_factor is {partial!r}; every DeepSeek model uses 1.0")
+        raise ConfigError(f"partial_rotary_factor is {brief(partial)}; every DeepSeek model uses 1.0")
     needs, may_have = _ROPE_FIELDS[kind]
     if "original_max_position_embeddings" in needs:  # transformers' default, standardize_rope_params
         given.setdefault("original_max_position_embeddings", raw["max_position_embeddings"])
@@ -347,7 +348,7 @@ def _attention_factor(attn_factor: Any, factor: Any) -> float:
     DeepSeek-R1-0528-Qwen3-8B has it, so that the product is 1 (vLLM's YaRNScalingRotaryEmbedding, llama.cpp).
     """
     if not all(type(n) in (int, float) for n in (attn_factor, factor)):
-        raise ConfigError(f"attn_factor is {attn_factor!r} and factor {factor!r}, expected numbers")
+        raise ConfigError(f"attn_factor is {brief(attn_factor)} and factor {brief(factor)}, expected numbers")
     return round(attn_factor * yarn_mscale(factor, 1.0), 12)
 
 

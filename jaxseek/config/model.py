@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
+
+from jaxseek.storage.untrusted import brief, read_json
 
 DTYPES = ("bfloat16", "float16", "float32")
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1}
@@ -53,13 +54,28 @@ MOE_FIELDS = {
     "seq_aux",
 }
 
+# The most that a config may have of what is counted through or allocated: far above every model.
+_MOST = {
+    **dict.fromkeys(("num_hidden_layers", "n_shared_experts"), 1 << 10),
+    "num_nextn_predict_layers": 1 << 6,
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "index_n_heads"), 1 << 14),
+    **dict.fromkeys(("head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 1 << 14),
+    **dict.fromkeys(("n_routed_experts", "index_head_dim", "kv_lora_rank", "q_lora_rank"), 1 << 16),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), 1 << 20),
+    "vocab_size": 1 << 24,
+    "rope_theta": 10**15,
+    "rms_norm_eps": 1,
+}
+_MOST_NUMBER = (1 << 31) - 1  # of any other number: int32 on the devices
+_MOST_EXPERTS = 1 << 17  # of all layers together, each of which has tensors of its own
+
 
 class Location(Protocol):
     """A path, or an object with these methods of one."""
 
     def is_dir(self) -> bool: ...
     def __truediv__(self, part: str, /) -> Any: ...
-    def read_text(self, encoding: str = "utf-8") -> str: ...
+    def read_bytes(self) -> bytes: ...
 
 
 class ConfigError(ValueError):
@@ -67,18 +83,29 @@ class ConfigError(ValueError):
 
 
 def _check_types(config: RopeConfig | ModelConfig) -> None:
-    """Raise ConfigError unless every field has its annotated type; convert integers to float as annotated."""
+    """Raise ConfigError unless every field has its annotated type and no number is absurdly large.
+
+    Integers become floats as annotated.
+    """
     problems = []
     for name, hint in get_type_hints(type(config)).items():
         value, options = getattr(config, name), get_args(hint) or (hint,)
-        if float in options and type(value) is int:
-            object.__setattr__(config, name, float(value))
-        elif get_origin(hint) is Literal:
+        numbers = value if isinstance(value, tuple) else (value,)
+        most = _MOST.get(name, _MOST_NUMBER)
+        if get_origin(hint) is Literal:
             if value not in options:
-                problems.append(f"{name} is {value!r}, expected {', '.join(options)}")
-        elif type(value) not in [get_origin(o) or o for o in options]:  # exact: True is not an integer
+                problems.append(f"{name} is {brief(value)}, expected {', '.join(options)}")
+        elif type(value) not in [get_origin(o) or o for o in options] and not (  # exact: True is no integer
+            float in options and type(value) is int
+        ):
             wanted = " or ".join(getattr(o, "__name__", str(o)) for o in options)
-            problems.append(f"{name} is {value!r}, expected {wanted}")
+            problems.append(f"{name} is {brief(value)}, expected {wanted}")
+        elif isinstance(value, tuple) and any(type(n) is not int for n in value):
+            problems.append(f"{name} is {brief(value)}, expected whole numbers")
+        elif any(type(n) in (int, float) and not abs(n) <= most for n in numbers):  # NaN is not
+            problems.append(f"{name} is {brief(value)}, expected at most {most:,}")
+        elif float in options and type(value) is int:
+            object.__setattr__(config, name, float(value))
     if problems:
         raise ConfigError("; ".join(problems))
 
@@ -109,9 +136,14 @@ class RopeConfig:
             raise ConfigError(
                 f"rope_type {kind!r} has original_max_position_embeddings {length}, expected above 0"
             )
-        if kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
-            low, high = self.low_freq_factor, self.high_freq_factor
-            raise ConfigError(f"low_freq_factor {low} is not below high_freq_factor {high}")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if kind == "llama3" and not 0 < low < high:
+            raise ConfigError(f"low_freq_factor {low} is not between 0 and high_freq_factor {high}")
+        if kind == "yarn" and not (self.rope_theta > 1 and self.beta_fast > 0 and self.beta_slow > 0):
+            raise ConfigError(
+                f"rope_theta {self.rope_theta}, beta_fast {self.beta_fast} and beta_slow {self.beta_slow} "
+                "must be above 1, 0 and 0"
+            )
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -195,11 +227,11 @@ class ModelConfig:
             path = path / "config.json" if path.is_dir() else path
             where = str(path)
             try:
-                raw = _read_object(path)
+                raw = read_json(path, ConfigError)
             except FileNotFoundError:
                 raise ConfigError(f"{where}: no such file; expected a Hugging Face config.json") from None
             beside = path.with_name("generation_config.json")
-            raw["generation"] = _read_object(beside) if beside.is_file() else {}
+            raw["generation"] = read_json(beside, ConfigError) if beside.exists() else {}
         from jaxseek.config import hf
 
         try:
@@ -285,6 +317,11 @@ class ModelConfig:
             need(width >= R, f"index_head_dim {width} is below qk_rope_head_dim {R}")
         if self.n_routed_experts:
             E, G, Kt = self.n_routed_experts, self.n_group, self.num_experts_per_tok
+            layers = self.num_hidden_layers + self.num_nextn_predict_layers
+            need(
+                layers * E <= _MOST_EXPERTS,
+                f"{layers} layers of n_routed_experts {E} are more than {_MOST_EXPERTS:,} experts",
+            )
             need(Kt <= E, f"num_experts_per_tok {Kt} is above n_routed_experts {E}")
             if self.topk_method != "greedy":
                 need(E % G == 0, f"n_routed_experts {E} is not divisible by n_group {G}")
@@ -428,17 +465,6 @@ class ModelConfig:
         )
         per_layer += self.index_head_dim if self.index_topk else 0
         return self.num_hidden_layers * per_layer * _BYTES[dtype]
-
-
-def _read_object(path: Any) -> dict[str, Any]:
-    """Read a file that holds a JSON object. Raises ConfigError, and FileNotFoundError."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
-        raise ConfigError(f"{path}: not valid JSON ({e}); is the download complete?") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected a JSON object, got {type(raw).__name__}")
-    return raw
 
 
 def absent_fields(kind: str, moe: bool) -> set[str]:

@@ -174,6 +174,9 @@ class RejectConfig:
     mix_count: int = 0
 
 
+_MOST_ANSWERS = 1 << 20  # of a step
+
+
 def rl_problems(run: Any) -> list[str]:
     """Return the problems of the reinforcement-learning sections of a RunConfig, as messages."""
 
@@ -190,11 +193,20 @@ def rl_problems(run: Any) -> list[str]:
     }  # fmt: skip
     above = ("grpo.clip_low", "grpo.clip_high", "grpo.beta", "grpo.importance_cap", "grpo.overlong_penalty",
              "task.temperature", "rollout.top_k")  # fmt: skip
+    most = {
+        "task.held_out": 1 << 20, "task.samples": 1 << 16, "task.terms": 1 << 10, "rollout.slots": 1 << 20,
+        "grpo.minibatches": 1 << 16, "grpo.epochs": 1 << 16, "reject.mix_count": 1 << 24,
+    }  # fmt: skip
     checks = [(value(n) >= m, f"{n} is {value(n)}, expected {m} or more") for n, m in least.items()]
+    checks += [(value(n) <= m, f"{n} is {value(n)}, expected at most {m:,}") for n, m in most.items()]
     checks += [(value(n) >= 0, f"{n} is {value(n)}, expected 0 or more") for n in above]
     checks += [
         (
-            sequences % (grpo.minibatches * run.batch.accumulation) == 0,
+            sequences <= _MOST_ANSWERS,
+            f"rollout.prompts x grpo.group_size = {sequences} answers a step, at most {_MOST_ANSWERS:,} fit",
+        ),
+        (
+            sequences % max(1, grpo.minibatches * run.batch.accumulation) == 0,
             f"rollout.prompts x grpo.group_size = {sequences} answers are not divisible by grpo.minibatches "
             f"{grpo.minibatches} x batch.accumulation {run.batch.accumulation}",
         ),
@@ -245,5 +257,9 @@ def rl_problems(run: Any) -> list[str]:
         wants = {"python": "function", "model": "model"}.get(reward.kind)
         if wants:
             checks.append((bool(getattr(reward, wants)), f"rewards: kind {reward.kind} needs {wants}"))
-        checks.append((reward.seconds > 0, f"rewards: seconds is {reward.seconds}, expected above 0"))
+        for name, limit in (("seconds", 10**6), ("megabytes", 10**7), ("target", 2**31 - 1)):
+            given = getattr(reward, name)
+            checks.append(
+                (0 < given <= limit, f"rewards: {name} is {given}, expected above 0, up to {limit:,}")
+            )
     return [text for ok, text in checks if not ok]

@@ -6,12 +6,13 @@ one. Uses the standard library only.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import itertools
+import math
 import re
 import textwrap
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -27,7 +28,18 @@ from jaxseek.config.rl import (
     TaskConfig,
     rl_problems,
 )
+from jaxseek.storage import untrusted
 from jaxseek.storage.place import Place, place
+from jaxseek.storage.untrusted import brief
+
+_MOST_NUMBER = (1 << 31) - 1  # int32 on the devices
+_MOST_TABLES = 8  # of a key, one within the other
+# Counts that are gone through or allocated in one piece: at most these.
+_MOST = {
+    **dict.fromkeys(("batch.size", "batch.accumulation", "eval.rows"), 1 << 20),
+    **dict.fromkeys(("distill.per_prompt", "loss.device_groups", "lora.rank"), 1 << 16),
+    "data.length": 1 << 24,
+}
 
 # A constant, or a step function [[fraction of the run, value from there on], ...].
 Steps = float | list
@@ -264,10 +276,10 @@ class RunConfig:
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> RunConfig:
         """Build a run from nested tables, as from TOML or `to_dict`. Raises ConfigError."""
-        grpo = raw.get("grpo")
-        if isinstance(grpo, dict) or raw.get("objective") in ("grpo", "reject"):
-            grpo = grpo or {}
-            raw = raw | {"grpo": PRESETS.get(grpo.get("preset", GrpoConfig.preset), {}) | grpo}
+        grpo = raw.get("grpo", {} if raw.get("objective") in ("grpo", "reject") else None)
+        if isinstance(grpo, dict):
+            preset = str(grpo.get("preset", GrpoConfig.preset))
+            raw = raw | {"grpo": PRESETS.get(preset, {}) | grpo}
         return _build(cls, raw, "")
 
     def to_dict(self) -> dict[str, Any]:
@@ -296,10 +308,13 @@ class RunConfig:
             ("steps", 1), ("data.length", 2), ("batch.size", 1), ("batch.accumulation", 1),
             ("batch.ramp_from", 0), ("schedule.warmup", 0), ("lora.rank", 0), ("eval.every", 0),
             ("eval.rows", 1), ("checkpoint.every", 1), ("checkpoint.keep", 1), ("log.every", 1),
-            ("loss.device_groups", 1), ("distill.per_prompt", 1), ("distill.max_new_tokens", 1),
+            ("loss.device_groups", 1), ("distill.per_prompt", 1), ("distill.max_new_tokens", 1), ("seed", 0),
         ):  # fmt: skip
             value = _get(self, name)
             need(value >= least, f"{name} is {value}, expected {least} or more")
+        for name, most in _MOST.items():
+            value = _get(self, name)
+            need(value <= most, f"{name} is {value}, expected at most {most:,}")
         for name in ("data.holdout", "data.fim_rate", "batch.ramp_until", "distill.weight", "optimizer.b1",
                      "optimizer.b2", "dpo.label_smoothing"):  # fmt: skip
             need(0 <= _get(self, name) <= 1, f"{name} is {_get(self, name)}, expected 0 to 1")
@@ -340,7 +355,10 @@ class RunConfig:
         for name in ("loss.mtp", "loss.bias_speed"):
             value = _get(self, name)
             ok = isinstance(value, float) or (
-                value and all(isinstance(p, list | tuple) and len(p) == 2 for p in value) and value[0][0] == 0
+                value
+                and all(isinstance(p, list | tuple) and len(p) == 2 for p in value)
+                and all(type(n) in (int, float) and math.isfinite(n) for p in value for n in p)
+                and value[0][0] == 0
             )
             need(bool(ok), f"{name} is {value}, expected a number or [[0, value], [fraction, value], ...]")
         if problems:
@@ -405,10 +423,7 @@ def read_toml(path: str | Place, overrides: list[str] | tuple[str, ...] = ()) ->
 
     Raises ConfigError.
     """
-    try:
-        raw = tomllib.loads(find_run_file(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
-        raise ConfigError(f"{path}: not valid TOML ({e})") from None
+    raw = untrusted.read_toml(find_run_file(path), ConfigError)
     for override in overrides:
         apply_override(raw, override)
     return raw
@@ -419,11 +434,13 @@ def apply_override(raw: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set {text!r}: expected key=value, such as optimizer.learning_rate=1e-4")
-    try:
-        parsed = tomllib.loads(f"v = {value}")["v"]
-    except (tomllib.TOMLDecodeError, RecursionError):
-        parsed = value  # an unquoted string
+    parsed: Any = value  # an unquoted string, unless it is TOML
+    with contextlib.suppress(ConfigError):
+        found = untrusted.parse_toml(f"v = {value}", "", ConfigError)
+        parsed = found["v"] if len(found) == 1 else value
     *tables, last = key.strip().split(".")
+    if len(tables) > _MOST_TABLES:
+        raise ConfigError(f"--set {text[:60]!r}...: no key is in {len(tables):,} tables")
     for table in tables:
         raw = raw.setdefault(table, {})
         if not isinstance(raw, dict):
@@ -433,7 +450,7 @@ def apply_override(raw: dict[str, Any], text: str) -> None:
 
 def _build(cls: Any, raw: Any, where: str) -> Any:
     if not isinstance(raw, dict):
-        raise ConfigError(f"{where.rstrip('.')} is {raw!r}, expected a table [{where.rstrip('.')}]")
+        raise ConfigError(f"{where.rstrip('.')} is {brief(raw)}, expected a table [{where.rstrip('.')}]")
     hints = get_type_hints(cls)
     for key in raw:
         if key not in hints:
@@ -466,7 +483,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return value
         near = difflib.get_close_matches(str(value), [str(a) for a in args], 1)
         hint_text = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{where} is {value!r}, expected one of {', '.join(map(repr, args))}{hint_text}")
+        raise ConfigError(
+            f"{where} is {brief(value)}, expected one of {', '.join(map(repr, args))}{hint_text}"
+        )
+    if type(value) in (int, float) and not abs(value) <= (2**63 - 1 if where == "seed" else _MOST_NUMBER):
+        raise ConfigError(f"{where} is {brief(value)}, expected a number up to {_MOST_NUMBER:,}")
     if hint is float and type(value) is int:
         return float(value)
     if origin is list:
@@ -479,4 +500,4 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     elif type(value) is (origin or hint):
         return value
     wanted = getattr(hint, "__name__", str(hint)) if origin is None else origin.__name__
-    raise ConfigError(f"{where} is {value!r}, expected {wanted}")
+    raise ConfigError(f"{where} is {brief(value)}, expected {wanted}")

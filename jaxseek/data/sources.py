@@ -12,7 +12,6 @@ import glob
 import importlib
 import inspect
 import itertools
-import json
 import threading
 import urllib.parse
 import weakref
@@ -25,6 +24,7 @@ import numpy as np
 from jaxseek.config.model import ConfigError
 from jaxseek.storage import place as storage
 from jaxseek.storage.place import Remote, cached, is_url
+from jaxseek.storage.untrusted import parse_json
 
 Record = dict[str, Any]
 
@@ -88,12 +88,11 @@ class _Lines:
         begin = int(self._begins[i])
         line = self._bytes(begin, int(self._ends[np.searchsorted(self._ends, begin)]))
         try:
-            return _record(json.loads(line), lambda: self.place(i))
+            value = parse_json(line, "", kind=object)
         except ValueError as error:
-            if isinstance(error, ConfigError):
-                raise
             text = line[:60].decode(errors="replace")
-            raise ConfigError(f"{self.place(i)} is not JSON ({error}): {text!r}") from None
+            raise ConfigError(f"{self.place(i)}{error}: {text!r}") from None
+        return _record(value, lambda: self.place(i))
 
     def place(self, i: int) -> str:
         return f"{self._name}, line {np.searchsorted(self._ends, self._begins[i]) + 1}"
@@ -192,12 +191,7 @@ def _file(path: Path, name: str) -> Records:
         case ".jsonl":
             return _Lines(path, name)
         case ".json":
-            try:
-                return _Items(json.loads(path.read_bytes()), name)
-            except ValueError as error:
-                if isinstance(error, ConfigError):
-                    raise
-                raise ConfigError(f"{name} is not JSON ({error})") from None
+            return _Items(parse_json(path.read_bytes(), name, ConfigError, object), name)
         case ".parquet":
             return _Table(path, name)
     return _Text(path, name)

@@ -20,6 +20,7 @@ from jaxseek.engine.request import Handle, Request
 from jaxseek.engine.sampling import Sampling
 from jaxseek.engine.text import Prompt, encode
 from jaxseek.model.deepseek import DeepSeek
+from jaxseek.storage.untrusted import brief
 
 if TYPE_CHECKING:
     from jaxseek.tokenizer.tokenizer import Tokenizer
@@ -39,7 +40,7 @@ def generate(
     min_p: float | None = None,
     seed: int | Sequence[int] | None = None,
     stop: str | Sequence[str] | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     *,
     template: str | Path | None = None,
     tools: Sequence[Mapping[str, Any]] | None = None,
@@ -55,21 +56,23 @@ def generate(
 
     Settings that are None are those of the checkpoint's generation_config.json, or else of `Sampling`; a line
     in the log says which. One seed (None: 0) serves every prompt, as if it were alone: other prompts get
-    other noise, the same prompt the same; give one per prompt to sample one several times. `batch_size`
+    other noise, the same prompt the same; give one per prompt to sample one several times. `batch_size` (16)
     answers grow at a time. Raises ValueError for bad settings, an empty prompt, or one that leaves no room in
     the context.
     """
     prompts = _as_list(prompts)
-    if seed is None or np.ndim(seed) == 0:
-        seeds = [operator.index(0 if seed is None else seed)] * len(prompts)  # type: ignore[arg-type]
-    else:
-        seeds = [operator.index(s) for s in seed]  # type: ignore[union-attr]
+    seed = 0 if seed is None else seed
+    several = isinstance(seed, Sequence | np.ndarray | jax.Array) and np.ndim(seed) > 0
+    each: Iterable[Any] = seed if several else [seed] * len(prompts)  # type: ignore[assignment]
+    seeds = [_whole("seed", s) for s in each]
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds were given for {len(prompts)} prompts")
-    if batch_size < 1:
+    slots = _whole("batch_size", 16 if batch_size is None else batch_size)
+    if slots < 1:
         raise ValueError(f"batch_size is {batch_size}, expected 1 or more")
-    given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    given |= {"min_p": min_p, "stop": (stop,) if isinstance(stop, str) else tuple(stop or ()) or None}
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    given["max_new_tokens"] = None if max_new_tokens is None else _whole("max_new_tokens", max_new_tokens)
+    given["stop"] = None if stop is None else tuple(stop) if isinstance(stop, list | tuple) else (stop,)
     base, said = settings(model.cfg.generation, given, strings=tokenizer is not None)
     _log_once(said)
     rendering = {"template": template, "tools": tools, "documents": documents}
@@ -78,7 +81,7 @@ def generate(
     for prompt, one in zip(prompts, seeds):
         ids = encode(tokenizer, prompt, **rendering)
         requests.append(request(model, tokenizer, ids, replace(base, seed=seed_for(one, ids))))
-    found = engine_for(model, min(batch_size, len(requests))).answers(requests)
+    found = engine_for(model, min(slots, len(requests))).answers(requests)
     return [a.text if tokenizer else a.tokens for a in found]  # type: ignore[misc]
 
 
@@ -191,12 +194,26 @@ def in_order(numbered: Iterable[tuple[int, T]]) -> Iterator[T]:
 
 def _as_list(prompts: Any) -> list[Prompt]:
     """A single text, array or list of ids, or chat is a batch of one."""
-    if isinstance(prompts, str | Mapping):
+    if isinstance(prompts, str | bytes | Mapping):
         return [prompts]  # type: ignore[list-item]
+    if not isinstance(prompts, Iterable) or getattr(prompts, "ndim", 1) == 0:
+        raise ValueError(f"prompts is {brief(prompts)}, expected texts, token ids or lists of messages")
     prompts = list(np.asarray(prompts)) if hasattr(prompts, "ndim") else list(prompts)
     first = prompts[0] if prompts else ""
-    single = "messages" not in first if isinstance(first, Mapping) else np.ndim(first) == 0  # type: ignore
-    return [prompts] if single and not isinstance(first, str) else prompts
+    if isinstance(first, Mapping):
+        return [prompts] if "messages" not in first else prompts
+    return prompts if isinstance(first, str) or _has_items(first) else [prompts]
+
+
+def _has_items(value: Any) -> bool:
+    return isinstance(value, Iterable) and getattr(value, "ndim", 1) > 0
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} is {brief(value)}, expected a whole number") from None
 
 
 _last: Engine | None = None

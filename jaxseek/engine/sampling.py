@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 
 Mode = Literal["greedy", "plain", "filtered"]
 TOP = 20  # likeliest tokens that are noted where a request asks for any
+_MOST = 2**31 - 1  # int32 on the devices
 
 
 @dataclass(frozen=True)
@@ -41,36 +43,30 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
-        for ok, text in (
-            (
-                self.max_new_tokens >= 1 and self.max_new_tokens == int(self.max_new_tokens),
-                f"max_new_tokens is {self.max_new_tokens}, expected a whole number, 1 or more",
-            ),
-            (0 <= self.temperature < float("inf"), f"temperature is {self.temperature}, expected 0 or more"),
-            (
-                self.top_k >= 0 and self.top_k == int(self.top_k),
-                f"top_k is {self.top_k}, expected a whole number, 0 (off) or more",
-            ),
-            (0 < self.top_p <= 1, f"top_p is {self.top_p}, expected within (0, 1]"),
-            (0 <= self.min_p <= 1, f"min_p is {self.min_p}, expected within [0, 1]"),
-            (0 <= self.seed < 2**63, f"seed is {self.seed}, expected within 0..2^63-1"),
-            (all(self.stop), "a stop string is empty"),
-            *(
-                (abs(value) <= 100, f"{name} is {value}, expected within [-100, 100]")
-                for name in ("presence_penalty", "frequency_penalty")
-                for value in (getattr(self, name),)
-            ),
-            (
-                0 < self.repetition_penalty <= 100,
-                f"repetition_penalty is {self.repetition_penalty}, expected within (0, 100]",
-            ),
-            (
-                all(token >= 0 and abs(value) <= 1e6 for token, value in self.logit_bias),
-                "logit_bias has a token below 0 or a number beyond 1e6",
-            ),
-        ):
-            if not ok:
-                raise ValueError(text)
+        def within(name: str, least: float, most: float, whole: bool = False) -> None:
+            value: Any = getattr(self, name)
+            number = "a whole number" if whole else "a number"
+            real = isinstance(value, Real) and not isinstance(value, bool)
+            if not real or not least <= value <= most or (whole and value % 1):
+                shown = value if real else repr(value)
+                raise ValueError(f"{name} is {shown}, expected {number} within {least:g}..{most:.10g}")
+
+        within("max_new_tokens", 1, _MOST, whole=True)
+        within("temperature", 0, 1e30)
+        within("top_k", 0, _MOST, whole=True)
+        within("top_p", 0, 1)
+        within("min_p", 0, 1)
+        within("seed", 0, 2**63 - 1, whole=True)
+        within("presence_penalty", -100, 100)
+        within("frequency_penalty", -100, 100)
+        within("repetition_penalty", 0, 100)
+        for name in ("top_p", "repetition_penalty"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is {getattr(self, name)}, expected above 0")
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError(f"stop is {self.stop!r}, expected texts, of which none is empty")
+        if not all(token >= 0 and abs(value) <= 1e6 for token, value in self.logit_bias):
+            raise ValueError("logit_bias has a token below 0 or a number beyond 1e6")
 
     @property
     def mode(self) -> Mode:

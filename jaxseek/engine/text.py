@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from jaxseek.storage.untrusted import brief
 
 if TYPE_CHECKING:
     from jaxseek.tokenizer.tokenizer import Tokenizer
@@ -32,7 +34,11 @@ def encode(
                 f"input_ids, say), a list of messages, or a mapping with messages and {', '.join(CHAT)}"
             )
         rendering |= {key: prompt[key] for key in CHAT if prompt.get(key) is not None}
-        prompt = list(prompt["messages"])
+        prompt = prompt["messages"]
+        if not isinstance(prompt, list | tuple) or not prompt:
+            raise ValueError(f"messages is {brief(prompt)}, expected a list of messages")
+    if isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
+        raise ValueError(f"a prompt is {brief(prompt)}, expected text, token ids or a list of messages")
     if isinstance(prompt, str) or any(isinstance(m, Mapping) for m in prompt):
         if tokenizer is None:
             raise ValueError("the model has no tokenizer; give prompts as lists of token ids")
@@ -45,7 +51,10 @@ def encode(
         raise ValueError(f"{', '.join(rendering)} belong to a chat; give the prompt as a list of messages")
     if isinstance(prompt, str):
         return tokenizer.encode(prompt)  # type: ignore[union-attr]
-    ids = np.asarray(prompt)
+    try:
+        ids = np.asarray(prompt)
+    except ValueError:  # lists of several lengths
+        ids = np.asarray([brief(prompt)])
     if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
         raise ValueError(
             f"a prompt of token ids is {ids.dtype}{list(ids.shape)}, expected whole numbers in a row"

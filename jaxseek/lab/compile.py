@@ -23,6 +23,7 @@ from typing import Any
 
 from jaxseek.config.model import ConfigError
 from jaxseek.lab.job import Job
+from jaxseek.storage.untrusted import read_json
 
 # Keeps libtpu from looking for a TPU, or for another process that uses it.
 ENVIRONMENT = {
@@ -98,8 +99,8 @@ def compile_job(job: Job, progress: Callable[[str], None] = lambda text: None) -
     if not (folder / "result.json").is_file() and not (folder / "error.json").is_file():
         _compile(job, folder, progress)
     if (folder / "error.json").is_file():
-        raise CompileError(**json.loads((folder / "error.json").read_text(encoding="utf-8")))
-    raw: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        raise CompileError(**read_json(folder / "error.json", ConfigError))
+    raw: dict[str, Any] = read_json(folder / "result.json", ConfigError)
     coords = tuple(map(tuple, raw["coords"]))
     return Compiled(raw["given"], raw["memory"], coords, raw["seconds"], folder)
 

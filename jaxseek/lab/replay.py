@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,8 @@ from jaxseek.experts.balance import Placement, contiguous, imbalance, place, ser
 from jaxseek.machine.terminal import PlainConsole
 from jaxseek.model.deepseek import DeepSeek
 from jaxseek.storage import place as places
+
+_MOST_EXPERTS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,16 @@ def read_load(path: str | Path) -> Load:
     try:
         raw: Any = np.load(io.BytesIO(places.place(path).read_bytes()))
         found = {name: raw[name] for name in raw.files} if hasattr(raw, "files") else {"load": raw}
-    except (ValueError, OSError, zipfile.BadZipFile) as e:
+    except Exception as e:  # numpy and zipfile raise many kinds
         raise ConfigError(f"{path}: not a trace that numpy can read ({e})") from None
     if "load" not in found and not {"ids", "experts"} <= set(found):
         raise ConfigError(f"{path} has {', '.join(found) or 'nothing'}; expected ids and experts, or load")
     for name in ("experts", "groups"):
         value = found.get(name, np.array(1))
-        if value.shape or not np.issubdtype(value.dtype, np.integer) or value < 1:
+        if value.shape or not np.issubdtype(value.dtype, np.integer) or not 1 <= value <= _MOST_EXPERTS:
             raise ConfigError(
-                f"{path}: {name} is {value.dtype}{list(value.shape)}, expected a whole number, 1 or more"
+                f"{path}: {name} is {value.dtype}{list(value.shape)}, expected a whole number, 1 or more, up "
+                f"to {_MOST_EXPERTS:,}"
             )
     load = found["load"] if "load" in found else counts(found["ids"], int(found["experts"]))
     load = load[None] if load.ndim == 2 else load

@@ -15,7 +15,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ from jaxseek.rl.recipe import Grpo
 from jaxseek.rl.rollout import Sampler
 from jaxseek.rl.tasks import open_task
 from jaxseek.storage.place import Place, place, writable, write_text
+from jaxseek.storage.untrusted import expect, read_json
 from jaxseek.train import start
 from jaxseek.train.distill import open_distillation
 from jaxseek.train.dpo import Dpo
@@ -178,7 +178,13 @@ def _measure(
 def _reached(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
     """Read the figures of finished stages, as host 0 sees them."""
     paths = {name: place(run.out) / "stage.json" for name, run in pipeline.stages.items()}
-    return from_first(lambda: {n: json.loads(p.read_text("utf-8")) for n, p in paths.items() if p.is_file()})
+    form = {"objective": str, "steps": int, "seconds": float, "accuracy?": float, "thinking_tokens?": float}
+
+    def read() -> dict[str, dict[str, Any]]:
+        found = {name: (path, read_json(path, ConfigError)) for name, path in paths.items() if path.is_file()}
+        return {name: expect(value, form, str(path), ConfigError) for name, (path, value) in found.items()}
+
+    return from_first(read)
 
 
 def _write(pipeline: Pipeline) -> None:

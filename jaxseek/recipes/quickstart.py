@@ -16,6 +16,7 @@ from jaxseek.checkpoint.directory import kind_of
 from jaxseek.config.model import configs_dir
 from jaxseek.recipes.pipeline import Pipeline, run_pipeline
 from jaxseek.storage.place import Place, place, write_bytes
+from jaxseek.storage.untrusted import parse_json
 from jaxseek.train.metrics import read_metrics
 
 # Latest end of each stage, as a share of the time allowed.
@@ -129,4 +130,5 @@ def _result(thinking: Place, hf: Place, figure: Place, seed: int, seconds: float
 
 
 def _answers(path: Place) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_bytes().split(b"\n")
+    return [parse_json(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line]

@@ -19,6 +19,7 @@ from jaxseek.rl.problem import Problem
 from jaxseek.rl.rollout import Episode, Sampler, seed_of
 from jaxseek.rl.tasks import open_task
 from jaxseek.storage.place import Log, Place, cut, place, write_text
+from jaxseek.storage.untrusted import expect, parse_json
 from jaxseek.train import start
 from jaxseek.train.metrics import Progress
 from jaxseek.train.trainer import Result, signals
@@ -133,7 +134,7 @@ def _whole_rounds(partial: Place) -> tuple[list[dict[str, Any]], int]:
         at += len(line)
         if not line.endswith(b"\n"):
             break
-        record = json.loads(line)
+        record = expect(parse_json(line, str(partial)), {"round?": int}, str(partial))
         if set(record) == {"round"}:
             kept, pending, whole, done = kept + pending, [], at, record["round"] + 1
         else:

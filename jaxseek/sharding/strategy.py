@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from jaxseek.config.model import ConfigError, ModelConfig, configs_dir
 from jaxseek.sharding.rules import DISPATCHES, FACTORS, LOGICAL_AXES, MESH_AXES, PHASES, Rules
 from jaxseek.storage.place import Place, is_url, place
+from jaxseek.storage.untrusted import read_toml
 
 _MOST_DEVICES = 1 << 14  # check_fits suggests no sizes for larger meshes
 
@@ -170,11 +171,9 @@ class Strategy:
         """Read a strategy file; what it leaves out comes from the default strategy. Raises ConfigError."""
         path = place(path)
         try:
-            raw = tomllib.loads(path.read_text(encoding="utf-8"))
+            raw = read_toml(path, ConfigError)
         except FileNotFoundError:
             raise ConfigError(f"{path}: no such strategy file") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
-            raise ConfigError(f"{path}: not valid TOML ({e})") from None
         try:
             default = _default_tables()
             _check_keys(raw, ("mesh", "weights", *PHASES), "table")

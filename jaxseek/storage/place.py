@@ -14,7 +14,6 @@ import fnmatch
 import functools
 import hashlib
 import io
-import json
 import os
 import re
 import shutil
@@ -25,6 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
+
+from jaxseek.storage.untrusted import parse_json
 
 _WEB = ("http", "https")
 READ_ONLY = ("hf", *_WEB)
@@ -492,7 +493,7 @@ class Log:
         self.close()
 
 
-def read_log(at: Place, parse: Callable[[bytes], Any] = json.loads) -> list[Any]:
+def read_log(at: Place, parse: Callable[[bytes, str], Any] = parse_json) -> list[Any]:
     """Read the lines of a log up to the first that is incomplete or that `parse` rejects.
 
     The rest of the file is truncated, so that appended lines follow those that were read.
@@ -502,8 +503,8 @@ def read_log(at: Place, parse: Callable[[bytes], Any] = json.loads) -> list[Any]
         try:
             if not line.endswith(b"\n"):
                 break
-            found.append(parse(line))
-        except (ValueError, KeyError, TypeError, AttributeError):
+            found.append(parse(line, str(at)))
+        except ValueError:
             break
         whole += len(line)
     cut(at, whole)

@@ -12,18 +12,12 @@ where both write the `PROBES` alike.
 
 from __future__ import annotations
 
-import datetime
-import functools
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-import jinja2
-from jinja2.ext import Extension
-from jinja2.nodes import Node
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jaxseek.tokenizer.template_process import TemplateFault, run_template
 
 Message = Mapping[str, Any]
 """{"role": "system" | "user" | "assistant" | "tool", "content": str, "tool_calls": optional list}"""
@@ -286,9 +280,9 @@ def render_jinja(
     hidden = [_hide(m, unthinking if m["role"] == "assistant" else control, masks) for m in messages]
     try:
         given = {"tools": None, "documents": None, **{k: _hide(v, control, masks) for k, v in given.items()}}
-        text = _compiled(source).render(messages=hidden, **variables | given)
-    except (jinja2.TemplateError, TypeError) as error:
-        raise TokenizerError(f"the model's chat_template refused the conversation: {error}") from error
+        text = run_template(source, {**variables, **given, "messages": hidden})
+    except TemplateFault as fault:
+        raise TokenizerError(f"the model's chat_template {fault}") from None
     return [s if isinstance(s, Mark) else s.translate(unmask) for s in split_marks(text, control)]
 
 
@@ -324,35 +318,6 @@ def _hide(value: Any, tokens: Collection[str], masks: Mapping[str, str]) -> Any:
         return begun or whole.match(value, i) is not None
 
     return "".join(masks[char] if char in masks and spelled(i) else char for i, char in enumerate(value))
-
-
-class Generation(Extension):
-    """Render the contents of `{% generation %}`, with which transformers marks training targets."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> list[Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@functools.lru_cache(maxsize=8)
-def _compiled(source: str) -> jinja2.Template:
-    """Compile a template in the sandbox and with the helpers of transformers' `apply_chat_template`."""
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment.from_string(source)
 
 
 # ---- Replies.

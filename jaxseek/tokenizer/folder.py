@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxseek.storage.place import Place
-from jaxseek.tokenizer.chat import UnusableTokenizer
+from jaxseek.storage.untrusted import read_bytes
+from jaxseek.tokenizer.chat import TokenizerError, UnusableTokenizer
 
 VOCABULARY = "tokenizer.json"
 PIECES = ("vocab.json", "merges.txt")  # byte-level BPE in the older form
@@ -23,6 +24,28 @@ _SETTINGS = (
 _NAMED_TEMPLATES = "additional_chat_templates"
 MARKUP = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
+_TOKEN = (str, {"content": str}, None)
+_ID = (int, [int], None)
+_NAMES = {f"{name}?": _TOKEN for name in NAMED}
+_TEMPLATES = (str, [{"name": str, "template": str}], {str: str}, None)
+# What is read of each file, in the terms of `untrusted.expect`.
+FORMS: dict[str, Any] = {
+    VOCABULARY: {
+        "model": {"vocab": (dict, list)},
+        "added_tokens": [{"content": str, "id": int, "special": bool}],
+    },
+    PIECES[0]: {str: int},
+    "added_tokens.json": {str: int},
+    "tokenizer_config.json": {
+        **_NAMES,
+        "chat_template?": _TEMPLATES,
+        "add_bos_token?": (bool, None),
+        "added_tokens_decoder?": {str: {"content": str}},
+    },
+    "special_tokens_map.json": _NAMES,
+    "generation_config.json": {"bos_token_id?": _ID, "eos_token_id?": _ID, "pad_token_id?": _ID},
+    "chat_template.json": {"chat_template?": _TEMPLATES},
+}
 FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
 
 _QWEN2 = (
@@ -38,7 +61,7 @@ def read(folder: Place) -> dict[str, bytes]:
     paths |= {file.name: file for file in sorted(folder.glob("*.model"), key=str)}
     for file in sorted((folder / _NAMED_TEMPLATES).glob("*.jinja"), key=str):
         paths[f"{_NAMED_TEMPLATES}/{file.name}"] = file
-    return {name: file.read_bytes() for name, file in paths.items() if file.is_file()}
+    return {name: read_bytes(file, TokenizerError) for name, file in paths.items() if file.exists()}
 
 
 def holds_vocabulary(name: str) -> bool:
@@ -144,8 +167,15 @@ def chat_templates(
         given = {one["name"]: one["template"] for one in given}
     found = {"default": given} if isinstance(given, str) else dict(given)
     if "chat_template.jinja" in files:
-        found["default"] = files["chat_template.jinja"].decode()
-    for name, text in files.items():
+        found["default"] = _text(files, "chat_template.jinja")
+    for name in files:
         if name.startswith(f"{_NAMED_TEMPLATES}/"):
-            found[name.removeprefix(f"{_NAMED_TEMPLATES}/").removesuffix(".jinja")] = text.decode()
+            found[name.removeprefix(f"{_NAMED_TEMPLATES}/").removesuffix(".jinja")] = _text(files, name)
     return found
+
+
+def _text(files: Mapping[str, bytes], name: str) -> str:
+    try:
+        return files[name].decode()
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{name} is not UTF-8 text ({error})") from None

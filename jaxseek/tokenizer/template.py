@@ -6,18 +6,15 @@ conversations with tool calls where both write the `TOOL_PROBES` alike.
 
 from __future__ import annotations
 
-import functools
 import logging
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.meta
-
 from jaxseek.storage.place import place
-from jaxseek.tokenizer.chat import TEMPLATES, THINK, Generation, Message, TokenizerError
+from jaxseek.tokenizer.chat import TEMPLATES, THINK, Message, TokenizerError
+from jaxseek.tokenizer.template_process import TemplateFault, template_variables
 
 log = logging.getLogger("jaxseek")
 
@@ -96,15 +93,12 @@ def parts(
         yield "documents", (every, True, tools, None)
 
 
-@functools.lru_cache(maxsize=8)
 def variables(source: str) -> frozenset[str]:
     """Return the variables that a Jinja template reads. Raises TokenizerError where it cannot be parsed."""
-    extensions: list[Any] = [Generation, "jinja2.ext.loopcontrols"]
     try:
-        tree = jinja2.Environment(extensions=extensions).parse(source)
-        return frozenset(jinja2.meta.find_undeclared_variables(tree))
-    except (jinja2.TemplateError, RecursionError) as error:
-        raise TokenizerError(f"the model's chat_template cannot be parsed: {error}") from error
+        return template_variables(source)
+    except TemplateFault as fault:
+        raise TokenizerError(f"the model's chat_template {fault}") from None
 
 
 def check_variables(source: str, given: Mapping[str, Any], thinking: bool | None) -> None:

@@ -8,14 +8,18 @@ an added token that is marked special or looks like markup; other added tokens (
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import itertools
 import json
 import logging
+import os
 import re
+import tempfile
+import threading
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +30,16 @@ from sentencepiece import sentencepiece_model_pb2
 
 from jaxseek.storage.hub import model_place
 from jaxseek.storage.place import Place, place, write_bytes
+from jaxseek.storage.untrusted import expect, parse_json
 from jaxseek.tokenizer import chat, folder
 from jaxseek.tokenizer import template as forms
 from jaxseek.tokenizer.chat import Mark, Message, TokenizerError, UnusableTokenizer
 
 log = logging.getLogger("jaxseek")
+
+_MOST_GROWTH = 1 << 10  # of a text that is normalised, in characters for one
+# Words, numbers, scripts, white space and runs on which a bad pre-tokenizer fails: tried when it is loaded.
+_TRIAL = "It's a test, 12345.\n\n\tΩ你好 é\u0301 😀 <x>" + "a" * 40 + "!" + " " * 40 + "_"
 
 
 class Tokenizer:
@@ -56,21 +65,26 @@ class Tokenizer:
         if source is None:
             raise TokenizerError("there is no vocabulary, expected tokenizer.json or a sentencepiece .model")
         try:
-            special = set(folder.special_names(special_map, config))
-            added = folder.added_tokens(config, special_map, added_ids)
-            if source.endswith(".model"):
-                backend = _SentencePiece(found[source], added, config.get("legacy") is not False)
-            elif source in folder.PIECES:
-                merges = found["merges.txt"].decode()
-                spec = folder.byte_level(_read_json(found, source), merges, added, config)
-                backend = _HuggingFace(spec, special, added)
-            else:
-                backend = _HuggingFace(_read_json(found, source), special, added)
+            with _quietly():
+                special = set(folder.special_names(special_map, config))
+                added = folder.added_tokens(config, special_map, added_ids)
+                if source.endswith(".model"):
+                    backend = _SentencePiece(found[source], added, config.get("legacy") is not False)
+                elif source in folder.PIECES:
+                    merges = found["merges.txt"].decode()
+                    spec = folder.byte_level(_read_json(found, source), merges, added, config)
+                    backend = _HuggingFace(spec, special, added)
+                else:
+                    backend = _HuggingFace(_read_json(found, source), special, added)
+                with contextlib.suppress(Exception):  # some have no token for some of its letters
+                    backend.decode(backend.encode([_TRIAL]))
             names = {k: folder.content(c[k]) for c in (special_map, config) for k in folder.NAMED if c.get(k)}
             self.chat_templates = folder.chat_templates(found, config, older)
         except TokenizerError:
             raise
-        except Exception as error:
+        except BaseException as error:
+            if not isinstance(error, Exception) and not _is_panic(error):
+                raise
             raise UnusableTokenizer(
                 f"{source} cannot be read as a tokenizer ({type(error).__name__}: {error}); fetch the file "
                 "again, or remove it to load the model without a tokenizer"
@@ -112,7 +126,10 @@ class Tokenizer:
         an invalid file, and where there are only files of a kind that is not read.
         """
         found = folder.read(model_place(path, weights=False))
-        return cls(found, template) if folder.source(found) else None
+        try:
+            return cls(found, template) if folder.source(found) else None
+        except TokenizerError as error:
+            raise type(error)(f"{path}: {error}") from error
 
     @classmethod
     def beside(cls, weights: str | Place, rows: int, template: str | Path | None = None) -> Tokenizer | None:
@@ -126,7 +143,7 @@ class Tokenizer:
             if found is not None:
                 found.check_fits(rows)
         except UnusableTokenizer as error:
-            log.warning("%s: goes on without a tokenizer: %s", weights, error)
+            log.warning("goes on without a tokenizer: %s", error)
             return None
         return found
 
@@ -166,7 +183,8 @@ class Tokenizer:
         `skip_special` drops BOS, EOS, pad and tokens marked special; `<think>` and role marks stay.
         """
         kept = [i for i in map(int, ids) if 0 <= i < self.vocab_size]
-        return self._backend.decode([i for i in kept if not (skip_special and i in self._skipped)])
+        with _told():
+            return self._backend.decode([i for i in kept if not (skip_special and i in self._skipped)])
 
     def token_id(self, token: str) -> int | None:
         """Return the id of a control token or vocabulary piece, or None."""
@@ -369,7 +387,8 @@ class Tokenizer:
             "".join(segments).encode()
         except UnicodeEncodeError as error:
             raise TokenizerError(f"the text is not valid Unicode: {error}") from error
-        ids = self._backend.encode(segments)
+        with _told():
+            ids = self._backend.encode(segments)
         if self._rows is not None and (beyond := [i for i in ids if i >= self._rows]):
             raise TokenizerError(
                 f"the text holds {self.decode(beyond[:1], False)!r}, token {beyond[0]}, which has no row in "
@@ -428,11 +447,12 @@ class _HuggingFace:
         beside: Mapping[str, dict[str, Any]] | None = None,
     ):
         """`special` are names of control tokens, `beside` added tokens that other files than `spec` have."""
+        _raise_growing(spec)
         model: Any = spec["model"]
         vocab = model["vocab"]
         ids = vocab if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
         added = {token["content"]: token for token in spec["added_tokens"]}
-        for name, token in beside.items():
+        for name, token in (beside or {}).items():
             added.setdefault(name, token | {"id": ids.get(name, token["id"])})
         for name in special:
             if name in ids and name not in added:
@@ -478,6 +498,18 @@ class _HuggingFace:
 
     def token_id(self, token: str) -> int | None:
         return self.control.get(token, self._tokenizer.token_to_id(token))
+
+
+def _raise_growing(spec: Mapping[str, Any]) -> None:
+    """Raise ValueError for replacements that make texts absurdly longer, one after the other."""
+    for part in ("normalizer", "decoder"):
+        steps, times = [spec.get(part)], 1
+        for step in steps:
+            if isinstance(step, dict):
+                steps += [*(step.get("normalizers") or ()), *(step.get("decoders") or ())]
+                times *= max(1, len(str(step.get("content", "")))) if step.get("type") == "Replace" else 1
+        if times > _MOST_GROWTH:
+            raise ValueError(f"its {part} makes a text up to {times:,} times longer")
 
 
 def _rename(model: dict[str, Any], alias: Mapping[str, str], taken: Iterable[str]) -> None:
@@ -573,15 +605,49 @@ class _SentencePiece:
 
 
 def _read_json(found: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    """Parse a file. Raises TokenizerError where it is no JSON: UnusableTokenizer for a vocabulary."""
+    """Parse a file. Raises TokenizerError for one of another form: UnusableTokenizer for a vocabulary."""
+    error = UnusableTokenizer if folder.holds_vocabulary(name) else TokenizerError
+    return expect(parse_json(found.get(name, b"{}"), name, error), folder.FORMS[name], name, error)
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Return whether the tokenizers library panicked, which is no Exception."""
+    return type(error).__name__ == "PanicException"
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Turn whatever a tokenizer's library raises for a text into a TokenizerError."""
     try:
-        value = json.loads(found.get(name, b"{}"))
-    except ValueError as error:
-        kind = UnusableTokenizer if folder.holds_vocabulary(name) else TokenizerError
-        raise kind(f"{name} is not valid JSON ({error}); fetch the file again") from error
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{name} holds a {type(value).__name__}; expected a JSON object")
-    return value
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and not _is_panic(error):
+            raise
+        raise TokenizerError(
+            f"the tokenizer fails with this text ({type(error).__name__}: {error})"
+        ) from None
+
+
+_quiet = threading.Lock()
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Hold back what is written to standard error, also by libraries, and drop it if something is raised."""
+    try:
+        before = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    with _quiet, tempfile.TemporaryFile() as kept:
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+            kept.seek(0)
+            os.write(before, kept.read())
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
 
 
 def train_sentencepiece(

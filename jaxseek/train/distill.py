@@ -25,6 +25,7 @@ from jaxseek.engine.text import encode
 from jaxseek.machine.hosts import from_first
 from jaxseek.sharding.strategy import Strategy
 from jaxseek.storage.place import Log, Place, place, read_log, write_bytes
+from jaxseek.storage.untrusted import expect, parse_json
 from jaxseek.tokenizer import chat
 from jaxseek.tokenizer.tokenizer import Tokenizer
 from jaxseek.train.loss import Loss, divergence
@@ -150,9 +151,11 @@ def _sample(run: RunConfig, strategy: Strategy, tokenizer: Tokenizer, prompts: A
 def _finished(path: Place) -> Place:
     """Write the answers that ended by themselves into a file of their own; return its place."""
     kept = path.with_name("samples.finished.jsonl")
-    lines = [
-        l for l in path.read_bytes().splitlines(keepends=True) if json.loads(l)["finish_reason"] == "stop"
-    ]
+    lines = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        where = f"{path}, line {number}"
+        if expect(parse_json(line, where), {"finish_reason": str}, where)["finish_reason"] == "stop":
+            lines.append(line)
     if not lines:
         raise ConfigError(f"{path}: the teacher finished none of its answers; raise distill.max_new_tokens")
     write_bytes(kept, b"".join(lines))

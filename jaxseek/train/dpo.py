@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxseek.config.model import ConfigError
 from jaxseek.engine.engine import fetch
 from jaxseek.machine.hosts import meet, most
 from jaxseek.model.deepseek import DeepSeek
@@ -108,8 +109,13 @@ class Dpo(Pretrain):
                 write_bytes(path, file.getvalue())
             meet("reference is kept")
         blank = {-1: np.zeros(2, np.float32)}  # of a row that fills up a batch
-        with np.load(io.BytesIO(path.read_bytes())) as kept:
-            return {s: dict(zip(kept[f"{s}_index"].tolist(), kept[f"{s}_pair"])) | blank for s in SPLITS}
+        try:
+            with np.load(io.BytesIO(path.read_bytes())) as kept:
+                return {s: dict(zip(kept[f"{s}_index"].tolist(), kept[f"{s}_pair"])) | blank for s in SPLITS}
+        except Exception as e:  # numpy and zipfile raise many kinds
+            raise ConfigError(
+                f"{path}: is damaged ({type(e).__name__}: {e}); remove it, and a new run makes it again"
+            ) from e
 
     def _computed(self, model: DeepSeek, split: str) -> dict[str, np.ndarray]:
         """Compute the log-probs (chosen, rejected) of the pairs of a split, with the pairs' indices."""

@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 import json
+import logging
 import math
 import time
 import uuid
@@ -27,8 +28,12 @@ from jax.sharding import Mesh
 from jaxseek.config.model import ConfigError, ModelConfig
 from jaxseek.config.run import LogConfig
 from jaxseek.hardware import chip_of
+from jaxseek.machine.terminal import PlainConsole
 from jaxseek.storage.place import Log, Mirror, Place, place, save_figure, write_text
+from jaxseek.storage.untrusted import expect, parse_json
 from jaxseek.train.scaling import attention_flops_per_token
+
+log = logging.getLogger("jaxseek")
 
 FILE, PLOT = "metrics.jsonl", "loss.png"
 
@@ -128,11 +133,15 @@ class MetricsLog:
 def read_metrics(directory: str | Place) -> Iterator[dict[str, Any]]:
     """Read a run's records in order, without a last line that was cut short."""
     path = place(directory) / FILE
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number}"
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            continue
+            if line:
+                yield expect(parse_json(line, where), {"step": int}, where)
+        except ValueError as error:
+            if number < len(lines):
+                log.warning("%s: it is left out", error)
 
 
 def _cut(path: Place, step: int) -> None:
@@ -226,12 +235,11 @@ class Progress:
     """
 
     def __init__(self, steps: int, start: int = 0, seconds: float = 5.0, console: Any = None):
-        from rich.console import Console
         from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as Bar
 
         self.steps, self.seconds = steps, seconds
-        self.console = console or Console(highlight=False, markup=False, force_jupyter=False)
+        self.console = console or PlainConsole(highlight=False, force_jupyter=False)
         self._quiet, self._bar, self._line, self._shown = jax.process_index() != 0, None, "", 0.0
         self._times: deque[tuple[float, int]] = deque(maxlen=50)
         if self.console.is_terminal and not self._quiet:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +17,13 @@ from jaxseek.data.dataset import train_tokenizer
 from jaxseek.data.sources import function
 from jaxseek.experts.replicate import refuse_slots
 from jaxseek.machine import hosts
+from jaxseek.machine.host_memory import free_memory
 from jaxseek.model.deepseek import DeepSeek
 from jaxseek.sharding.parameters import fill, parameters
 from jaxseek.sharding.strategy import Strategy
 from jaxseek.storage.hub import model_place
 from jaxseek.storage.place import file_sizes, place, scratch, writable
+from jaxseek.storage.untrusted import expect, read_json
 from jaxseek.tokenizer.tokenizer import Tokenizer
 from jaxseek.train import lora
 from jaxseek.train.checkpoints import Checkpoints
@@ -62,7 +63,7 @@ def _claim(run: RunConfig) -> None:
     out = writable(run.out)
     kept = out / "run.json"
     made = [name for name in file_sizes(out) if not name.startswith(("run.json", hosts.TOKEN))]
-    now, before = run.to_dict(), json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
+    now, before = run.to_dict(), read_json(kept, ConfigError) if kept.is_file() else None
     if before is not None and made:
         was, is_ = _flat(before), _flat(now)
         differ = [
@@ -88,7 +89,9 @@ def finished(run: RunConfig) -> int | None:
     def steps() -> int | None:
         if models.kind_of(path) is None:
             return None
+        form = {"steps": int, "run": {"steps": int}}
         origin = models.read_manifest(path)["origin"]
+        expect(origin, form, f"{path / models.MANIFEST}: origin", ConfigError)
         return origin["steps"] if origin["run"]["steps"] == run.steps else None
 
     return hosts.from_first(steps)
@@ -219,6 +222,12 @@ def open_model(run: RunConfig, cfg: ModelConfig, strategy: Strategy) -> DeepSeek
     """Open the model that the run starts from, in float32; the base of adapters is in the compute dtype."""
     dtype = compute_dtype(run) if run.lora.rank else jnp.float32
     if models.kind_of(run.model) is None:
+        needed, free = cfg.num_params(mtp=True) * jnp.dtype(dtype).itemsize, free_memory()
+        if jax.default_backend() == "cpu" and needed > free:
+            raise ConfigError(
+                f"the weights of {run.model} as configured are {needed / 1e9:,.1f} GB, of which "
+                f"{free / 1e9:,.1f} GB of memory are free; choose a smaller model"
+            )
         return DeepSeek.init(cfg, strategy, run.seed, dtype)
     model, _ = load(run.model, strategy, dtype)
     if model.cfg == cfg:

@@ -1,5 +1,6 @@
 """ModelConfig: presets against the published numbers, both Hugging Face dialects, and unusable input."""
 
+import datetime
 import json
 import tomllib
 
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from jaxseek.config import hf
 from jaxseek.config.model import ConfigError, ModelConfig, RopeConfig, presets, yarn_mscale
+from jaxseek.config.run import RunConfig
 
 PRESETS = sorted(presets())
 
@@ -564,9 +566,9 @@ def test_latent_attention_has_no_key_value_heads_and_reads_past_them():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (json.dumps(R1)[:300], "not valid JSON .*is the download complete"),
+        (json.dumps(R1)[:300], "not valid JSON .*is the file whole"),
         ("", "not valid JSON"),
-        ("[1, 2]", "expected a JSON object, got list"),
+        ("[1, 2]", "expected a JSON object"),
         (b"\xff\xfe\x00", "not valid JSON"),
     ],
 )
@@ -603,7 +605,7 @@ def test_a_changed_config_is_validated_again(name, change, message):
 def test_a_rotary_embedding_that_cannot_be_computed_is_refused():
     with pytest.raises(ConfigError, match="rope_type 'yarn' has original_max_position_embeddings 0"):
         RopeConfig("yarn", factor=4.0)
-    with pytest.raises(ConfigError, match=r"low_freq_factor 4\.0 is not below high_freq_factor 4\.0"):
+    with pytest.raises(ConfigError, match=r"low_freq_factor 4\.0 is not between 0 and high_freq_factor 4\.0"):
         RopeConfig("llama3", original_max_position_embeddings=8, low_freq_factor=4.0)
 
 
@@ -717,3 +719,62 @@ def test_a_corrupted_field_is_a_config_error_or_a_valid_config(name, data):
     except ConfigError:
         return
     assert cfg.num_params() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("tiny-v3", {"n_routed_experts": 10**9}, "n_routed_experts is 1000000000, expected at most 65,536"),
+        ("tiny-v3", {"n_routed_experts": 65536, "num_hidden_layers": 1000}, "are more than 131,072 experts"),
+        ("tiny-v3", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, expected at most 1,024"),
+        ("tiny-v3", {"num_nextn_predict_layers": 10**9}, "num_nextn_predict_layers is .* at most 64"),
+        ("tiny-llm", {"vocab_size": 10**30}, "vocab_size is 1000.*, expected at most"),
+        ("tiny-llm", {"hidden_size": 2**40}, "hidden_size is"),
+        ("tiny-llm", {"num_attention_heads": 2**30}, "num_attention_heads is"),
+        ("tiny-llm", {"max_position_embeddings": 2**40}, "max_position_embeddings is"),
+        ("tiny-llm", {"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ("tiny-llm", {"rms_norm_eps": 1e30}, "rms_norm_eps is 1e.30"),
+        ("tiny-llm", {"rms_norm_eps": -1e-6}, "rms_norm_eps is -1e-06"),
+        ("tiny-llm", {"rope_theta": float("inf")}, "rope_theta is inf"),
+        ("tiny-llm", {"rope_theta": 10**400}, "rope_theta is 1000"),
+        ("tiny-llm", {"rope_scaling": {"type": "linear", "factor": 1e300}}, "factor is 1e.300"),
+        ("tiny-llm", {"eos_token_id": [1, "x"]}, r"eos_token_id is .* expected whole numbers"),
+        ("tiny-llm", {"eos_token_id": [2**40]}, "eos_token_id is"),
+    ],
+)
+def test_counts_and_numbers_without_measure_are_refused_before_anything_is_counted(name, change, message):
+    raw = ModelConfig.from_preset(name).to_hf() | change
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig.from_hf(raw)
+
+
+RUN = {"objective": "grpo", "model": "tiny-r1", "out": "x", "steps": 1, "rewards": [{"kind": "exact"}]}
+RUN |= {"data": {"train": ["a.jsonl"]}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grpo": datetime.date(1979, 5, 27)}, r"grpo is datetime.date\(1979, 5, 27\), expected a table"),
+        ({"grpo": 5}, "grpo is 5, expected a table"),
+        ({"grpo": {"preset": [1]}}, r"grpo.preset is \[1\], expected one of 'r1_zero'"),
+        ({"grpo": {"preset": {}}}, r"grpo.preset is {}, expected one of"),
+        ({"grpo": {"group_size": 10**9}}, "answers a step"),
+        ({"rollout": {"temperature": float("nan")}}, "rollout.temperature is nan"),
+        ({"optimizer": {"learning_rate": float("inf")}}, "optimizer.learning_rate is inf"),
+        ({"optimizer": {"b1": [0.9]}}, r"optimizer.b1 is \[0.9\], expected float"),
+        ({"task": {"held_out": 10**9}}, "task.held_out is 1000000000, expected at most"),
+        ({"task": {"terms": 10**9}}, "task.terms is 1000000000, expected at most"),
+        ({"batch": {"size": 2**31}}, "batch.size is 2147483648"),
+        ({"lora": {"rank": 10**6}}, "lora.rank is 1000000, expected at most"),
+        ({"seed": -1}, "seed is -1"),
+        ({"loss": {"mtp": [[0, "x"]]}}, "loss.mtp is"),
+        ({"rewards": [{"kind": "exact", "seconds": float("inf")}]}, "rewards.*seconds is inf"),
+        ({"rewards": [5]}, "rewards is 5, expected a table"),
+        ({"data": {"columns": {"text": 5}}}, "data.columns.text is 5, expected str"),
+    ],
+)
+def test_values_of_a_run_file_are_told_by_key_at_any_depth(change, message):
+    RunConfig.from_dict(RUN)
+    with pytest.raises(ConfigError, match=message):
+        RunConfig.from_dict(RUN | change)

@@ -505,7 +505,7 @@ def test_an_index_that_does_not_fit_its_files_is_told_and_the_whole_weights_are_
     assert same_model(load_hf(path), model)  # the set of numbered files is whole without it
     assert "names other files (model-00009-of-00009.safetensors), not followed" in caplog.text
     index.write_text("[]")
-    with pytest.raises(CheckpointError, match=r'expected JSON with "weight_map"'):
+    with pytest.raises(CheckpointError, match="expected a JSON object"):
         load_hf(path)
 
 
@@ -515,10 +515,11 @@ def test_an_index_that_does_not_fit_its_files_is_told_and_the_whole_weights_are_
         (lambda b: b[:-10], "header describes .* bytes, the file has"),
         (lambda b: b + b"!", "header describes .* bytes, the file has"),
         (lambda b: b[:100], "header should have"),
-        (lambda b: b[:4], "header should have"),
+        (lambda b: b[:4], "cut off"),
+        (lambda b: b"", "is empty"),
         (lambda b: b"<html>not found</html>", "header should have"),
-        (lambda b: b[:8] + b"?" + b[9:], "header cannot be read"),
-        (lambda b: b.replace(b'"BF16"', b'"BF99"', 1), "dtype BF99; known: BF16"),
+        (lambda b: b[:8] + b"?" + b[9:], "the header: not valid JSON"),
+        (lambda b: b.replace(b'"BF16"', b'"BF99"', 1), "dtype 'BF99'; known: BF16"),
         (lambda b: b.replace(b'"shape":[16]', b'"shape":[15]', 1), r"should take 30 bytes from"),
     ],
 )
@@ -529,7 +530,7 @@ def test_a_damaged_file_is_named_with_what_is_wrong(spoil, message, hf):
     with pytest.raises(CheckpointError, match=message) as error:
         load_hf(path)
     assert str(file) in str(error.value)
-    assert "fetch it again" in str(error.value) or "known" in message
+    assert any(advice in str(error.value) for advice in ("fetch it again", "known", "is the file whole"))
 
 
 def test_a_directory_of_pickles_says_what_to_do(hf):

@@ -674,7 +674,7 @@ def test_files_of_a_download_that_went_wrong_are_named(hf, tmp_path):
         '{"weight_map": {"a": "../x"}}',
     ):
         index.write_text(text)
-        fails('expected JSON with "weight_map"')
+        fails(r"index.json: (not valid JSON|has no weight_map|weight_map.* is 3, expected|names the file)")
     index.write_text(sound)
     shards[1].write_bytes(raw[:-1])
     fails(r"header describes [\d,]+ bytes, the file has [\d,]+")

@@ -486,7 +486,7 @@ def test_blank_lines_are_passed_over_and_lines_keep_their_numbers(tokenizer, tmp
         f"{B}b{E}",
     ]
     (tmp_path / "a.jsonl").write_bytes(b'\n{"text": "a"}\n\n{"text": ')
-    with pytest.raises(ConfigError, match=r"a.jsonl, line 4 is not JSON"):
+    with pytest.raises(ConfigError, match=r"a.jsonl, line 4: not valid JSON"):
         open_rows(run("pretrain", str(tmp_path / "a.jsonl")), tokenizer)
 
 
@@ -586,7 +586,7 @@ ERRORS = {
     "an empty glob": ("sft", "*.parquet", r"data.train: no file matches .*\*.parquet"),
     "an empty file": ("sft", b"", r"data.jsonl is empty"),
     "only blank lines": ("sft", b"\n\n", r"data.train = \[.*\] holds no examples"),
-    "no JSON": ("sft", b'{"prompt": "a", "response": "b"}\n{"prompt', r"data.jsonl, line 2 is not JSON"),
+    "no JSON": ("sft", b'{"prompt": "a", "response": "b"}\n{"prompt', r"data.jsonl, line 2: not valid JSON"),
     "a number": ("sft", [3], r"line 1 is a int, expected an object or a string"),
     "no text": ("pretrain", [{"txt": "a"}], r"has no column 'text' \(it has 'txt'\); .*: text = \"txt\""),
     "no response": ("sft", [{"prompt": "a", "answer": "b"}], r"no column 'response' .*: response = "),
@@ -635,7 +635,7 @@ def test_files_that_are_not_what_their_ending_says_are_refused(write, tokenizer,
     with pytest.raises(ConfigError, match=r"a.json holds a dict, expected a list of objects"):
         open_rows(run("sft", write({"a": 1}, "a.json")), tokenizer)
     (tmp_path / "b.json").write_text("[1,")
-    with pytest.raises(ConfigError, match=r"b.json is not JSON"):
+    with pytest.raises(ConfigError, match=r"b.json: not valid JSON"):
         open_rows(run("sft", str(tmp_path / "b.json")), tokenizer)
     (tmp_path / "c.png").write_bytes(b"\x89PNG")
     with pytest.raises(ConfigError, match=r"c.png is not UTF-8 text"):

@@ -117,6 +117,11 @@ def test_requests_of_all_kinds_share_a_batch_and_keep_their_draws():
         ("top_p", 1.1),
         ("min_p", -0.1),
         ("seed", -1),
+        ("seed", float("nan")),
+        ("top_k", float("inf")),
+        ("top_k", 10**30),
+        ("max_new_tokens", 1.5),
+        ("temperature", True),
     ],
 )
 def test_sampling_values_out_of_range_are_named(field, value):
@@ -124,6 +129,7 @@ def test_sampling_values_out_of_range_are_named(field, value):
         Sampling(**{field: value})
 
 
-def test_an_empty_stop_string_is_refused():
-    with pytest.raises(ValueError, match="a stop string is empty"):
-        Sampling(stop=("",))
+@pytest.mark.parametrize("stop", [("",), (5,), (None,)])
+def test_a_stop_string_that_is_none_is_refused(stop):
+    with pytest.raises(ValueError, match=r"stop is .*expected texts"):
+        Sampling(stop=stop)
