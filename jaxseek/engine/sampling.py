@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, Literal
 
 import jax
@@ -35,7 +34,9 @@ class Sampling:
     def __post_init__(self) -> None:
         def within(name: str, least: float, most: float, whole: bool = False) -> None:
             value, number = getattr(self, name), "a whole number" if whole else "a number"
-            real = isinstance(value, Real) and not isinstance(value, bool)
+            real = isinstance(value, int | float | np.number) and not isinstance(
+                value, bool | np.complexfloating
+            )
             if not real or not least <= value <= most or (whole and value % 1):
                 shown = value if real else repr(value)
                 raise ValueError(f"{name} is {shown}, expected {number} within {least:g}..{most:.10g}")
