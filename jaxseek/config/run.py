@@ -486,7 +486,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         raise ConfigError(
             f"{where} is {brief(value)}, expected one of {', '.join(map(repr, args))}{hint_text}"
         )
-    if type(value) in (int, float) and not abs(value) <= (2**63 - 1 if where == "seed" else _MOST_NUMBER):
+    if (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and not abs(value) <= (2**63 - 1 if where == "seed" else _MOST_NUMBER)
+    ):
         raise ConfigError(f"{where} is {brief(value)}, expected a number up to {_MOST_NUMBER:,}")
     if hint is float and type(value) is int:
         return float(value)

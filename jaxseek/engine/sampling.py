@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, Literal
 
 import jax
@@ -46,7 +45,8 @@ class Sampling:
         def within(name: str, least: float, most: float, whole: bool = False) -> None:
             value: Any = getattr(self, name)
             number = "a whole number" if whole else "a number"
-            real = isinstance(value, Real) and not isinstance(value, bool)
+            real = isinstance(value, int | float | np.number)
+            real &= not isinstance(value, bool | np.complexfloating)
             if not real or not least <= value <= most or (whole and value % 1):
                 shown = value if real else repr(value)
                 raise ValueError(f"{name} is {shown}, expected {number} within {least:g}..{most:.10g}")

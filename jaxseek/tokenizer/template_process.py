@@ -183,7 +183,7 @@ def _environment() -> Any:
 
     extensions = [Generation, "jinja2.ext.loopcontrols"]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    environment.from_string = functools.lru_cache(maxsize=8)(environment.from_string)
+    environment.from_string = functools.lru_cache(maxsize=8)(environment.from_string)  # type: ignore[method-assign]
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)

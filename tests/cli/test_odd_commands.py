@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,6 +144,30 @@ def test_prompts_keep_what_a_line_is(files):
     found = read_prompts(["zero"], "rows.jsonl")
     assert [p.content for p in found] == ["zero", "one\u2028two", [{"role": "user", "content": "x"}], [3, 4]]
     assert [p.where for p in found] == ["-p", *(f"rows.jsonl, line {n}" for n in (1, 3, 4))]
+    Path("lines.txt").write_bytes("a\rb\x0cc\u2028d\x85e\t\r\n\n  \n\x0c\n f".encode())
+    found = read_prompts([], "lines.txt")
+    assert [p.content for p in found] == ["a\rb\x0cc\u2028d\x85e\t", "\x0c", " f"]
+    assert [p.where for p in found] == [f"lines.txt, line {n}" for n in (1, 4, 5)]
+    for row in (b'{"prompt": "\\ud800"}', b'{"prompt": "a", "prompt": "b"}', b'\x0c{"prompt": "a"}'):
+        Path("bad.jsonl").write_bytes(b"\n" + row)
+        with pytest.raises(ValueError, match=r"^bad.jsonl, line 2: expected JSON with"):
+            read_prompts([], "bad.jsonl")
+
+
+def test_pipes_folders_and_devices_in_the_place_of_files_are_refused_at_once(capsys, files):
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        for make in (Path.mkdir, os.mkfifo, lambda file: file.symlink_to("/dev/zero")):
+            shutil.rmtree("hf", ignore_errors=True)
+            Path("hf").mkdir()
+            small = {"model_type": "llama", "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8}
+            small |= {"num_hidden_layers": 1, "num_attention_heads": 1, "max_position_embeddings": 8}
+            Path("hf/config.json").write_text(json.dumps(small))
+            Path("hf", name).unlink(missing_ok=True)
+            make(Path("hf", name))
+            code, line = run(capsys, "generate", "hf", "-p", "x")
+            assert code == 1
+            assert f"hf/{name}: is a" in line
+            assert "expected a file" in line
 
 
 MODELS = (

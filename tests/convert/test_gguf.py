@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import struct
 import sys
 
 import numpy as np
@@ -433,6 +434,39 @@ def test_a_file_that_is_no_gguf_or_is_cut_anywhere_is_refused(tmp_path):
     for size in np.linspace(0, len(blob) - 300, 40).astype(int):
         path.write_bytes(blob[:size])
         refused(path, "a.gguf: not a whole GGUF file .*download complete")
+
+
+def key(name, kind, value=b""):
+    return struct.pack("<Q", len(name)) + name + struct.pack("<I", kind) + value
+
+
+def tensor(name, *dims, offset=0):
+    head = struct.pack("<Q", len(name)) + name + struct.pack("<I", len(dims))
+    return head + struct.pack(f"<{len(dims)}QIQ", *dims, 0, offset)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "keys", "body", "match"),
+    [
+        (2**60, 0, b"", "counts 0 keys and 1,152,921,504,606,846,976 tensors"),
+        (0, 2**60, b"", "counts 1,152,921,504,606,846,976 keys"),
+        (0, 1, struct.pack("<Q", 2**60), "a text of 1,152,921,504,606,846,976 bytes"),
+        (0, 1, key(b"a", 9, struct.pack("<IQ", 0, 2**60)), "'a' has 1,152,921,504,606,846,976 items"),
+        (0, 1, key(b"a", 9, struct.pack("<IQ", 8, 2**22)), "not a whole GGUF file"),
+        (0, 1, key(b"a", 9, struct.pack("<IQ", 9, 1)), "'a' has items of type 9"),
+        (0, 1, key(b"a", 99), "'a' has type 99"),
+        (0, 1, key(b"\xff", 0, b"a"), "not a whole GGUF file .*utf-8"),
+        (1, 0, tensor(b"a", *[1] * 9), "'a' has 9 dimensions"),
+        (1, 0, tensor(b"a", 2**32, 2**32), "'a' has shape"),
+        (1, 0, tensor(b"a", 0), r"'a' has shape \[0\]"),
+        (2, 0, tensor(b"a", 1) + tensor(b"a", 1), "'a' is there twice"),
+        (2, 0, tensor(b"a", 8) + tensor(b"b", 8) + bytes(99), "tensors a and b overlap"),
+    ],
+)
+def test_counts_of_a_header_are_bounded_before_they_are_followed(tensors, keys, body, match, tmp_path):
+    path = tmp_path / "a.gguf"
+    path.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, tensors, keys) + body + bytes(40))
+    refused(path, match)
 
 
 @pytest.mark.parametrize(

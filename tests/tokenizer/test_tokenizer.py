@@ -786,6 +786,10 @@ def test_a_directory_without_a_tokenizer_gives_none(tmp_path):
     assert Tokenizer.from_dir(tmp_path / "nowhere") is None
 
 
+def split_at(regex):
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -804,6 +808,42 @@ def test_a_directory_without_a_tokenizer_gives_none(tmp_path):
 def test_a_corrupt_file_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(TokenizerError, match=message):
+        Tokenizer.from_dir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "spec"),
+    [
+        ("pre_tokenizer", {"type": "FixedLength", "length": 0}),
+        ("pre_tokenizer", split_at("(a+)+$")),
+        ("pre_tokenizer", split_at("((")),
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+        ("normalizer", {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"Regex": "."},
+                                                             "content": "x" * 99}] * 9}),
+        ("decoder", {"type": "Strip", "content": "a", "start": 10**6, "stop": 10**6}),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_that_panics_or_blows_up_is_refused_in_silence(tmp_path, capfd, part, spec):
+    file = write_byte_level(tmp_path) / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | {part: spec}), "utf-8")
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json cannot be read as a tokenizer"):
+        Tokenizer.from_dir(tmp_path)
+    assert not capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer_config.json", {"bos_token": 5}, "bos_token is 5, expected text"),
+        ("tokenizer_config.json", {"chat_template": [{"name": 1}]}, r"chat_template\[0\].name is 1"),
+        ("tokenizer_config.json", {"added_tokens_decoder": []}, r"added_tokens_decoder is \[\], expected"),
+        ("special_tokens_map.json", {"eos_token": ["x"]}, r"eos_token is \['x'\], expected text"),
+        ("generation_config.json", {"eos_token_id": [[1]]}, r"eos_token_id\[0\] is \[1\]"),
+    ],
+)
+def test_a_setting_of_another_type_is_named_with_its_file(tmp_path, name, content, message):
+    (write_byte_level(tmp_path) / name).write_text(json.dumps(content))
+    with pytest.raises(TokenizerError, match=f"{name}: {message}"):
         Tokenizer.from_dir(tmp_path)
 
 
