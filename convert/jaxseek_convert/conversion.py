@@ -22,7 +22,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from jaxseek.checkpoint import directory, models
+from jaxseek.checkpoint import digests, directory, models
+from jaxseek.checkpoint.digests import Digests
 from jaxseek.checkpoint.directory import CheckpointError
 from jaxseek.checkpoint.store import LAYOUT, write_metadata
 from jaxseek.machine.host_memory import peak_memory
@@ -44,7 +45,6 @@ from jaxseek_convert.to_hf import HFSink
 Source = HFCheckpoint | StoreCheckpoint
 Stage = Callable[[str, int], Callable[[int], None]]  # (stage name, total bytes) -> report(bytes done)
 DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "float8": "fp8"}  # other names
-DIGESTS = "digests.json"
 
 
 def convert(
@@ -100,6 +100,7 @@ def convert(
             threads = stream.threads_for(memory, working + source.memory.thread, source.memory.shared)
             identity = {
                 "source": source.identity(),
+                "digests": "by file" if to == "jaxseek" else "by tensor",
                 "sink": [
                     to,
                     {path: form.__dict__ for path, form in forms.items()},
@@ -120,7 +121,11 @@ def convert(
             journal.done = gather(journal.done)[0]
             resumed = len(journal.done)
             with _all_or_none(src):
-                if checksums and host == 0 and isinstance(at, Path) and not resumed:
+                if isinstance(source, StoreCheckpoint) and checksums:
+                    source.check_files(stage)
+                elif isinstance(source, StoreCheckpoint):
+                    source.digests = Digests.unchecked(at, "--no-checksum")
+                elif checksums and host == 0 and isinstance(at, Path) and not resumed:
                     check_sums(at, stage)
                 names = [name for group in host_groups for name in group.names]
                 done = stage("convert", sum(map(source.nbytes, names)))
@@ -143,10 +148,14 @@ def convert(
                         )
             if host == 0:
                 finish(draft.files, beside)
-                digests = {"algorithm": "xxh3-128", "tensors": dict(sorted(journal.done.items()))}
-                models.write_json(draft.files / DIGESTS, digests, indent=None)
                 if to == "jaxseek":
                     _write_manifest(draft, source, forms, origin)
+                    weights = sink.digests(journal.done)
+                    besides = [n for n in file_sizes(draft.files) if n not in weights and not _ours(n)]
+                    digests.write(draft.files, weights | digests.note(draft.files, besides))
+                else:
+                    noted = {"algorithm": "xxh3-128", "tensors": dict(sorted(journal.done.items()))}
+                    models.write_json(draft.files / digests.NAME, noted, indent=None)
     seconds = time.monotonic() - start
     if progress:
         console.print(
@@ -337,8 +346,13 @@ def _write_manifest(
         "origin": dict(origin),
     }
     files = dict(sorted((file_sizes(draft.weights) | file_sizes(draft.files)).items()))
-    manifest["files"] = {n: size for n, size in files.items() if not n.startswith(("journal", "sending/"))}
+    manifest["files"] = {n: size for n, size in files.items() if not _ours(n)}
     models.write_json(draft.files / models.MANIFEST, manifest)
+
+
+def _ours(name: str) -> bool:
+    """Return whether a file is the conversion's own, and goes when it is done."""
+    return name.startswith(("journal", "sending/"))
 
 
 def differing(

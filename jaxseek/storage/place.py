@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 _WEB = ("http", "https")
 READ_ONLY = ("hf", *_WEB)
@@ -229,6 +229,10 @@ class Remote:
         return self.read_bytes().decode(encoding)
 
     @_reaching("read")
+    def open_binary(self) -> BinaryIO:
+        return self.fs.open(self.path, "rb")
+
+    @_reaching("read")
     def download(self, to: Path) -> None:
         """Download the file to a local path."""
         to.parent.mkdir(parents=True, exist_ok=True)
@@ -302,6 +306,11 @@ def save_figure(figure: Any, at: str | Place, **options: Any) -> None:
     at, drawn = place(at), io.BytesIO()
     figure.savefig(drawn, format=at.suffix.removeprefix(".") or "png", **options)
     write_bytes(at, drawn.getvalue())
+
+
+def open_binary(at: Place) -> BinaryIO:
+    """Open a file for reading from its start."""
+    return at.open("rb") if isinstance(at, Path) else at.open_binary()
 
 
 def file_sizes(folder: Place) -> dict[str, int]:

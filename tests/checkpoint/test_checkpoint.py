@@ -11,6 +11,7 @@ from oracles import slow
 
 from jaxseek.api import load, widest
 from jaxseek.checkpoint import models
+from jaxseek.checkpoint.digests import NAME as DIGESTS
 from jaxseek.checkpoint.models import CheckpointError, restore, same_bits, save
 from jaxseek.config.model import ConfigError, ModelConfig
 from jaxseek.decode import cpu
@@ -272,6 +273,9 @@ def test_a_checkpoint_that_was_copied_in_part_is_refused(saved):
 
 def test_a_checkpoint_whose_arrays_were_changed_is_refused(saved):
     (saved / "params" / "_METADATA").write_text("{" * (saved / "params" / "_METADATA").stat().st_size)
+    with pytest.raises(CheckpointError, match=r"is damaged: params/_METADATA is not as written"):
+        restore(saved)
+    (saved / DIGESTS).unlink()
     with pytest.raises(CheckpointError, match=r"cannot be restored, so the checkpoint is damaged"):
         restore(saved)
 
