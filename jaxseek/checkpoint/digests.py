@@ -90,19 +90,25 @@ class Digests:
         """
         if os.environ.get(NO_CHECKSUM):
             return cls.unchecked(folder, NO_CHECKSUM)
+        found = cls.noted(folder)
+        if not found.files:
+            _say(f"{folder}: has no digests (an older jaxseek wrote it), so it is read unchecked")
+        return found
+
+    @classmethod
+    def noted(cls, folder: Place) -> Digests:
+        """Read the digests of a directory, and say nothing. Raises CheckpointError if they cannot be read."""
         files: dict[str, list[Part]] = {}
         for at in folder.glob("digests*.json"):
             try:
                 raw = json.loads(at.read_text(encoding="utf-8"))
-                noted = {} if "tensors" in raw else raw["files"]  # by tensor: by an older jaxseek
-                files |= {name: [(int(n), str(d)) for n, d in of_file] for name, of_file in noted.items()}
+                found = {} if "tensors" in raw else raw["files"]  # by tensor: by an older jaxseek
+                files |= {name: [(int(n), str(d)) for n, d in of_file] for name, of_file in found.items()}
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
                 raise CheckpointError(
                     f"{at}: cannot be read ({type(e).__name__}: {str(e)[:200]}), so the checkpoint is "
                     f"damaged; copy it again, or with {NO_CHECKSUM}=1 read it unchecked"
                 ) from None
-        if not files:
-            _say(f"{folder}: has no digests (an older jaxseek wrote it), so it is read unchecked")
         return cls(folder, files)
 
     @classmethod
@@ -130,16 +136,19 @@ class Digests:
         with ThreadPoolExecutor(_THREADS) as pool:
             return [part for bad in pool.map(wrong, names) for part in bad]
 
-    def check(self, names: Iterable[str] | None = None, progress: Progress = lambda _: None) -> None:
-        """Compare files (default: all), each on one of the hosts; every host must call this.
-
-        Raises CheckpointError if one is not as it was written.
-        """
+    def damaged_files(
+        self, names: Iterable[str] | None = None, progress: Progress = lambda _: None
+    ) -> list[str]:
+        """Name the files that are not as noted, each read by one of the hosts; every host calls this."""
         names = sorted(self.files if names is None else names)
         own = names[jax.process_index() :: jax.process_count()]
-        bad = [name for host in gather(self.damaged(own, progress)) for name, _ in host]
-        if bad:
-            raise self._error(bad[0], len(set(bad)))
+        found = gather(self.damaged(own, progress))
+        return sorted({name for host in found for name, _ in host})
+
+    def check(self, names: Iterable[str] | None = None, progress: Progress = lambda _: None) -> None:
+        """Raise CheckpointError if a file (default: any) is not as noted; every host calls this."""
+        if bad := self.damaged_files(names, progress):
+            raise self._error(bad[0], len(bad))
 
     def besides_chunks(self) -> list[str]:
         """Names of the files but the chunks of a conversion store, which are compared as they are read."""
@@ -151,7 +160,7 @@ class Digests:
             return
         raw, at = data.reshape(-1).view(np.uint8), 0
         for n, noted in self.files.get(name, [(0, "")]):
-            if digest(raw[at : at + n]) != noted:
+            if digest(raw[at : at + n].data) != noted:
                 raise self._error(name)
             at += n
         if at != len(raw):
@@ -167,7 +176,7 @@ class Digests:
             return
         thread = threading.get_ident()
         running = self._running.pop((thread, name, start), None) or hasher()
-        running.update(data)
+        running.update(data.data)
         end, at = start + len(data), 0
         for n, noted in self.files.get(name, [(end, "")]):
             at += n

@@ -289,11 +289,22 @@ def write_bytes(at: Place, data: bytes) -> None:
         return
     at.parent.mkdir(parents=True, exist_ok=True)
     partial = at.with_name(f"{at.name}.partial")
-    with partial.open("wb") as out:
+    with _naming(at), partial.open("wb") as out:
         out.write(data)
         out.flush()
         os.fsync(out.fileno())
     partial.replace(at)
+
+
+@contextlib.contextmanager
+def _naming(at: Path) -> Iterator[None]:
+    """Make errors name a file, as those of writing, of a full disk, do not."""
+    try:
+        yield
+    except OSError as e:
+        if e.filename is None and e.errno is not None:
+            e.filename = str(at)
+        raise
 
 
 def write_text(at: Place, text: str) -> None:
@@ -476,8 +487,9 @@ class Log:
         """Append lines with one write; a reader may find only the last one cut off."""
         block = "".join(f"{line}\n" for line in lines).encode()
         if self._file is not None:
-            self._file.write(block)
-            self._file.flush()
+            with _naming(Path(self._file.name)):
+                self._file.write(block)
+                self._file.flush()
             return
         self._lines, self._unwritten = self._lines + block, True
         if time.monotonic() - self._written > self.seconds:
