@@ -23,7 +23,6 @@ from rich.progress import (
 )
 
 from jaxseek.checkpoint import digests, directory, models
-from jaxseek.checkpoint.digests import Digests
 from jaxseek.checkpoint.directory import CheckpointError
 from jaxseek.checkpoint.store import LAYOUT, write_metadata
 from jaxseek.machine.host_memory import peak_memory
@@ -86,7 +85,7 @@ def convert(
         bars(progress, console) as stage,
     ):
         with _all_or_none(src):
-            source = opened(at, mtp)
+            source = opened(at, mtp, checksums)
             if isinstance(source, HFCheckpoint):
                 source.check_copies()
             forms = target_forms(source, to, dtype)
@@ -121,10 +120,8 @@ def convert(
             journal.done = gather(journal.done)[0]
             resumed = len(journal.done)
             with _all_or_none(src):
-                if isinstance(source, StoreCheckpoint) and checksums:
+                if isinstance(source, StoreCheckpoint):
                     source.check_files(stage)
-                elif isinstance(source, StoreCheckpoint):
-                    source.digests = Digests.unchecked(at, "--no-checksum")
                 elif checksums and host == 0 and isinstance(at, Path) and not resumed:
                     check_sums(at, stage)
                 names = [name for group in host_groups for name in group.names]
@@ -231,12 +228,12 @@ def _resume(weights: Place, sink: stream.Sink, journal: stream.Journal, threads:
         journal.trust()
 
 
-def opened(at: Place, mtp: bool = True) -> Source:
+def opened(at: Place, mtp: bool = True, checksums: bool = True) -> Source:
     """Open a jaxseek or Hugging Face checkpoint for reading."""
     kind = models.kind_of(at)
     if kind is None:
         raise models.not_a_checkpoint(at)
-    return HFCheckpoint(at, mtp) if kind == "hf" else StoreCheckpoint(at, mtp)
+    return HFCheckpoint(at, mtp) if kind == "hf" else StoreCheckpoint(at, mtp, checksums)
 
 
 def parse_dtype(dtype: Any) -> str | None:

@@ -58,8 +58,8 @@ def verify(
             raise CheckpointError(f"{folder / NAME}: has other tensors than the checkpoint, as {min(names)}")
         result["damaged"] = differing(folder, found.spans, by_tensor, threads, stage)
     elif isinstance(found, StoreCheckpoint) and found.digests.files:
-        total = sum(n for parts in found.digests.files.values() for n, _ in parts)
-        result["damaged"] = _named(found, found.digests.damaged(progress=stage("verify", total)))
+        damaged = found.digests.damaged(progress=stage("verify", found.digests.nbytes))
+        result["damaged"] = _named(found, damaged)
     elif isinstance(folder, Path) and known_sums(folder):
         check_sums(folder, stage)
         result["damaged"] = []

@@ -288,10 +288,12 @@ def _claimed(lock: Place) -> Iterator[Callable[..., None]]:
     def check(seconds: float = _SECONDS) -> None:
         nonlocal looked
         if file is None and time.monotonic() - looked >= seconds:
-            looked, found = time.monotonic(), lock.read_text() if lock.is_file() else "another process"
+            looked, found = time.monotonic(), lock.read_text() if lock.is_file() else ""
             if found != token:
-                who = found.partition(",")[0]
-                raise CheckpointError(f"{lock.parent}: {who} has begun to write there; let one of them do it")
+                who = f" ({found.partition(',')[0]})" if found else ""
+                raise CheckpointError(
+                    f"{lock.parent}: another process{who} has begun to write there; let one of them do it"
+                )
 
     if file is None:
         lock.write_text(token)

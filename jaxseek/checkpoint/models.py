@@ -120,7 +120,11 @@ def restore(path: str | Place, mesh: Any = None, dtype: Any = None, mtp: bool = 
     """
     path = place(path)
     manifest = read_manifest(path)
+    if isinstance(path, Remote) and not orbax_writes(path) and manifest.get("layout") != LAYOUT:
+        path = local_tree(path)
     raise_incomplete(path, manifest["files"])
+    noted = Digests.of(path)
+    noted.check_small()
     stored, cfg = manifest["params"], ModelConfig.from_hf(path / "config.json")
     if not mtp:
         cfg = cfg.replace(num_nextn_predict_layers=0)
@@ -144,10 +148,8 @@ def restore(path: str | Place, mesh: Any = None, dtype: Any = None, mtp: bool = 
     dtypes = {p: param_dtype(a, dtype, stored[p]["dtype"]) for p, a in expected.items()}
     dtypes |= {p: np.dtype(np.uint8) for p, kind in dtypes.items() if kind == jnp.int4}
     flat = manifest.get("layout") == LAYOUT
-    if not flat and isinstance(path, Remote) and not orbax_writes(path):
-        path = local_tree(path)
-    noted = Digests.of(path)
-    noted.check(noted.besides_chunks() if flat else None)
+    if not flat:
+        noted.check()
     if flat:
         arrays = {p: _from_store(path, p, shardings[p], dtypes[p], noted) for p in shapes}
     else:
@@ -177,10 +179,15 @@ def _from_store(path: Place, name: str, sharding: Sharding, dtype: Any, noted: D
 def read_manifest(path: Place) -> dict[str, Any]:
     """Read `jaxseek.json` of a checkpoint. Raises CheckpointError as `restore` does."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        raw = (path / MANIFEST).read_bytes()
+        if (path / digests.NAME).is_file():
+            Digests.noted(path).check_file(MANIFEST, np.frombuffer(raw, np.uint8))
+        manifest = json.loads(raw)
         version, *_ = (manifest[key] for key in ("format", "params", "origin", "files"))
     except FileNotFoundError:
         raise CheckpointError(_why_not(path)) from None
+    except CheckpointError:
+        raise
     except (ValueError, KeyError, TypeError) as e:
         raise CheckpointError(f"{path / MANIFEST}: cannot be read ({type(e).__name__}: {e})") from None
     if version != FORMAT:

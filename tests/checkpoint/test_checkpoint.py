@@ -245,6 +245,7 @@ def test_a_checkpoint_without_its_manifest_was_interrupted(saved):
 
 
 def test_a_newer_format_is_refused(saved):
+    (saved / DIGESTS).unlink()
     manifest = json.loads((saved / "jaxseek.json").read_text())
     (saved / "jaxseek.json").write_text(json.dumps(manifest | {"format": 2}))
     with pytest.raises(CheckpointError, match=r"has format 2, this jaxseek reads 1; update jaxseek"):
@@ -252,6 +253,7 @@ def test_a_newer_format_is_refused(saved):
 
 
 def test_a_config_that_belongs_to_another_model_is_refused(saved):
+    (saved / DIGESTS).unlink()
     (saved / "config.json").write_text(json.dumps(RAW | {"moe_intermediate_size": 4, "q_lora_rank": None}))
     with pytest.raises(
         CheckpointError, match=r"(?s)missing.*q_DNH.*unknown.*q_a_DQ.*misshapen.*_EDF is .*expected"
