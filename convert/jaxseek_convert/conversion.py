@@ -22,7 +22,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from jaxseek.checkpoint import directory, models
+from jaxseek.checkpoint import digests, directory, models
 from jaxseek.checkpoint.directory import CheckpointError
 from jaxseek.checkpoint.store import LAYOUT, write_metadata
 from jaxseek.machine.host_memory import peak_memory
@@ -46,7 +46,6 @@ from jaxseek_convert.to_hf import HFSink
 Source = HFCheckpoint | StoreCheckpoint
 Stage = Callable[[str, int], Callable[[int], None]]  # (stage name, total bytes) -> report(bytes done)
 DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "float8": "fp8"}  # other names
-DIGESTS = "digests.json"
 
 
 def convert(
@@ -88,7 +87,7 @@ def convert(
         bars(progress, console) as stage,
     ):
         with _all_or_none(src):
-            source = opened(at, mtp)
+            source = opened(at, mtp, checksums)
             if isinstance(source, HFCheckpoint):
                 source.check_copies()
             forms = target_forms(source, to, dtype)
@@ -100,6 +99,7 @@ def convert(
             threads = stream.threads_for(memory, working + source.memory.thread, source.memory.shared)
             identity = {
                 "source": source.identity(),
+                "digests": "by file" if to == "jaxseek" else "by tensor",
                 "sink": [
                     to,
                     {path: form.__dict__ for path, form in forms.items()},
@@ -120,7 +120,9 @@ def convert(
             journal.done = gather(journal.done)[0]
             resumed = len(journal.done)
             with _all_or_none(src):
-                if checksums and host == 0 and isinstance(at, Path) and not resumed:
+                if isinstance(source, StoreCheckpoint):
+                    source.check_files(stage)
+                elif checksums and host == 0 and isinstance(at, Path) and not resumed:
                     check_sums(at, stage)
                 names = [name for group in host_groups for name in group.names]
                 done = stage("convert", sum(map(source.nbytes, names)))
@@ -144,10 +146,14 @@ def convert(
             if host == 0:
                 finish(draft.files, beside)
                 carry(at, draft.files)
-                digests = {"algorithm": "xxh3-128", "tensors": dict(sorted(journal.done.items()))}
-                models.write_json(draft.files / DIGESTS, digests, indent=None)
                 if to == "jaxseek":
                     _write_manifest(draft, source, forms, origin)
+                    weights = sink.digests(journal.done)
+                    besides = [n for n in file_sizes(draft.files) if n not in weights and not _ours(n)]
+                    digests.write(draft.files, weights | digests.note(draft.files, besides))
+                else:
+                    noted = {"algorithm": "xxh3-128", "tensors": dict(sorted(journal.done.items()))}
+                    models.write_json(draft.files / digests.NAME, noted, indent=None)
     seconds = time.monotonic() - start
     if progress:
         console.print(
@@ -223,12 +229,12 @@ def _resume(weights: Place, sink: stream.Sink, journal: stream.Journal, threads:
         journal.trust()
 
 
-def opened(at: Place, mtp: bool = True) -> Source:
+def opened(at: Place, mtp: bool = True, checksums: bool = True) -> Source:
     """Open a jaxseek or Hugging Face checkpoint for reading."""
     kind = models.kind_of(at)
     if kind is None:
         raise models.not_a_checkpoint(at)
-    return HFCheckpoint(at, mtp) if kind == "hf" else StoreCheckpoint(at, mtp)
+    return HFCheckpoint(at, mtp) if kind == "hf" else StoreCheckpoint(at, mtp, checksums)
 
 
 def parse_dtype(dtype: Any) -> str | None:
@@ -339,8 +345,13 @@ def _write_manifest(
         "origin": dict(origin),
     }
     files = dict(sorted((file_sizes(draft.weights) | file_sizes(draft.files)).items()))
-    manifest["files"] = {n: size for n, size in files.items() if not n.startswith(("journal", "sending/"))}
+    manifest["files"] = {n: size for n, size in files.items() if not _ours(n)}
     models.write_json(draft.files / models.MANIFEST, manifest)
+
+
+def _ours(name: str) -> bool:
+    """Return whether a file is the conversion's own, and goes when it is done."""
+    return name.startswith(("journal", "sending/"))
 
 
 def differing(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from jaxseek.checkpoint import models
+from jaxseek.checkpoint.digests import Digests, Part
+from jaxseek.checkpoint.digests import digest as xxh3
 from jaxseek.checkpoint.directory import CheckpointError
 from jaxseek.checkpoint.store import LAYOUT, Array
 from jaxseek.config.model import ModelConfig
@@ -60,8 +63,10 @@ def described(table: Table, forms: Mapping[str, Form]) -> dict[str, Any]:
 class StoreCheckpoint:
     """A jaxseek checkpoint readable as rows of Hugging Face tensors."""
 
-    def __init__(self, path: Place, mtp: bool = True):
+    def __init__(self, path: Place, mtp: bool = True, checksums: bool = True):
         self.path, self.manifest = path, models.read_manifest(path)
+        self.digests = Digests.of(path) if checksums else Digests.unchecked(path, "--no-checksum")
+        self.digests.check_small()
         models.raise_incomplete(path, self.manifest["files"])
         self.cfg = ModelConfig.from_hf(path / "config.json")
         if not mtp:
@@ -81,7 +86,7 @@ class StoreCheckpoint:
         origin = self.manifest["origin"]
         names = owned.union(origin["copies"]) if "copies" in origin else self.table.names()
         self.tensors = {name: rows[name] for name in rows if name in names}
-        self._flat = self.manifest.get("layout") == LAYOUT
+        self.flat = self.manifest.get("layout") == LAYOUT
         self.arrays = {p: self._as_written(a) for p, a in arrays_of(self.table, self.forms).items()}
         self.quantization = origin.get("quantization")
 
@@ -96,7 +101,7 @@ class StoreCheckpoint:
 
     def _as_written(self, array: Array) -> Array:
         """Return the array with its chunk shape on disk. Raises CheckpointError if anything else differs."""
-        if not self._flat:
+        if not self.flat:
             return array
         try:
             found = Array.of(self.path, array.path)
@@ -146,14 +151,25 @@ class StoreCheckpoint:
     @property
     def memory(self) -> Memory:
         """Memory that reading takes beside the rows: none for a flat store, decoded chunks for Orbax."""
-        return Memory() if self._flat else Memory(2 * _CHUNK_BYTES, _CACHE_BYTES)
+        return Memory() if self.flat else Memory(2 * _CHUNK_BYTES, _CACHE_BYTES)
 
     def spans(self, name: str) -> Iterator[tuple[str, str, int, int]]:
         """Yield the byte ranges of a tensor as HFCheckpoint.spans does; only for a store by `convert`."""
         return spans(self.planes(name))
 
+    def check_files(self, stage: Callable[[str, int], Callable[[int], Any]]) -> None:
+        """Compare the files of an Orbax checkpoint with their digests; `rows` does so for chunks.
+
+        Every host calls this. Raises CheckpointError.
+        """
+        if not self.flat:
+            self.digests.check(stage("checksum", self.digests.nbytes))
+
     def rows(self, name: str, first: int, last: int) -> Rows:
-        """Return stored rows [first, last) of a tensor."""
+        """Return stored rows [first, last) of a tensor, to be read from its first to its last.
+
+        Raises CheckpointError if they end a part of a file that is damaged.
+        """
         row, _ = self.tensors[name]
         values, *scale = (self._read(plane, first, last) for plane in self.planes(name))
         values = values if len(row.layout.shape) > 1 else values.reshape(-1)
@@ -161,7 +177,7 @@ class StoreCheckpoint:
 
     def _read(self, plane: Plane, first: int, last: int) -> np.ndarray:
         """Return rows [last - first, columns]; `first` and `last` are multiples of the layout's unit."""
-        read = self._read_flat if self._flat else self._read_orbax
+        read = self._read_flat if self.flat else self._read_orbax
         parts = [read(plane, i, *r) for i, r in enumerate(plane.ranges(first, last))]
         return plane.row.layout.merge([p.view(plane.dtype).reshape(-1, plane.columns) for p in parts])
 
@@ -169,6 +185,7 @@ class StoreCheckpoint:
         out = np.empty(stop - start, np.uint8)
         for name, there, here, n in plane.arrays[which].pieces(start, stop):
             out[here : here + n] = self._file(name).read(there, there + n)
+            self.digests.follow(name, there, out[here : here + n])
         return out
 
     def _read_orbax(self, plane: Plane, which: int, start: int, stop: int) -> np.ndarray:
@@ -305,8 +322,31 @@ class StoreSink:
         return self.forms[self.tensors[name][0].paths[0]]
 
     def spans(self, name: str) -> Iterator[tuple[str, str, int, int]]:
-        """Yield the byte ranges of a tensor, in order: (digest name, file, offset, length)."""
-        return spans(planes(self.arrays, self.form(name), *self.tensors[name]))
+        """Yield the byte ranges of a tensor, in order: (digest name, file, offset, length).
+
+        Each file has a digest of its own, so that a reader can check a chunk alone.
+        """
+        for _, file, start, n in spans(planes(self.arrays, self.form(name), *self.tensors[name])):
+            yield file, file, start, n
+
+    def digests(self, written: Mapping[str, Mapping[str, str]]) -> dict[str, list[Part]]:
+        """Return the parts of every file from the digests of every tensor, by tensor and file.
+
+        The last chunk of an array may be padded with zeros, which are a part too.
+        """
+        found: dict[str, dict[int, Part]] = {}
+        for name, of_files in written.items():
+            starts, sizes = {}, Counter()
+            for file, _, start, n in self.spans(name):
+                starts.setdefault(file, start)
+                sizes[file] += n
+            for file, digest in of_files.items():
+                found.setdefault(file, {})[starts[file]] = (sizes[file], digest)
+        out = {file: [parts[start] for start in sorted(parts)] for file, parts in found.items()}
+        for file, parts in out.items():
+            if padding := self.files[file] - sum(n for n, _ in parts):
+                parts.append((padding, xxh3(bytes(padding))))
+        return out
 
     def put(self, name: str, first: int, rows: Rows) -> Iterator[tuple[str, str, int, np.ndarray]]:
         """Yield the writes for rows of a tensor, in order: (digest name, file, offset, bytes)."""
@@ -319,4 +359,4 @@ class StoreSink:
             for i, (part, (start, stop)) in enumerate(zip(row.layout.split(data), ranges)):
                 raw = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
                 for file, there, here, n in plane.arrays[i].pieces(start, stop):
-                    yield plane.key(i), file, there, raw[here : here + n]
+                    yield file, file, there, raw[here : here + n]

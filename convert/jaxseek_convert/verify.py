@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from jaxseek.checkpoint.digests import NAME, Digests
 from jaxseek.checkpoint.directory import CheckpointError
 from jaxseek.config.model import ModelConfig
 from jaxseek.machine.host_memory import free_memory
@@ -21,7 +22,7 @@ from jaxseek.storage.place import Place
 from jaxseek.storage.untrusted import expect, read_json
 from jaxseek_convert import stream
 from jaxseek_convert.checksums import check_sums, known_sums
-from jaxseek_convert.conversion import DIGESTS, Source, Stage, differing, opened, source_place
+from jaxseek_convert.conversion import Source, Stage, differing, opened, source_place
 from jaxseek_convert.from_hf import HFCheckpoint
 from jaxseek_convert.numbers import F32, Form, decode
 from jaxseek_convert.table import Table
@@ -41,7 +42,7 @@ def verify(
 ) -> dict[str, Any]:
     """Check a checkpoint and return the findings, ready for JSON; `ok` is the verdict.
 
-    Names and shapes must match its config. Every byte is compared with the digests that the conversion left,
+    Names and shapes must match its config. Every byte is compared with the digests noted when it was written,
     or with the hub's checksums if a download has them. With `source` (anything that `convert` takes), every
     tensor of the source is converted again in memory and must be identical, and both checkpoints compute the
     logits of the same random tokens (`logits`), with as many of the first layers as fit into half of the
@@ -51,13 +52,14 @@ def verify(
     found = opened(folder)
     threads = stream.threads_for(memory)
     result: dict[str, Any] = {"path": str(path), "tensors": len(found.tensors), "ok": True}
-    digests = read_digests(folder)
-    if digests is not None:
-        if names := set(digests) ^ set(_digested(found)):
-            raise CheckpointError(
-                f"{folder / DIGESTS}: has other tensors than the checkpoint, as {min(names)}"
-            )
-        result["damaged"] = differing(folder, found.spans, digests, threads, stage)
+    by_tensor = read_digests(folder)
+    if by_tensor is not None:
+        if names := set(by_tensor) ^ set(_digested(found)):
+            raise CheckpointError(f"{folder / NAME}: has other tensors than the checkpoint, as {min(names)}")
+        result["damaged"] = differing(folder, found.spans, by_tensor, threads, stage)
+    elif isinstance(found, StoreCheckpoint) and found.digests.files:
+        damaged = found.digests.damaged(progress=stage("verify", found.digests.nbytes))
+        result["damaged"] = _named(found, damaged)
     elif isinstance(folder, Path) and known_sums(folder):
         check_sums(folder, stage)
         result["damaged"] = []
@@ -66,8 +68,12 @@ def verify(
     if result["ok"] and isinstance(found, HFCheckpoint):
         found.check_copies()
     if source is not None:
+        if isinstance(found, StoreCheckpoint):
+            found.digests = Digests(folder, {})  # its damage is known
         with source_place(source, folder) as at:
             origin = opened(at, bool(found.cfg.num_nextn_predict_layers))
+            if isinstance(origin, StoreCheckpoint):
+                origin.check_files(stage)
             result["unlike_source"] = _differences(origin, found, threads, stage)
             result["logits"] = compare_logits(origin, found, seed)
             exact = all(_represents(found.form(n), origin.form(n)) for n in _own(found))
@@ -77,12 +83,24 @@ def verify(
 
 
 def read_digests(folder: Place) -> dict[str, dict[str, str]] | None:
-    """Return the digests of every tensor that a conversion wrote, or None without a digest file."""
-    place = folder / DIGESTS
+    """Return the digests by tensor, of a Hugging Face directory or by an older jaxseek; None without them."""
+    place = folder / NAME
     if not place.is_file():
         return None
-    form = {"tensors": {str: {str: str}}}
-    return expect(read_json(place, CheckpointError), form, str(place), CheckpointError)["tensors"]
+    raw = read_json(place, CheckpointError)
+    if "files" in raw:
+        return None
+    return expect(raw, {"tensors": {str: {str: str}}}, str(place), CheckpointError)["tensors"]
+
+
+def _named(source: StoreCheckpoint, damaged: list[tuple[str, int]]) -> list[str]:
+    """Name damaged parts of files by their tensor, or by the file where it holds no chunk."""
+    names = {}
+    if source.flat:
+        for name in _own(source):
+            for _, file, start, _ in source.spans(name):
+                names[file, start] = name
+    return list(dict.fromkeys(names.get(part, part[0]) for part in damaged))
 
 
 def _digested(source: Source) -> list[str]:

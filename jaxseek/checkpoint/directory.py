@@ -1,4 +1,4 @@
-"""Atomic checkpoint directories: complete, or absent.
+"""Atomic checkpoint directories: complete, or absent; and written by one process at a time.
 
 On a disk, a directory is written under a temporary name and renamed once complete. An object store cannot
 rename: there, the files that make a directory a checkpoint (`MARKERS`) are written last and removed first.
@@ -10,14 +10,17 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import shutil
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import jax
 
@@ -25,8 +28,11 @@ from jaxseek.machine import hosts
 from jaxseek.storage.hub import model_place
 from jaxseek.storage.place import Place, Remote, place, scratch, upload, writable
 
+log = logging.getLogger("jaxseek")
+
 MANIFEST = "jaxseek.json"
 MARKERS = ("config.json", MANIFEST)  # make a directory a checkpoint; in write order
+LOCK = ".jaxseek-lock"  # name of a lock file, or its suffix beside the directory that it is for
 PARTIAL, _OLD = ".jaxseek-partial", ".jaxseek-old"  # suffixes of siblings: being written, being replaced
 
 
@@ -132,17 +138,19 @@ def new_directory(path: str | Place, needed: int, overwrite: bool = False) -> It
         partial.mkdir(parents=True)
         return taken
 
-    taken = hosts.from_first(create)
-    try:
-        hosts.check_shared(partial)
-        yield partial
-        hosts.meet("checkpoint is written")
-        hosts.from_first(lambda: _rename(partial, path.absolute(), taken))
-    except BaseException as e:
-        if jax.process_index() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        _raise_full(e, path, needed, " now that what was written is removed")
-        raise
+    hosts.from_first(lambda: check_destination(path, needed, overwrite))  # before the lock makes a folder
+    with alone(_lock_of(path)):
+        taken = hosts.from_first(create)
+        try:
+            hosts.check_shared(partial)
+            yield partial
+            hosts.meet("checkpoint is written")
+            hosts.from_first(lambda: _rename(partial, path.absolute(), taken))
+        except BaseException as e:
+            if jax.process_index() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            _raise_full(e, path, needed, " now that what was written is removed")
+            raise
 
 
 @contextlib.contextmanager
@@ -194,29 +202,33 @@ class Draft:
 def resumable_directory(path: Place, journal: str, overwrite: bool = False) -> Iterator[Draft]:
     """Yield a draft of `path` as `new_directory` does, but keep it after an error, for the next call.
 
-    The file `journal` records what was written; while it is empty, nothing is kept. On a disk it is locked,
-    so that one conversion writes at a time, and it is removed last. Every host must call this.
+    The file `journal` records what was written; while it is empty, nothing is kept. It is removed last. Every
+    host must call this.
     """
     if isinstance(path, Remote):
         with _resumable_remote(path, journal, overwrite) as draft:
             yield draft
         return
     partial, path = _partial(path), path.absolute()
-    with contextlib.ExitStack() as stack:
-        locked: list[IO[str]] = []  # the journal; on host 0 only
 
-        def claim() -> bool:
-            _remove_journals(path, journal)  # left if a kill came after the rename
-            taken = check_destination(path, 0, overwrite)
-            locked.append(stack.enter_context(_locked_journal(partial, journal, path)))
-            return taken
+    def create() -> bool:
+        taken = check_destination(path, 0, overwrite)
+        partial.mkdir(parents=True, exist_ok=True)
+        (partial / journal).touch()
+        return taken
 
-        taken = hosts.from_first(claim)
+    def free() -> None:
+        _remove_journals(path, journal)  # left if a kill came after the rename
+        check_destination(path, 0, overwrite)
+
+    hosts.from_first(free)  # before the lock makes a folder
+    with alone(_lock_of(path)):
+        taken = hosts.from_first(create)
         hosts.check_shared(partial)
         try:
             yield Draft(partial, partial)
         except BaseException as e:
-            if locked and not os.fstat(locked[0].fileno()).st_size:
+            if jax.process_index() == 0 and not (partial / journal).stat().st_size:
                 shutil.rmtree(partial, ignore_errors=True)
             _raise_full(e, path, None, "; free some and run the same command again: it goes on")
             raise
@@ -230,56 +242,28 @@ def resumable_directory(path: Place, journal: str, overwrite: bool = False) -> I
 
 @contextlib.contextmanager
 def _resumable_remote(path: Remote, journal: str, overwrite: bool) -> Iterator[Draft]:
-    """Implement `resumable_directory` for a store, which has no locks: the latest process wins."""
-    owner = path / f"{journal.partition('.')[0]}-owner.jsonl"
+    """Implement `resumable_directory` for a store."""
+    lock = path / f"{journal.partition('.')[0]}-owner.jsonl"
 
-    def claim() -> tuple[bool, str]:
-        begun = ((path / journal).is_file() or owner.is_file()) and kind_of(path) is None
-        taken = not begun and check_destination(path, 0, overwrite)
-        token = uuid.uuid4().hex
-        owner.write_text(token)  # fails early if the store is not writable
-        return taken, token
+    def begin_anew() -> bool:
+        begun = ((path / journal).is_file() or lock.is_file()) and kind_of(path) is None
+        return not begun and check_destination(path, 0, overwrite)
 
-    taken, token = hosts.from_first(claim)
-    checked = time.monotonic()
+    taken = hosts.from_first(begin_anew)
+    with alone(lock) as check, scratch("convert") as folder:
 
-    def check() -> None:
-        nonlocal checked
-        if time.monotonic() - checked > _SECONDS:
-            checked = time.monotonic()
-            raise_other(owner, token)
+        def begin() -> None:
+            if taken:
+                clear(path, keep=lock.name)
 
-    def begin() -> None:
-        if taken:
-            clear(path, keep=owner.name)
+        yield Draft(folder, path, lambda: hosts.from_first(begin), check)
 
-    try:
-        with scratch("convert") as folder:
-            yield Draft(folder, path, lambda: hosts.from_first(begin), check)
+        def settle() -> None:
+            check(0)
+            upload(folder, path, MARKERS)
+            _remove_journals(path, journal)
 
-            def settle() -> None:
-                raise_other(owner, token)
-                upload(folder, path, MARKERS)
-                _remove_journals(path, journal)
-
-            hosts.from_first(settle)
-    except BaseException:
-        if jax.process_index() == 0 and not (path / journal).is_file():
-            with contextlib.suppress(CheckpointError):
-                raise_other(owner, token)
-                owner.unlink()
-        raise
-
-
-_SECONDS = 5.0  # between checks that no other process has claimed a store
-
-
-def raise_other(owner: Remote, token: str) -> None:
-    """Raise CheckpointError if `owner` no longer holds `token`: another process claimed the directory."""
-    if not owner.is_file() or owner.read_text() != token:
-        raise CheckpointError(
-            f"{owner.parent}: another process has begun to convert to there; let one of them do it"
-        )
+        hosts.from_first(settle)
 
 
 def _remove_journals(path: Place, journal: str) -> None:
@@ -289,26 +273,95 @@ def _remove_journals(path: Place, journal: str) -> None:
         kept.unlink(missing_ok=True)
 
 
+# -------------------------------------------------------------------- one process at a time
+
+
+def _lock_of(path: Path) -> Path:
+    path = path.absolute()
+    return path.with_name(path.name + LOCK)
+
+
 @contextlib.contextmanager
-def _locked_journal(partial: Path, journal: str, path: Path) -> Iterator[IO[str]]:
-    """Create the directory if absent, and yield its locked journal. Raises CheckpointError."""
+def alone(lock: Place) -> Iterator[Callable[..., None]]:
+    """Be the one process, or the hosts of one run, at work where this lock file is; every host calls this.
+
+    On a disk the file is locked on host 0, which ends with the process, however that ends: another process is
+    refused with a CheckpointError. A store, and a file system without locks, refuses nobody: the later
+    process takes over, and the function that this yields then raises in the earlier one. It looks at most
+    every few seconds, or those that it is given.
+    """
+    with contextlib.ExitStack() as stack:
+        claimed: list[Callable[..., None]] = []  # on host 0
+        hosts.from_first(lambda: claimed.append(stack.enter_context(_claimed(lock))))
+        yield claimed[0] if claimed else lambda seconds=0.0: None
+
+
+@contextlib.contextmanager
+def _claimed(lock: Place) -> Iterator[Callable[..., None]]:
+    me = f"process {os.getpid()} on {socket.gethostname()}"
+    token, looked = f"{me}, {uuid.uuid4().hex}", time.monotonic()
+    file = _locked(lock) if isinstance(lock, Path) else None
+
+    def check(seconds: float = _SECONDS) -> None:
+        nonlocal looked
+        if file is None and time.monotonic() - looked >= seconds:
+            looked, found = time.monotonic(), lock.read_text() if lock.is_file() else ""
+            if found != token:
+                who = f" ({found.partition(',')[0]})" if found else ""
+                raise CheckpointError(
+                    f"{lock.parent}: another process{who} has begun to write there; let one of them do it"
+                )
+
+    if file is None:
+        lock.write_text(token)
+    else:
+        with contextlib.suppress(OSError):  # on a full disk it holds without a name
+            file.truncate(0)
+            file.write(token.encode())
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        file = (partial / journal).open("a")
+        yield check
+    finally:
+        with contextlib.suppress(CheckpointError, OSError):
+            check(0)
+            lock.unlink()
+        if file is not None:
+            file.close()
+
+
+_SECONDS = 5.0  # between looks at a lock file that cannot be locked
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+
+
+def _locked(path: Path) -> FileIO | None:
+    """Open and lock a file; None on a file system without locks. Raises CheckpointError if another has it."""
+    at = path.parent if path.name == LOCK else path.with_name(path.name.removesuffix(LOCK))
+    try:
+        with contextlib.suppress(FileExistsError):  # a file, as opening says better
+            path.parent.mkdir(parents=True)
+        file = path.open("ab+", buffering=0)
     except OSError as e:
-        raise CheckpointError(f"{path}: cannot be written ({e}); choose another destination") from None
-    with file:
-        _lock(file, partial / journal)
-        yield file
-
-
-def _lock(file: IO[str], path: Path) -> None:
-    """Lock a file. Raises CheckpointError if another process holds it or has just removed it."""
-    with contextlib.suppress(BlockingIOError, FileNotFoundError):
+        raise CheckpointError(f"{at}: cannot be written ({e}); choose another destination") from None
+    try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            return
-    raise CheckpointError(f"{path.parent}: another process is converting to there; wait for it")
+            return file
+    except (BlockingIOError, FileNotFoundError):  # held, or just removed by its holder
+        pass
+    except OSError as e:
+        file.close()
+        if e.errno not in _NO_LOCKS:
+            raise
+        log.warning("%s: has no file locks (%s), so a second process there stops the first", at, e.strerror)
+        return None
+    file.seek(0)
+    who = file.read().decode().partition(",")[0] or "it has just ended"
+    file.close()
+    raise CheckpointError(
+        f"{at}: another process is at work there ({who}); wait for it, or choose another destination"
+    )
+
+
+# -------------------------------------------------------------------- names and room
 
 
 def _partial(path: Path) -> Path:

@@ -4,6 +4,7 @@
     params/         Orbax: one array per parameter, named by its dotted path
     jaxseek.json    format version, shapes and dtypes, quantised matrices and their group sizes, file sizes,
                     and the origin of the weights
+    digests.json    digests of all these files (digests.py), which `restore` compares
     tokenizer files, if there is a tokenizer; generation_config.json, if the model has one
 
 A quantised matrix is two arrays, PATH.value and PATH.scale (model/weight.py). int4 values are packed into
@@ -32,6 +33,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
+from jaxseek.checkpoint import digests
+from jaxseek.checkpoint.digests import Digests
 from jaxseek.checkpoint.directory import (
     MANIFEST,
     PARTIAL,
@@ -52,7 +55,7 @@ from jaxseek.ops import int4
 from jaxseek.sharding.parameters import fill, parameters
 from jaxseek.storage.hub import HUB, hub_hint, model_place
 from jaxseek.storage.place import Place, Remote, file_sizes, local_tree, place, write_text
-from jaxseek.storage.untrusted import brief, expect, raise_irregular, read_json
+from jaxseek.storage.untrusted import brief, expect, parse_json, raise_irregular, read_bytes
 
 FORMAT = 1
 DTYPES = ("bfloat16", "float16", "float32")
@@ -107,11 +110,15 @@ def save(
         _orbax_save(weights / "params", arrays)
         if check:
             _check(weights / "params", arrays)
+        noted = digests.note_shared(weights / "params")
         if jax.process_index() == 0:
             write_json(partial / "config.json", model.cfg.replace(dtype=stored_dtype(model)).to_hf())
             save_beside(partial, model, tokenizer)
             manifest["files"] = dict(sorted((file_sizes(weights) | file_sizes(partial)).items()))
-            write_json(partial / MANIFEST, manifest)  # last: it marks the checkpoint as complete
+            write_json(partial / MANIFEST, manifest)
+            besides = (name for name in file_sizes(partial) if not name.startswith("params/"))
+            noted = {f"params/{name}": found for name, found in noted.items()}
+            digests.write(partial, noted | digests.note(partial, besides))
 
 
 def save_beside(folder: Place, model: DeepSeek, tokenizer: Savable | None) -> None:
@@ -127,11 +134,15 @@ def restore(path: str | Place, mesh: Any = None, dtype: Any = None, mtp: bool = 
 
     `dtype` casts all parameters but quantised ones and those that are always float32. Without `mtp` the
     multi-token module is left out. Raises CheckpointError if the directory is not a checkpoint, is
-    incomplete, has a newer format, or does not match its config.
+    incomplete or damaged, has a newer format, or does not match its config.
     """
     path = place(path)
     manifest = read_manifest(path)
+    if isinstance(path, Remote) and not orbax_writes(path) and manifest.get("layout") != LAYOUT:
+        path = local_tree(path)
     raise_incomplete(path, manifest["files"])
+    noted = Digests.of(path)
+    noted.check_small()
     stored, cfg = manifest["params"], ModelConfig.from_hf(path / "config.json")
     if not mtp:
         cfg = cfg.replace(num_nextn_predict_layers=0)
@@ -154,8 +165,11 @@ def restore(path: str | Place, mesh: Any = None, dtype: Any = None, mtp: bool = 
     }
     dtypes = {p: param_dtype(a, dtype, stored[p]["dtype"]) for p, a in expected.items()}
     dtypes |= {p: np.dtype(np.uint8) for p, kind in dtypes.items() if kind == jnp.int4}
-    if manifest.get("layout") == LAYOUT:
-        arrays = {p: _from_store(path, p, shapes[p], shardings[p], dtypes[p]) for p in shapes}
+    flat = manifest.get("layout") == LAYOUT
+    if not flat:
+        noted.check()
+    if flat:
+        arrays = {p: _from_store(path, p, shapes[p], shardings[p], dtypes[p], noted) for p in shapes}
     else:
         arrays = _orbax_restore(path / "params", shapes, shardings, dtypes)
 
@@ -169,8 +183,10 @@ def restore(path: str | Place, mesh: Any = None, dtype: Any = None, mtp: bool = 
         return fill(model, mesh, value)
 
 
-def _from_store(path: Place, name: str, shape: tuple[int, ...], sharding: Sharding, dtype: Any) -> jax.Array:
-    """Load an array of a conversion store, reading only the slice of each device's shard."""
+def _from_store(
+    path: Place, name: str, shape: tuple[int, ...], sharding: Sharding, dtype: Any, noted: Digests
+) -> jax.Array:
+    """Load an array of a conversion store, reading only the chunks of this host's shards."""
     array = Array.of(path, name)
     if array.shape != shape:
         raise CheckpointError(
@@ -180,7 +196,7 @@ def _from_store(path: Place, name: str, shape: tuple[int, ...], sharding: Shardi
 
     def shard(index: Any) -> np.ndarray:
         at = tuple(slice(*i.indices(n)[:2]) for i, n in zip(index, array.shape))
-        return array.read(path, at, dtype)
+        return array.read(path, at, dtype, noted.check_file)
 
     return jax.make_array_from_callback(array.shape, sharding, shard, dtype=dtype)
 
@@ -189,9 +205,12 @@ def read_manifest(path: Place) -> dict[str, Any]:
     """Read `jaxseek.json` of a checkpoint. Raises CheckpointError as `restore` does."""
     where = str(path / MANIFEST)
     try:
-        manifest = read_json(path / MANIFEST, CheckpointError)
+        raw = read_bytes(path / MANIFEST, CheckpointError)
     except FileNotFoundError:
         raise CheckpointError(_why_not(path)) from None
+    if (path / digests.NAME).is_file():
+        Digests.noted(path).check_file(MANIFEST, np.frombuffer(raw, np.uint8))
+    manifest = parse_json(raw, where, CheckpointError)
     if manifest.get("format", FORMAT) != FORMAT:
         version = brief(manifest["format"])
         raise CheckpointError(f"{path}: has format {version}, this jaxseek reads {FORMAT}; update jaxseek")

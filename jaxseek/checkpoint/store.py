@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,10 +103,17 @@ class Array:
             yield self._file(tuple(index)), within, at - start, size
             at += size
 
-    def read(self, folder: Place, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
+    def read(
+        self,
+        folder: Place,
+        index: tuple[slice, ...],
+        dtype: Any,
+        check: Callable[[str, np.ndarray], Any] = lambda name, chunk: None,
+    ) -> np.ndarray:
         """Read a slice of the array, cast to `dtype`; `index` has a start and stop for every axis.
 
-        On a disk only that slice is read, in an object store whole chunks.
+        `check` is called with the name and contents of each file before it is used. On a disk only what is
+        used is read, in an object store whole chunks.
         """
         out = np.empty([i.stop - i.start for i in index], dtype)
         grid = [range(i.start // c, -(-i.stop // c)) for i, c in zip(index, self.chunk)]
@@ -119,6 +126,7 @@ class Array:
                     f"{folder / self._file(at)}: has {len(flat):,} numbers, expected "
                     f"{math.prod(self.chunk):,}; copy the checkpoint again"
                 )
+            check(self._file(at), flat)
             chunk = flat.reshape([self.chunk[i] for i in self.order]).transpose(inverse)
             first = [k * c for k, c in zip(at, self.chunk)]
             low = [max(i.start, f) for i, f in zip(index, first)]

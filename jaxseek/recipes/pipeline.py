@@ -23,6 +23,7 @@ from typing import Any
 import jax
 
 from jaxseek.api import load
+from jaxseek.checkpoint.directory import LOCK, alone
 from jaxseek.checkpoint.models import write_json
 from jaxseek.config.model import ConfigError
 from jaxseek.config.run import RunConfig, read_toml
@@ -120,7 +121,13 @@ def run_pipeline(
     Writes the figures of every stage to OUT/pipeline.json, and as a table to OUT/pipeline.md. Raises as
     stages do.
     """
-    deadlines = deadlines or {}
+    with alone(pipeline.out / LOCK):
+        return _run_stages(pipeline, deadlines or {}, tell)
+
+
+def _run_stages(
+    pipeline: Pipeline, deadlines: Mapping[str, float], tell: Callable[[str], None]
+) -> PipelineResult:
     names = [pipeline.only] if pipeline.only else list(pipeline.stages)
     for number, name in enumerate(names, 1):
         run = pipeline.stages[name]

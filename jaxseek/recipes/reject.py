@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxseek.config.model import ConfigError
+from jaxseek.checkpoint.directory import LOCK, alone
+from jaxseek.config.model import ConfigError, ModelConfig
 from jaxseek.config.run import RunConfig
 from jaxseek.data.sources import open_sources
 from jaxseek.data.split import shuffled
@@ -18,7 +19,8 @@ from jaxseek.rl.evaluate import Marking
 from jaxseek.rl.problem import Problem
 from jaxseek.rl.rollout import Episode, Sampler, seed_of
 from jaxseek.rl.tasks import open_task
-from jaxseek.storage.place import Log, Place, cut, place, write_text
+from jaxseek.sharding.strategy import Strategy
+from jaxseek.storage.place import Log, Place, cut, place, writable, write_text
 from jaxseek.storage.untrusted import expect, parse_json
 from jaxseek.train import start
 from jaxseek.train.metrics import Progress
@@ -34,7 +36,12 @@ def reject(run: RunConfig) -> Result:
     """
     cfg = start.model_config(run)
     strategy = start.open_strategy(run, cfg)
-    start.claim(run)
+    with alone(writable(run.out) / LOCK):
+        start.claim(run)
+        return _reject(run, cfg, strategy)
+
+
+def _reject(run: RunConfig, cfg: ModelConfig, strategy: Strategy) -> Result:
     path = place(run.out) / FILE
     if from_first(path.is_file):
         return _result(run, path, False)

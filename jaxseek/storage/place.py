@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from jaxseek.storage.untrusted import parse_json
 
@@ -230,6 +230,10 @@ class Remote:
         return self.read_bytes().decode(encoding)
 
     @_reaching("read")
+    def open_binary(self) -> BinaryIO:
+        return self.fs.open(self.path, "rb")
+
+    @_reaching("read")
     def download(self, to: Path) -> None:
         """Download the file to a local path."""
         to.parent.mkdir(parents=True, exist_ok=True)
@@ -286,11 +290,22 @@ def write_bytes(at: Place, data: bytes) -> None:
         return
     at.parent.mkdir(parents=True, exist_ok=True)
     partial = at.with_name(f"{at.name}.partial")
-    with partial.open("wb") as out:
+    with _naming(at), partial.open("wb") as out:
         out.write(data)
         out.flush()
         os.fsync(out.fileno())
     partial.replace(at)
+
+
+@contextlib.contextmanager
+def _naming(at: Path) -> Iterator[None]:
+    """Make errors name a file, as those of writing, of a full disk, do not."""
+    try:
+        yield
+    except OSError as e:
+        if e.filename is None and e.errno is not None:
+            e.filename = str(at)
+        raise
 
 
 def write_text(at: Place, text: str) -> None:
@@ -303,6 +318,11 @@ def save_figure(figure: Any, at: str | Place, **options: Any) -> None:
     at, drawn = place(at), io.BytesIO()
     figure.savefig(drawn, format=at.suffix.removeprefix(".") or "png", **options)
     write_bytes(at, drawn.getvalue())
+
+
+def open_binary(at: Place) -> BinaryIO:
+    """Open a file for reading from its start."""
+    return at.open("rb") if isinstance(at, Path) else at.open_binary()
 
 
 def file_sizes(folder: Place) -> dict[str, int]:
@@ -468,8 +488,9 @@ class Log:
         """Append lines with one write; a reader may find only the last one cut off."""
         block = "".join(f"{line}\n" for line in lines).encode()
         if self._file is not None:
-            self._file.write(block)
-            self._file.flush()
+            with _naming(Path(self._file.name)):
+                self._file.write(block)
+                self._file.flush()
             return
         self._lines, self._unwritten = self._lines + block, True
         if time.monotonic() - self._written > self.seconds:

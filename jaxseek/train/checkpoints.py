@@ -3,15 +3,20 @@
 OUT/checkpoints/STEP/params    the parameters that training changes, by dotted path
 OUT/checkpoints/STEP/moments   the optimizer's state
 OUT/checkpoints/STEP/run       the number of updates, and the recipe's position
+OUT/checkpoints/STEP/digests*  digests of these files, by every host of those that it wrote
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
 import math
+import re
 import shutil
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,35 +27,51 @@ import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
+from jaxseek.checkpoint import digests
+from jaxseek.checkpoint.digests import Digests
 from jaxseek.checkpoint.directory import CheckpointError, orbax_writes, raise_one_host
 from jaxseek.checkpoint.models import orbax_writers
 from jaxseek.config.run import CheckpointConfig
 from jaxseek.machine.hosts import most
-from jaxseek.storage.place import Place, Remote, download, remove, temporary, upload, writable
+from jaxseek.storage.place import Place, Remote, download, file_sizes, remove, temporary, upload, writable
 from jaxseek.train.step import State, changed, with_values
+
+log = logging.getLogger("jaxseek")
+
+
+class UnreadableError(CheckpointError):
+    """A checkpoint that cannot be restored."""
 
 
 class Checkpoints:
-    """The checkpoints of one run. The newest `keep` stay, and the one with the lowest evaluation loss."""
+    """The checkpoints of one run. The newest `keep` stay, and the one with the lowest evaluation loss.
+
+    Damaged ones are passed over. They are deleted as others are, when a newer checkpoint is whole.
+    """
 
     def __init__(self, out: str | Place, cfg: CheckpointConfig):
         self.directory = writable(out).absolute() / "checkpoints"
         self.cfg, self.saved_at = cfg, time.monotonic()
         raise_one_host(self.directory)
         self._copies = None if orbax_writes(self.directory) else _Copies(self.directory)
+        self._folder = self._copies.local if self._copies else self.directory
+        self._losses: dict[int, float] = {}  # of evaluations, by step
+        self._damaged: dict[int, str] = {}  # what is wrong, by step
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_NewestAndBest(cfg.keep),
-            best_fn=_loss,  # without it metrics are not written
-            best_mode="min",
+            preservation_policy=_NewestAndBest(cfg.keep, self._losses, self._damaged),
+            best_fn=bool,  # never called, but without it metrics are not written
             cleanup_tmp_directories=True,
+            lightweight_initialize=True,  # or damaged metrics would end the run here
         )
         handlers: dict[str, Any] = {
             name: ocp.PyTreeCheckpointHandler(type_handler_registry=orbax_writers())
             for name in ("params", "moments")
         }
         handlers["run"] = ocp.JsonCheckpointHandler()
-        path = self._copies.local if self._copies else str(self.directory)
-        self.manager = ocp.CheckpointManager(path, options=options, item_handlers=handlers)
+        self.manager = ocp.CheckpointManager(str(self._folder), options=options, item_handlers=handlers)
+        self._losses |= {step: self._stored_loss(step) for step in self.manager.all_steps()}
+        self._pool = ThreadPoolExecutor(1)
+        self._completing: Future[None] | None = None  # the last save
 
     def due(self, step: int) -> bool:
         """Tell whether to save after this step, by its number or by the time on any host."""
@@ -62,15 +83,14 @@ class Checkpoints:
 
         Raises CheckpointError if the disk is full or the write before this one failed.
         """
-        if step in self.manager.all_steps():
+        if step in self.manager.all_steps() and step not in self._damaged:
             return
         params = changed(state.model)
         needed = sum(a.nbytes for a in jax.tree.leaves((params, state.moments)))
-        disk = self._copies.local if self._copies else self.directory
-        free = shutil.disk_usage(disk).free if isinstance(disk, Path) else needed
+        free = shutil.disk_usage(self._folder).free if isinstance(self._folder, Path) else needed
         if most(free < needed):
             raise CheckpointError(
-                f"{disk}: a checkpoint needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
+                f"{self._folder}: a checkpoint needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
                 f"free some and run again, it goes on from {self._last()}"
             )
         items = ocp.args.Composite(
@@ -80,22 +100,42 @@ class Checkpoints:
         )
 
         def write() -> None:
-            if self._copies:
-                self._copies.wait()
+            self._completed()
+            if self._damaged.pop(step, None):
+                self.manager.delete(step)
+                if self._copies:
+                    self._copies.forget(step)
+            self._losses[step] = math.inf if loss is None else loss
             self.manager.save(step, args=items, metrics={"loss": loss}, force=True)
-            if self._copies:
-                self._copies.send(self.manager.wait_until_finished)
+            self._completing = self._pool.submit(self._complete, step)
 
         self._guarded(write)
         self.saved_at = time.monotonic()
 
+    def _complete(self, step: int) -> None:
+        """Note the digests of what this host wrote once a save has its name, and send it."""
+        self.manager.wait_until_finished()
+        folder, host = self._folder / str(step), jax.process_index()
+        names = [name for name in file_sizes(folder) if _host_of(name) == host]
+        digests.write(folder, digests.note(folder, names), host)
+        if self._copies:
+            self._copies.send()
+
+    def _completed(self) -> None:
+        completing, self._completing = self._completing, None
+        if completing is not None:
+            completing.result()
+
     def wait(self) -> None:
         """Wait until everything is written and sent. Raises CheckpointError if that failed."""
-        self._guarded(self._copies.wait if self._copies else self.manager.wait_until_finished)
+        self._guarded(self._completed)
 
     def close(self) -> None:
         """Wait, and end the writing threads."""
-        self.wait()
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
         self.manager.close()
         if self._copies:
             self._copies.close()
@@ -107,13 +147,63 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """Step of the newest whole checkpoint."""
-        return self.manager.latest_step()
+        """Step of the newest checkpoint that is not known to be damaged."""
+        return max((step for step in self.manager.all_steps() if step not in self._damaged), default=None)
+
+    def newest_whole(self) -> int | None:
+        """Return the step of the newest checkpoint that its digests show to be whole, None without any.
+
+        A line names the damaged ones. Every host calls this. Raises CheckpointError if all are damaged.
+        """
+        while (step := self.latest) is not None and (wrong := self._damage(step)):
+            self._damaged[step] = wrong
+        told = "; ".join(f"step {s}: {wrong}" for s, wrong in sorted(self._damaged.items(), reverse=True))
+        if told and step is None:
+            raise CheckpointError(
+                f"{self.directory}: every checkpoint is damaged ({told}); put back a copy of one, or start "
+                "the run anew in another out"
+            )
+        if told and jax.process_index() == 0:
+            log.warning("%s: damaged (%s); going on from step %d instead", self.directory, told, step)
+        return step
+
+    def before(self, step: int, error: UnreadableError) -> int | None:
+        """Return the newest whole checkpoint before one that could not be restored, as newest_whole does.
+
+        Raises the error if that one has digests: then it is whole, and does not fit the run.
+        """
+        if self._digests(step).files:
+            raise error
+        self._damaged[step] = str(error.__cause__)[:300]
+        return self.newest_whole()
+
+    def _digests(self, step: int) -> Digests:
+        return Digests.of(self._folder / str(step))
+
+    def _damage(self, step: int) -> str:
+        """Say what is wrong with a checkpoint, "" for a whole one."""
+        try:
+            bad = self._digests(step).damaged_files()
+        except CheckpointError as e:
+            return str(e)
+        more = f" and {len(bad) - 1} other files" if len(bad) > 1 else ""
+        return f"{bad[0]}{more} not as written" if bad else ""
 
     @property
     def best_loss(self) -> float:
         """Lowest evaluation loss among the checkpoints kept; infinite without one."""
-        return min((_loss(self.manager.metrics(step)) for step in self.manager.all_steps()), default=math.inf)
+        whole = set(self.manager.all_steps()) - self._damaged.keys()
+        return min((self._losses[step] for step in whole), default=math.inf)
+
+    def _stored_loss(self, step: int) -> float:
+        """Read the evaluation loss of a checkpoint; infinite without one, and where the file is damaged."""
+        folder, name = self._folder / str(step), "metrics/metrics"
+        with contextlib.suppress(CheckpointError, OSError, ValueError, KeyError, TypeError):
+            raw = (folder / name).read_bytes()
+            Digests.noted(folder).check_file(name, np.frombuffer(raw, np.uint8))
+            loss = json.loads(raw)["loss"]
+            return math.inf if loss is None else float(loss)
+        return math.inf
 
     def restore(self, step: int, state: State) -> tuple[State, Any]:
         """Read the state of a checkpoint, on any number of hosts, and the recipe's position.
@@ -134,8 +224,8 @@ class Checkpoints:
         }
         try:
             got = self.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore(), **items))
-        except (ValueError, KeyError, OSError) as e:
-            raise CheckpointError(
+        except (ValueError, KeyError, TypeError, OSError) as e:
+            raise UnreadableError(
                 f"{self.directory / str(step)}: cannot be restored ({type(e).__name__}: {str(e)[:300]}); "
                 "remove it to go on from the one before"
             ) from e
@@ -164,7 +254,8 @@ class Checkpoints:
     def _last(self) -> str:
         with contextlib.suppress(Exception):  # that of the failed write
             self.manager.wait_until_finished()
-        self.manager.reload()
+        with contextlib.suppress(Exception):  # of a damaged checkpoint
+            self.manager.reload()
         return "the start" if self.latest is None else f"step {self.latest}"
 
 
@@ -176,11 +267,10 @@ class _Copies:
 
     def __init__(self, at: Place):
         assert isinstance(at, Remote)
-        self.at, self._sending = at, None
+        self.at = at
         self._scratch = temporary("checkpoints")
         self.local = Path(self._scratch.name) / "checkpoints"
         self.local.mkdir()
-        self._pool = ThreadPoolExecutor(1)
         for step in self._whole():
             download(at / step, self.local / step)
 
@@ -189,48 +279,47 @@ class _Copies:
         found = self.at.sizes() if self.at.is_dir() else {}
         return {step for step, _, rest in (name.partition("/") for name in found) if rest == _WHOLE}
 
-    def send(self, until_written: Any) -> None:
-        """Send new checkpoints in the background, and remove those that Orbax has removed here."""
-        self._sending = self._pool.submit(self._send, until_written)
-
-    def _send(self, until_written: Any) -> None:
-        until_written()
+    def send(self) -> None:
+        """Send new checkpoints, and remove those that Orbax has removed here."""
         here = {path.name for path in self.local.iterdir() if (path / _WHOLE).is_file()}
         there = self._whole()
         for step in here - there:
             remove(self.at / step)  # the rest of an upload that was killed
             upload(self.local / step, self.at / step, (_WHOLE,))
         for step in there - here:
-            (self.at / step / _WHOLE).unlink(missing_ok=True)
-            remove(self.at / step)
+            self.forget(step)
 
-    def wait(self) -> None:
-        """Wait until the last checkpoint is sent, and raise its exception if sending failed."""
-        if self._sending is not None:
-            sending, self._sending = self._sending, None
-            sending.result()
+    def forget(self, step: str | int) -> None:
+        """Remove a checkpoint from the store."""
+        (self.at / str(step) / _WHOLE).unlink(missing_ok=True)
+        remove(self.at / str(step))
 
     def close(self) -> None:
-        self._pool.shutdown()
         self._scratch.cleanup()
 
 
 _WHOLE = "_CHECKPOINT_METADATA"
 
 
+_PROCESS = re.compile(r"(?:.*/)?ocdbt\.process_(\d+)/.*")  # what a host wrote of the arrays
+
+
+def _host_of(name: str) -> int:
+    """Return the host that notes the digest of a file: the one that wrote it."""
+    found = _PROCESS.fullmatch(name)
+    return int(found[1]) if found else 0
+
+
 @dataclass
 class _NewestAndBest(PreservationPolicy):
-    """Keeps the newest checkpoints and the one with the lowest evaluation loss."""
+    """Keeps the newest checkpoints and the one with the lowest evaluation loss, of those that are whole."""
 
     newest: int
+    losses: Mapping[int, float]
+    damaged: Collection[int]
 
     def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
-        losses = [_loss(c.metrics) for c in checkpoints]
-        best = losses.index(min(losses)) if any(map(math.isfinite, losses)) else -1
-        return [i == best or i >= len(losses) - self.newest for i in range(len(losses))]
-
-
-def _loss(metrics: Any) -> float:
-    """Evaluation loss among a checkpoint's metrics; infinite without an evaluation."""
-    loss = metrics and metrics["loss"]
-    return math.inf if loss is None else float(loss)
+        whole = [c.step for c in checkpoints if c.step not in self.damaged]
+        best = min(whole, key=lambda step: self.losses[step])
+        kept = {*whole[-self.newest :], *([best] if math.isfinite(self.losses[best]) else [])}
+        return [c.step in kept for c in checkpoints]

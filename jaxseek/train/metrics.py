@@ -7,6 +7,7 @@ Steps count from 0. On several hosts the first one writes.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -16,7 +17,7 @@ import math
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,10 @@ from jaxseek.config.model import ConfigError, ModelConfig
 from jaxseek.config.run import LogConfig
 from jaxseek.hardware import chip_of
 from jaxseek.machine.terminal import PlainConsole
-from jaxseek.storage.place import Log, Mirror, Place, place, save_figure, write_text
+from jaxseek.storage.place import Log, Place, place, save_figure, write_text
 from jaxseek.storage.untrusted import expect, parse_json
 from jaxseek.train.scaling import attention_flops_per_token
+from jaxseek.train.tensorboard import TensorBoard
 
 log = logging.getLogger("jaxseek")
 
@@ -70,11 +72,13 @@ class MetricsLog:
     """Appends records to metrics.jsonl in the run's directory, and to TensorBoard and wandb as configured.
 
     A run that continues from `resume_step` first cuts off the records of that step and later ones. Raises
-    ConfigError if `log.wandb` names a project and wandb is not installed.
+    ConfigError if `log.wandb` names a project and wandb is not installed. Later on nothing raises: if
+    metrics.jsonl cannot be written, `failed` says why, and the run goes on without what else cannot.
     """
 
     def __init__(self, directory: str | Place, cfg: LogConfig, resume_step: int = 0):
-        self._file = self._board = self._wandb = None
+        self._file, self.failed = None, ""
+        self._others: dict[str, Any] = {}  # with `write(step, values)` and `close()`
         if cfg.wandb and importlib.util.find_spec("wandb") is None:
             raise ConfigError(
                 f"log.wandb is {cfg.wandb!r}, but wandb is not installed: pip install wandb, or take it out"
@@ -84,13 +88,13 @@ class MetricsLog:
         directory = place(directory)
         _cut(directory / FILE, resume_step)
         self._file = Log(directory / FILE)
-        if cfg.tensorboard:
-            from tensorboardX import SummaryWriter  # a second to import
-
-            self._events = Mirror(directory / "tensorboard")
-            self._board = SummaryWriter(str(self._events.local), purge_step=resume_step, flush_secs=10)
         if cfg.wandb:
-            self._wandb = _start_wandb(directory, cfg.wandb)
+            self._others["wandb"] = _Wandb(directory, cfg.wandb)
+        if cfg.tensorboard:
+            self._try("TensorBoard", lambda: self._open_tensorboard(directory, resume_step))
+
+    def _open_tensorboard(self, directory: Place, resume_step: int) -> None:
+        self._others["TensorBoard"] = TensorBoard(directory / "tensorboard", resume_step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Append a record; numbers that are not finite become null."""
@@ -99,29 +103,34 @@ class MetricsLog:
         numbers = {name: float(f"{float(value):.8g}") for name, value in values.items()}
         finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
         record = {"step": step, "time": round(time.time(), 3)} | {n: finite.get(n) for n in numbers}
-        self._file.add(json.dumps(record))
-        if self._board is not None:
-            for name, value in finite.items():
-                self._board.add_scalar(name, value, step)
-            self._events.send()
-        if self._wandb is not None:
-            self._wandb.log(finite, step=step)
+        self._try("", lambda: self._file and self._file.add(json.dumps(record)))
+        for name, other in list(self._others.items()):
+            self._try(name, lambda other=other: other.write(step, finite))
 
     def flush(self) -> None:
         """Write out every record, before a checkpoint that is newer than they are."""
-        if self._file is not None:
-            self._file.flush()
+        self._try("", lambda: self._file and self._file.flush())
 
     def close(self) -> None:
         """Write out everything and close; a second call does nothing."""
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
-            self._events.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-        self._file = self._board = self._wandb = None
+        for name, other in list(self._others.items()):
+            self._try(name, other.close)
+        self._try("", lambda: self._file and self._file.close())
+        self._file, self._others = None, {}
+
+    def _try(self, name: str, act: Callable[[], Any]) -> None:
+        """Call a writer. If it raises, drop it and say so once; metrics.jsonl ("") is not done without."""
+        try:
+            act()
+        except Exception as e:  # writers raise exceptions of many kinds
+            why = f"{type(e).__name__}: {str(e)[:300]}"
+            if not name:
+                self.failed = self.failed or f"{FILE} cannot be written ({why})"
+                return
+            log.warning("%s cannot be written (%s); the run goes on without it", name, why)
+            if name in self._others:
+                with contextlib.suppress(Exception):
+                    self._others.pop(name).close()
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -150,15 +159,24 @@ def _cut(path: Place, step: int) -> None:
         write_text(path, "".join(json.dumps(r) + "\n" for r in read_metrics(path.parent) if r["step"] < step))
 
 
-def _start_wandb(directory: Place, project: str) -> Any:
-    """Start this directory's wandb run; the directory keeps its id, so that a resumed run continues it."""
-    wandb: Any = importlib.import_module("wandb")
-    name = directory / "wandb_id"
-    if not name.is_file():
-        write_text(name, uuid.uuid4().hex[:8])
-    run_id = name.read_text(encoding="utf-8").strip()
-    files = str(directory) if isinstance(directory, Path) else None  # None: wandb chooses
-    return wandb.init(project=project, name=directory.resolve().name, dir=files, id=run_id, resume="allow")
+class _Wandb:
+    """This directory's wandb run; the directory keeps its id, so that a resumed run continues it."""
+
+    def __init__(self, directory: Place, project: str):
+        wandb: Any = importlib.import_module("wandb")
+        name = directory / "wandb_id"
+        if not name.is_file():
+            write_text(name, uuid.uuid4().hex[:8])
+        run_id = name.read_text(encoding="utf-8").strip()
+        files = str(directory) if isinstance(directory, Path) else None  # None: wandb chooses
+        called = directory.resolve().name
+        self._run = wandb.init(project=project, name=called, dir=files, id=run_id, resume="allow")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(values, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 # -------------------------------------------------------------------- the plot
@@ -231,7 +249,8 @@ def curve(ax: Any, steps: list[int], values: list[float], color: str, label: str
 class Progress:
     """Shows steps, time left, loss and speed: a bar in a terminal, elsewhere a line every few seconds.
 
-    A context manager: call `update` after each step, `note` for a line that stays.
+    A context manager: call `update` after each step, `note` for a line that stays. It stops showing where
+    that cannot be written, such as in a terminal that was closed.
     """
 
     def __init__(self, steps: int, start: int = 0, seconds: float = 5.0, console: Any = None):
@@ -267,11 +286,18 @@ class Progress:
     def note(self, text: str) -> None:
         """Print a line that stays, such as the result of an evaluation."""
         if not self._quiet:
-            self.console.print(text, soft_wrap=True)
+            self._show(lambda: self.console.print(text, soft_wrap=True))
+
+    def _show(self, act: Callable[[], Any]) -> None:
+        try:
+            act()
+        except (OSError, SystemExit) as e:  # rich ends the process where nobody reads its output
+            self._quiet, self._bar = True, None
+            log.warning("the output cannot be written (%s); the run goes on without it", e)
 
     def _print(self) -> None:
         if self._line:
-            self.console.print(self._line, soft_wrap=True)
+            self._show(lambda: self.console.print(self._line, soft_wrap=True))
         self._line, self._shown = "", time.monotonic()
 
     def _text(self, step: int, values: Mapping[str, float]) -> str:
@@ -296,12 +322,12 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self._bar is not None:
-            self._bar.start()
+            self._show(self._bar.start)
         return self
 
     def __exit__(self, *_: Any) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            self._show(self._bar.stop)
         elif not self._quiet:
             self._print()
 

@@ -11,6 +11,7 @@ import optax
 
 from jaxseek.api import load
 from jaxseek.checkpoint import models
+from jaxseek.checkpoint.directory import LOCK
 from jaxseek.config.model import ConfigError, ModelConfig, presets
 from jaxseek.config.run import Program, RunConfig
 from jaxseek.data.dataset import train_tokenizer
@@ -26,7 +27,7 @@ from jaxseek.storage.place import file_sizes, place, scratch, writable
 from jaxseek.storage.untrusted import expect, read_json
 from jaxseek.tokenizer.tokenizer import Tokenizer
 from jaxseek.train import lora
-from jaxseek.train.checkpoints import Checkpoints
+from jaxseek.train.checkpoints import Checkpoints, UnreadableError
 from jaxseek.train.optimizer import decays, make_optimizer
 from jaxseek.train.step import State, init_state
 
@@ -62,7 +63,7 @@ def claim(run: RunConfig) -> None:
 def _claim(run: RunConfig) -> None:
     out = writable(run.out)
     kept = out / "run.json"
-    made = [name for name in file_sizes(out) if not name.startswith(("run.json", hosts.TOKEN))]
+    made = [name for name in file_sizes(out) if not name.startswith(("run.json", hosts.TOKEN, LOCK))]
     now, before = run.to_dict(), read_json(kept, ConfigError) if kept.is_file() else None
     if before is not None and made:
         was, is_ = _flat(before), _flat(now)
@@ -247,12 +248,13 @@ def open_model(run: RunConfig, cfg: ModelConfig, strategy: Strategy) -> DeepSeek
 def first_state(
     setup: Setup, program: Program, checkpoints: Checkpoints
 ) -> tuple[State, optax.GradientTransformation, int, Any]:
-    """Make the state that a run begins with, or restore the newest checkpoint.
+    """Make the state that a run begins with, or restore the newest whole checkpoint.
 
     Returns the state, its optimizer, the number of steps done, and the position that was saved with it (None
     at the beginning).
     """
-    run, cfg, strategy, step = setup.run, setup.cfg, setup.strategy, checkpoints.latest
+    run, cfg, strategy = setup.run, setup.cfg, setup.strategy
+    step = checkpoints.newest_whole()
     if step is None or run.lora.rank:  # a checkpoint of adapters holds no base
         model = open_model(run, cfg, strategy)
         model = lora.adapt(model, run.lora, run.seed) if run.lora.rank else model
@@ -263,7 +265,10 @@ def first_state(
         optimizer = make_optimizer(program, decays(model))
         with jax.sharding.use_abstract_mesh(strategy.abstract_mesh()):
             state = jax.eval_shape(lambda m: init_state(m, optimizer), model)
-    if step is None:
-        return state, optimizer, 0, None
-    state, position = checkpoints.restore(step, state)
-    return state, optimizer, step, position
+    while step is not None:
+        try:
+            state, position = checkpoints.restore(step, state)
+            return state, optimizer, step, position
+        except UnreadableError as e:
+            step = checkpoints.before(step, e)
+    return state, optimizer, 0, None

@@ -8,6 +8,7 @@ stopped.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import signal
 import time
@@ -18,9 +19,10 @@ from typing import Any
 import jax
 
 from jaxseek.checkpoint import models
+from jaxseek.checkpoint.directory import LOCK, alone
 from jaxseek.config.run import RunConfig
-from jaxseek.machine.hosts import most
-from jaxseek.storage.place import Mirror, Place, place
+from jaxseek.machine.hosts import from_first, most
+from jaxseek.storage.place import Mirror, Place, place, writable
 from jaxseek.train import lora, start
 from jaxseek.train.checkpoints import Checkpoints
 from jaxseek.train.diagnose import not_finite
@@ -28,6 +30,8 @@ from jaxseek.train.loss import Aux, Loss, StepInputs
 from jaxseek.train.metrics import Evaluated, MetricsLog, Progress, summarize
 from jaxseek.train.start import Setup
 from jaxseek.train.step import make_step
+
+log = logging.getLogger("jaxseek")
 
 
 class TrainingError(ValueError):
@@ -102,19 +106,21 @@ def train(
     """
     cfg = start.model_config(run)
     strategy = start.open_strategy(run, cfg)
-    start.claim(run)
-    if (steps := start.finished(run)) is not None:
-        origin = models.read_manifest(place(run.out) / "model")["origin"]
-        return Result(run.out, steps, None, None, False, origin.get("accuracy"))
-    setup = Setup(run, cfg, strategy, start.open_tokenizer(run, cfg))
     with contextlib.ExitStack() as closing:
-        return Trainer(open_recipe(setup, closing), closing).run_to_end(deadline)
+        still_alone = closing.enter_context(alone(writable(run.out) / LOCK))
+        start.claim(run)
+        if (steps := start.finished(run)) is not None:
+            origin = models.read_manifest(place(run.out) / "model")["origin"]
+            return Result(run.out, steps, None, None, False, origin.get("accuracy"))
+        setup = Setup(run, cfg, strategy, start.open_tokenizer(run, cfg))
+        return Trainer(open_recipe(setup, closing), closing, still_alone).run_to_end(deadline)
 
 
 class Trainer:
     """One run while it goes on: holds the state, and saves, evaluates, stops and reports."""
 
-    def __init__(self, recipe: Recipe, closing: contextlib.ExitStack):
+    def __init__(self, recipe: Recipe, closing: contextlib.ExitStack, still_alone: Callable[[], None]):
+        self.still_alone = still_alone
         self.recipe, self.run = recipe, recipe.setup.run
         self.out = place(self.run.out)
         self.checkpoints = Checkpoints(self.out, self.run.checkpoint)
@@ -169,14 +175,22 @@ class Trainer:
                 evaluated = self._evaluate() if due else None
                 last = last or (evaluated is not None and evaluated.enough)
                 self._report(values, last)
-                stopped = asked_to_stop() and not last
+                stopped = asked_to_stop(self.log.failed) and not last
                 if last:
                     self._export()  # before the checkpoint: a run that has a model is over
                 self._save_when_due(evaluated, stopped or last)
             self.checkpoints.wait()
             if last and models.kind_of(out / "model") is None:  # killed between checkpoint and export
                 self._export()
-        recipe.plot(out)
+        if self.log.failed:
+            raise TrainingError(
+                f"{out}: {self.log.failed}, so the run ends after step {self.done}, which is saved; mend "
+                "that, and the same command goes on"
+            )
+        try:
+            recipe.plot(out)
+        except (OSError, ValueError) as e:
+            log.warning("the run's picture cannot be drawn (%s)", e)
         reached = recipe.reached
         losses = recipe.train_loss, reached.get("eval_loss")
         return Result(str(out), self.done, *losses, stopped, reached.get("accuracy"))
@@ -202,6 +216,7 @@ class Trainer:
         best = loss < self.best
         self.best = min(self.best, loss)
         if best or ends or self.checkpoints.due(self.done):
+            from_first(self.still_alone)
             self.log.flush()
             self.checkpoints.save(self.done, self.state, self.recipe.position(), evaluated and evaluated.loss)
 
@@ -213,10 +228,12 @@ class Trainer:
 
 
 @contextlib.contextmanager
-def signals() -> Iterator[Callable[[], bool]]:
-    """Catch SIGTERM and the first ctrl-C, which end the run after its step; a second ctrl-C ends it at once.
+def signals() -> Iterator[Callable[..., bool]]:
+    """Catch SIGTERM, SIGHUP and the first ctrl-C, which end the run after its step.
 
-    Gives a function that tells whether one has come, on several hosts to any of them.
+    A second ctrl-C ends it at once. Under nohup SIGHUP stays ignored.
+
+    Yields a function that tells whether one has come, or another reason that it is given, on any host.
     """
     come: list[int] = []
 
@@ -225,12 +242,15 @@ def signals() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         come.append(number)
 
+    caught = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        caught.append(signal.SIGHUP)
     try:
-        before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+        before = {s: signal.signal(s, note) for s in caught}
     except ValueError:  # not the main thread: signals go elsewhere
         before = {}
     try:
-        yield lambda: most(len(come)) > 0
+        yield lambda other="": most(len(come) + bool(other)) > 0
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

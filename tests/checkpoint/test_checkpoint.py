@@ -11,6 +11,7 @@ from oracles import slow
 
 from jaxseek.api import load, widest
 from jaxseek.checkpoint import models
+from jaxseek.checkpoint.digests import NAME as DIGESTS
 from jaxseek.checkpoint.models import CheckpointError, restore, same_bits, save
 from jaxseek.config.model import ConfigError, ModelConfig
 from jaxseek.decode import cpu
@@ -244,6 +245,7 @@ def test_a_checkpoint_without_its_manifest_was_interrupted(saved):
 
 
 def test_a_newer_format_is_refused(saved):
+    (saved / DIGESTS).unlink()
     manifest = json.loads((saved / "jaxseek.json").read_text())
     (saved / "jaxseek.json").write_text(json.dumps(manifest | {"format": 2}))
     with pytest.raises(CheckpointError, match=r"has format 2, this jaxseek reads 1; update jaxseek"):
@@ -251,6 +253,7 @@ def test_a_newer_format_is_refused(saved):
 
 
 def test_a_config_that_belongs_to_another_model_is_refused(saved):
+    (saved / DIGESTS).unlink()
     (saved / "config.json").write_text(json.dumps(RAW | {"moe_intermediate_size": 4, "q_lora_rank": None}))
     with pytest.raises(
         CheckpointError, match=r"(?s)missing.*q_DNH.*unknown.*q_a_DQ.*misshapen.*_EDF is .*expected"
@@ -272,6 +275,9 @@ def test_a_checkpoint_that_was_copied_in_part_is_refused(saved):
 
 def test_a_checkpoint_whose_arrays_were_changed_is_refused(saved):
     (saved / "params" / "_METADATA").write_text("{" * (saved / "params" / "_METADATA").stat().st_size)
+    with pytest.raises(CheckpointError, match=r"is damaged: params/_METADATA is not as written"):
+        restore(saved)
+    (saved / DIGESTS).unlink()
     with pytest.raises(CheckpointError, match=r"cannot be restored, so the checkpoint is damaged"):
         restore(saved)
 

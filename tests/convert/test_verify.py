@@ -13,13 +13,14 @@ from safetensors.numpy import load_file, save_file
 
 from jaxseek.api import load
 from jaxseek.checkpoint import models
+from jaxseek.checkpoint.digests import NAME as DIGESTS
 from jaxseek.cli.main import main
 from jaxseek.config.model import ModelConfig
 from jaxseek.model.weight import MATRICES
 from jaxseek.sharding.parameters import parameters
 from jaxseek.tokenizer.tokenizer import train_sentencepiece
 from jaxseek_convert import convert
-from jaxseek_convert.conversion import DIGESTS, bars
+from jaxseek_convert.conversion import bars
 from jaxseek_convert.dry_run import rehearse, summary
 from jaxseek_convert.table import Table
 from jaxseek_convert.verify import verify
