@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,18 +30,25 @@ class Marking:
         if jax.process_count() > 1 and any(r.kind == "model" for r in run.rewards):
             raise ConfigError("rewards of kind model run on one host alone; use another kind, or one host")
         self._names = [r.name or r.kind for r in run.rewards]
-        self._rewards = Rewards(run.rewards, model_score=Judge(strategy))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = run.rollout.reward_workers or cores
+        self._rewards = Rewards(run.rewards, workers, model_score=Judge(strategy))
         self.failure = ""  # the first of the last call, in words
+        self.left_out: set[int] = (
+            set()
+        )  # answers of the last call that no term applies to, or of broken problems
+        self.broken = 0  # problems so far
 
     def __call__(self, answers: list[Answer]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Reward of each answer, and the terms by name; float64 [N], NaN for an answer that failed."""
+        """Reward of each answer, and the terms by name; float64 [N], NaN for an answer without."""
 
-        def score() -> tuple[np.ndarray, str]:
+        def score() -> tuple[np.ndarray, str, set[int], int]:
             scores = self._rewards.score(answers)
             table = np.stack([scores.total, *(scores.parts[name] for name in self._names)])
-            return table, str(scores.failures[0]) if scores.failures else ""
+            first = str(scores.failures[0]) if scores.failures else ""
+            return table, first, scores.left_out, len(self._rewards.broken)
 
-        table, self.failure = from_first(score)
+        table, self.failure, self.left_out, self.broken = from_first(score)
         return table[0], dict(zip(self._names, table[1:]))
 
     def close(self) -> None:

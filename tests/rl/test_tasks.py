@@ -14,7 +14,8 @@ from jaxseek.config.run import RunConfig
 from jaxseek.data.dataset import open_rows
 from jaxseek.data.encode import encode_talk
 from jaxseek.rl.arithmetic import WORDS, character_tokenizer, demonstration, demonstrations, set_apart
-from jaxseek.rl.tasks import last_boxed, open_task
+from jaxseek.rl.rewards.answers import last_boxed
+from jaxseek.rl.tasks import open_task
 from jaxseek.tokenizer import chat
 from jaxseek.tokenizer.tokenizer import Tokenizer
 
