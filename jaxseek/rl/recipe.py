@@ -219,16 +219,16 @@ class Grpo(Recipe):
         missing_N = ~np.isfinite(totals_N)
         left_out = self.marking.left_out
         failed_N = missing_N & ~np.isin(np.arange(len(answers)), list(left_out))
+        if failed_N.mean() > 0.5:
+            raise TrainingError(
+                f"step {step + 1}: {failed_N.sum()} of {len(answers)} answers could not be rewarded; "
+                f"the first: {self.marking.failure}. Mend that and run again, it goes on from its checkpoint"
+            )
         self.without = self.without + 1 if missing_N.all() else 0
         if self.without == WITHOUT_REWARD:
             raise TrainingError(
                 f"no answer of {WITHOUT_REWARD} rollouts in a row has a reward: no term of [[rewards]] "
                 f"applies to them, or their problems are broken ({self.marking.broken} so far, see the log)"
-            )
-        if failed_N.mean() > 0.5:
-            raise TrainingError(
-                f"step {step + 1}: {failed_N.sum()} of {len(answers)} answers could not be rewarded; "
-                f"the first: {self.marking.failure}. Mend that and run again, it goes on from its checkpoint"
             )
         lengths_N = np.array([answer.tokens for answer in answers])
         totals_N = totals_N + grpo.overlong_penalty(lengths_N, run.rollout.max_new_tokens, run.grpo)

@@ -62,9 +62,8 @@ UNKNOWNS = _commands(
 NEUTRAL = {*"{}|%'.°!$€£¥"} | _commands("$ % text degree prime")
 OPERATIONS = {*"+-−*/^_()[]:=≈×÷·√∞"} | _commands(
     "frac dfrac tfrac cfrac sqrt cdot times div ast pi infty left right big bigl bigr circ approx sin cos "
-    "tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp binom dbinom tbinom lfloor rfloor lceil "
-    "rceil sum prod int lim max min gcd lcm mod bmod pmod overline "
-    "bar hat vec displaystyle"
+    "tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp binom dbinom tbinom lfloor rfloor "
+    "lceil rceil sum prod int lim max min gcd lcm mod bmod pmod overline bar hat vec displaystyle"
 )
 
 

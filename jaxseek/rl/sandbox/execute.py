@@ -57,7 +57,7 @@ LANDLOCK_CREATE_RULESET, LANDLOCK_CREATE_RULESET_VERSION = 444, 1
 WRAPPERS = {
     "bwrap": ["bwrap", "--unshare-all", "--die-with-parent", "--cap-drop", "ALL", "--ro-bind", "/", "/",
                    "--chdir", "/", "--"],
-    "nsjail": ["nsjail", "--mode", "o", "--really_quiet", "--chroot", "/", "--cwd", "/", "--keep_env",
+    "nsjail": ["nsjail", "--mode", "o", "--quiet", "--chroot", "/", "--cwd", "/", "--keep_env",
                "--disable_rlimits", "--disable_proc"],
 }  # fmt: skip
 # What the first program of a run tries, since a container may take a filter and not heed it.
@@ -295,4 +295,5 @@ def _read(files: list[Any], deadline: float) -> tuple[list[bytes], str]:
 
 def _check_ready(report: bytes, complaint: bytes = b"") -> None:
     if not report.lstrip().startswith(b"ready\n"):
-        raise SandboxError(f"it did not start: {complaint.decode(errors='replace')[-500:] or 'out of time'}")
+        *_, last = ["out of time", *complaint.decode(errors="replace").strip().splitlines()]
+        raise SandboxError(f"it did not start: {last[:500]}")
