@@ -13,8 +13,9 @@ judge      runs the tests. Its stand-ins for the candidate's functions pass plai
 Standard library only, and no import of jaxseek: this file is a program of its own.
 """
 
+from __future__ import annotations
+
 import _socket
-import ast
 import builtins
 import collections
 import ctypes
@@ -25,10 +26,12 @@ import os
 import resource
 import signal
 import struct
-import symtable
 import sys
 import types
-from typing import Any
+
+TYPE_CHECKING = False  # typing takes time to import
+if TYPE_CHECKING:
+    from typing import Any
 
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 1, 22, 38, 2
 SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_NEW_LISTENER = 1, 8
@@ -41,10 +44,10 @@ ITEMS = 1 << 18  # longest iterator that is passed on
 
 # Modules to import in advance, where no file can be opened afterwards.
 COMMON = [
-    "abc", "array", "base64", "bisect", "calendar", "cmath", "collections", "contextlib", "copy",
+    "abc", "array", "ast", "base64", "bisect", "calendar", "cmath", "collections", "contextlib", "copy",
     "dataclasses", "datetime", "decimal", "enum", "fractions", "functools", "hashlib", "heapq", "io",
     "itertools", "json", "math", "numbers", "operator", "pprint", "queue", "random", "re", "statistics",
-    "string", "struct", "textwrap", "threading", "time", "traceback", "typing", "unicodedata",
+    "string", "struct", "symtable", "textwrap", "threading", "time", "traceback", "typing", "unicodedata",
     "_strptime",
 ]  # fmt: skip
 
@@ -340,6 +343,8 @@ class Remote:
 
 def names_in(source):
     """Return the names that code looks up in its module, and those that it imports or defines there."""
+    import symtable
+
     top = symtable.symtable(source, "test", "exec")
     own = {s.get_name() for s in top.get_symbols() if s.is_imported() or s.is_namespace()}
     used, tables = set(), [top]
@@ -357,6 +362,8 @@ def run_judge(job):
     are gets from it the names that nothing else defines. Everything else comes from here: builtins, `trusted`
     code, the standard library, and what set-up and tests define.
     """
+    import ast  # here and not above, since it takes a fifth of the time in which the other roles start
+
     module = sys.modules["__main__"] = types.ModuleType("__main__")
     namespace: dict[str, Any] = module.__dict__
     link, setup, tests = Link(job["link"]), job["setup"], job["tests"]
