@@ -55,6 +55,8 @@ def test_a_program_may_use_what_python_file_has():
     outcomes = [execute.run(f"import sys\nprint(open(0).read())\n{end}", "4", SECONDS) for end in ends]
     assert [o.stdout for o in outcomes] == ["4\n"] * 5 + ["4\n.py\n"]
     assert all(o.ok for o in outcomes)
+    deep = "import resource\nresource.setrlimit(resource.RLIMIT_STACK, (1 << 26, 1 << 26))\nprint(1)"
+    assert execute.run(deep, "", SECONDS) == execute.Outcome(True, "1\n")
     assert execute.run("exit(3)", "", SECONDS).reason == "exit status 3: "
 
 
@@ -397,6 +399,8 @@ def test_the_filter_decides_as_written(machine, openat, clone, execve):
     assert decide(mmap, 0, 1, 1, 1) == allow  # a file, shared and read alone
     assert [decide(madvise, 0, 1, a) for a in (4, 12, 14, 100)] == [allow, deny, deny, deny]
     allowed = {n[column] for n in seccomp.ALLOWED.values() if n[column] is not None}
+    prlimit = seccomp.PRLIMIT64[column]
+    assert [decide(prlimit, *a) for a in ((0, 3), (0, 9), (1, 3))] == [allow, deny, deny]  # RLIMIT_STACK, _AS
     special = {openat, clone, 435, ioctl, fcntl, mmap, madvise, *([2] if machine == "x86_64" else [])}
     assert {n for n in range(1024) if decide(n) == allow} - special == allowed
     assert (

@@ -202,7 +202,7 @@ def _threads() -> bool:
 def _readable() -> list[str]:
     """Return the paths of the Python installation and of the shared libraries that extension modules need."""
     installation = [f"{prefix}/{lib}" for prefix in (sys.base_prefix, "/usr", "") for lib in ("lib", "lib64")]
-    return [path for path in [*installation, "/etc/ld.so.cache"] if Path(path).exists()]
+    return [p for p in [*installation, "/usr/share/zoneinfo", "/etc/ld.so.cache"] if Path(p).exists()]
 
 
 def _file(content: bytes) -> IO[bytes]:

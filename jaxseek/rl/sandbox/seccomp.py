@@ -51,7 +51,7 @@ ALLOWED: dict[str, tuple[int, int | None]] = {
 CLONE, CLONE3 = (56, 220), (435, 435)
 OPEN, OPENAT = (2, None), (257, 56)
 IOCTL, FCNTL = (16, 29), (72, 25)
-MMAP, MADVISE = (9, 222), (28, 233)
+MMAP, MADVISE, PRLIMIT64 = (9, 222), (28, 233), (302, 261)
 # Calls that jail.py makes by number before the filter is in force.
 SETUP = {"seccomp": (317, 277), "capset": (126, 91), "timer_create": (222, 107), "timer_settime": (223, 110)}
 
@@ -60,6 +60,7 @@ CLONE_THREAD = 0x10000
 TCGETS = 0x5401  # isatty
 F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC = 0, 1, 2, 3, 1030
 PROT_WRITE, MAP_SHARED, MAP_LOCKED, MAP_HUGETLB = 0x2, 0x1, 0x2000, 0x40000
+RLIMIT_STACK = 3
 # MADV_NORMAL, _RANDOM, _SEQUENTIAL, _WILLNEED, _DONTNEED, _FREE, _GUARD_INSTALL and _GUARD_REMOVE
 ADVICE = [0, 1, 2, 3, 4, 8, 102, 103]
 
@@ -138,6 +139,13 @@ def program(machine: str, opens: bool, threads: bool = True) -> bytes:
 
     reading = [(SET, 0, 1, O_CHANGES), (RETURN, 0, 0, DENIED), (RETURN, 0, 0, RET_ALLOW)]
     thread = [(SET, 1, 0, CLONE_THREAD), (RETURN, 0, 0, DENIED), (RETURN, 0, 0, RET_ALLOW)]
+    own_stack = [  # programs that recurse raise it; address space limits it all the same
+        (EQUAL, 0, 3, 0),
+        (LOAD, 0, 0, ARGUMENTS + 8),
+        (EQUAL, 0, 1, RLIMIT_STACK),
+        (RETURN, 0, 0, RET_ALLOW),
+        (RETURN, 0, 0, DENIED),
+    ]
     mapping = [
         (SET, 3, 0, MAP_LOCKED | MAP_HUGETLB),
         (SET, 0, 3, MAP_SHARED),
@@ -153,6 +161,7 @@ def program(machine: str, opens: bool, threads: bool = True) -> bytes:
         (LOAD, 0, 0, NUMBER),
         *(argument(OPEN, 1, reading) + argument(OPENAT, 2, reading) if opens else []),
         *(argument(CLONE, 0, thread) if threads else []),
+        *argument(PRLIMIT64, 0, own_stack),
         *argument(MMAP, 3, mapping),
         *argument(MADVISE, 2, one_of(ADVICE)),
         *argument(IOCTL, 1, one_of([TCGETS])),
