@@ -553,6 +553,9 @@ MATH = [
     (r"\boxed{\begin{pmatrix}1&2\end{pmatrix}}", r"\begin{pmatrix} 1 & 2 \end{pmatrix}", 1),
     (r"\boxed{\frac{\sqrt3}2}", r"\frac{\sqrt{3}}{2}", 1),
     (r"\boxed{1 \frac{1}{2}}", "1.5", 1),
+    (r"It is $\begin{pmatrix} 1 \\ 2 \end{pmatrix}$.", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", 1),
+    (r"\boxed{(2,12)\cup(12,102)}", r"(2,12) \cup (12,102)", 1),
+    (r"\boxed{11,\! 111}", "11111", 1),
     ("the answer is -5", "-5", 1),
     (r"\boxed{1{,}800}", "1800", 1),
 ]

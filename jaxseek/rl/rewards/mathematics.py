@@ -35,8 +35,9 @@ MORE = re.compile(r"(?<!\^)\d")  # cm^2 is no number
 LETTER, WORD = re.compile(r"[^\W\d_]"), re.compile(r"[^\W\d_]{2,}")
 COMMANDS = re.compile(r"\\[A-Za-z]+")
 TEXT = re.compile(r"\\(?:text\w*|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
-THOUSANDS = re.compile(r"(?<![\d.,])(\d{1,3})((?:(?:,|\{,\}|\\,|\\!,|,\\!)\d{3})+)(?![\d,])")
-SPACES = re.compile(r"\\[,!;: ]|~|\\q?quad(?![A-Za-z])|\s")
+# Not in (12,102) and \{1,200\}, which have two numbers.
+THOUSANDS = re.compile(r"(?<![\d.,(\[])(?<!\\\{)(\d{1,3})((?:(?:,|\{,\}|\\,|\\!,|,\\!\s?)\d{3})+)(?![\d,])")
+SPACES = re.compile(r"(?<!\\)\\[,!;: ]|~|\\q?quad(?![A-Za-z])|\s")
 SUBSCRIPT = re.compile(r"_\s*(?:\{[^{}]*\}|\w)")
 ARGUMENTS = re.compile(r"[A-Za-z]\s*(?:\\left\s*)?\([^()]*\)")
 FRACTION = re.compile(r"(\\[dtc]?(?:frac|binom))\s*(\d)\s*")
