@@ -83,6 +83,7 @@ class RolloutConfig:
 
     The optimised policy is the one at `temperature`; top_k, top_p and min_p make the sampling distribution
     differ from it, which `grpo.importance_cap` can correct. `slots` sequences are decoded at a time (0: all).
+    Up to `reward_workers` processes compute rewards of kind math, python and code (0: one per CPU core).
     """
 
     prompts: int = 32  # questions per step
@@ -97,6 +98,7 @@ class RolloutConfig:
     # dtype of weights and cache during sampling; default: compute_dtype
     dtype: Literal["", "float32", "bfloat16"] = ""
     record_experts: bool = False  # even without routing_replay, to count tokens routed differently
+    reward_workers: int = 0
 
 
 @dataclass(frozen=True)
@@ -141,9 +143,11 @@ class RewardConfig:
     format        `<think>...</think>` followed by an answer; with `tags` also `<answer>...</answer>`
     language      fraction of the words in the reasoning that are in `language`
     length        1 up to `target` tokens, falling to 0 at twice as many; favours short answers
-    code          fraction of the problem's unit tests that the answer's code passes, in a sandbox
+    code          fraction of the problem's unit tests that the answer's code passes, in a sandbox: jaxseek's
+                  own, or inside bubblewrap's (bwrap) or nsjail's namespaces where these are installed
     model         sigmoid of a reward model's score: a checkpoint's log-odds of `yes` over `no`, see docs
-    python        `module:function`, which maps a list of answers to one number each
+    python        `module:function`, which maps a list of answers to one number each, or None for an answer
+                  to which it does not apply: the sum is over the terms that do
     """
 
     kind: Literal["exact", "math", "countdown", "format", "language", "length", "code", "model", "python"]
@@ -154,6 +158,7 @@ class RewardConfig:
     language: Literal["en", "zh"] = "en"
     target: int = 256
     megabytes: int = 512  # memory limit of the sandbox
+    sandbox: Literal["", "bwrap", "nsjail"] = ""
     function: str = ""
     model: str = ""
 
@@ -188,8 +193,9 @@ def rl_problems(run: Any) -> list[str]:
     least = {
         "grpo.group_size": 1 if grpo.baseline == "none" else 2, "grpo.minibatches": 1, "grpo.epochs": 1,
         "rollout.prompts": 1, "rollout.max_prompt_tokens": 1, "rollout.max_new_tokens": 1, "rollout.slots": 0,
-        "reference.replace_every": 0, "reject.problems": 1, "reject.per_problem": 1,
-        "reject.mix_count": 0, "task.terms": 2, "task.held_out": 1, "task.samples": 1,
+        "rollout.reward_workers": 0, "reference.replace_every": 0, "reject.problems": 1,
+        "reject.per_problem": 1, "reject.mix_count": 0, "task.terms": 2, "task.held_out": 1,
+        "task.samples": 1,
     }  # fmt: skip
     above = ("grpo.clip_low", "grpo.clip_high", "grpo.beta", "grpo.importance_cap", "grpo.overlong_penalty",
              "task.temperature", "rollout.top_k")  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,18 +30,28 @@ class Marking:
         if jax.process_count() > 1 and any(r.kind == "model" for r in run.rewards):
             raise ConfigError("rewards of kind model run on one host alone; use another kind, or one host")
         self._names = [r.name or r.kind for r in run.rewards]
-        self._rewards = Rewards(run.rewards, model_score=Judge(strategy))
-        self.failure = ""  # the first of the last call, in words
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = run.rollout.reward_workers or cores
+        self._rewards = Rewards(run.rewards, workers, model_score=Judge(strategy))
+        # Of the last call: the first failure, in words, and the answers (by index) that have no reward, or no
+        # value of the first term, since that does not apply to them or their problem is broken.
+        self.failure = ""
+        self.left_out: set[int] = set()
+        self.unjudged: set[int] = set()
+        self.broken = 0  # problems so far
 
     def __call__(self, answers: list[Answer]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Reward of each answer, and the terms by name; float64 [N], NaN for an answer that failed."""
+        """Reward of each answer, and the terms by name; float64 [N], NaN for an answer without."""
 
-        def score() -> tuple[np.ndarray, str]:
+        def score() -> tuple[np.ndarray, str, set[int], set[int], int]:
             scores = self._rewards.score(answers)
             table = np.stack([scores.total, *(scores.parts[name] for name in self._names)])
-            return table, str(scores.failures[0]) if scores.failures else ""
+            failure = str(scores.failures[0]) if scores.failures else ""
+            failed = {f.index for f in scores.failures if f.reward == self._names[0]}
+            unjudged = {*map(int, np.flatnonzero(np.isnan(table[1])))} - failed
+            return table, failure, scores.left_out, unjudged, len(self._rewards.broken)
 
-        table, self.failure = from_first(score)
+        table, self.failure, self.left_out, self.unjudged, self.broken = from_first(score)
         return table[0], dict(zip(self._names, table[1:]))
 
     def close(self) -> None:
@@ -100,7 +111,9 @@ def evaluate(run: RunConfig, sampler: Sampler, held_out: HeldOut, marking: Marki
     episodes = [episode for group in groups for episode in group]
     totals_N, parts = marking([e.answer for e in episodes])
     correct_N = np.nan_to_num(next(iter(parts.values())))
-    values = {"accuracy": float(correct_N.mean())} | of_answers(episodes)
+    judged_N = ~np.isin(np.arange(len(episodes)), list(marking.unjudged))
+    accuracy = float(correct_N[judged_N].mean()) if judged_N.any() else 0.0
+    values = {"accuracy": accuracy} | of_answers(episodes)
     values |= {
         f"reward_{name}": float(np.nanmean(part)) for name, part in parts.items() if np.isfinite(part).any()
     }
@@ -109,13 +122,13 @@ def evaluate(run: RunConfig, sampler: Sampler, held_out: HeldOut, marking: Marki
             "prompt": e.answer.problem.prompt,
             "answer": e.answer.problem.answer,
             "text": e.answer.text,
-            "correct": float(correct),
+            "correct": float(correct) if judged else None,
             "reward": None if np.isnan(total) else float(total),
             "tokens": e.answer.tokens,
             "thinking_tokens": e.thinking_tokens,
             "finish_reason": e.answer.finish_reason,
         }
-        for e, total, correct in zip(episodes, totals_N, correct_N)
+        for e, total, correct, judged in zip(episodes, totals_N, correct_N, judged_N)
     ]
     return Evaluation(values, answers)
 

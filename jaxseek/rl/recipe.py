@@ -34,6 +34,7 @@ from jaxseek.train.start import Setup
 from jaxseek.train.trainer import Recipe, Trainer, TrainingError
 
 ROUNDS = 8  # of dynamic sampling, before a step makes do with the groups it has
+WITHOUT_REWARD = 100  # rollouts in a row, before the run gives up
 TOO_LONG = 1000  # prompts beyond the limit in a row, before the run gives up
 Group = tuple[list[Episode], np.ndarray, np.ndarray]  # answers to a problem, their rewards, which are valid
 
@@ -62,6 +63,7 @@ class Grpo(Recipe):
         self.logprobs = make_logprobs(self.loss)
         self.alarms = Alarms()
         self.next = self.too_long = 0  # the next training problem, and prompts skipped so far
+        self.without = 0  # rollouts in a row without any reward
         self.reached = {"accuracy": None}
 
     def position(self) -> dict[str, Any]:
@@ -179,6 +181,8 @@ class Grpo(Recipe):
             values["sampling_rounds"] = rounds
         for name in dict.fromkeys(name for terms in scored for name in terms):
             values[name] = float(np.concatenate([terms[name] for terms in scored if name in terms]).mean())
+        if self.marking.broken:
+            values["broken_problems"] = self.marking.broken
         values |= of_answers([e for group, *_ in kept + flat for e in group])
         values["rollout_tokens_per_second"] = tokens / max(seconds, 1e-9)
         chosen = (kept + flat)[:P]
@@ -212,11 +216,19 @@ class Grpo(Recipe):
         run = self.run
         answers = [e.answer for group in groups for e in group]
         totals_N, parts = self.marking(answers)
-        failed_N = ~np.isfinite(totals_N)
+        missing_N = ~np.isfinite(totals_N)
+        left_out = self.marking.left_out
+        failed_N = missing_N & ~np.isin(np.arange(len(answers)), list(left_out))
         if failed_N.mean() > 0.5:
             raise TrainingError(
                 f"step {step + 1}: {failed_N.sum()} of {len(answers)} answers could not be rewarded; "
                 f"the first: {self.marking.failure}. Mend that and run again, it goes on from its checkpoint"
+            )
+        self.without = self.without + 1 if missing_N.all() else 0
+        if self.without == WITHOUT_REWARD:
+            raise TrainingError(
+                f"no answer of {WITHOUT_REWARD} rollouts in a row has a reward: no term of [[rewards]] "
+                f"applies to them, or their problems are broken ({self.marking.broken} so far, see the log)"
             )
         lengths_N = np.array([answer.tokens for answer in answers])
         totals_N = totals_N + grpo.overlong_penalty(lengths_N, run.rollout.max_new_tokens, run.grpo)
@@ -224,7 +236,9 @@ class Grpo(Recipe):
         about = {f"reward_{name}": values[np.isfinite(values)] for name, values in parts.items()}
         about = {name: values for name, values in about.items() if len(values)}
         about["reward_failures"] = failed_N.astype(np.float64)
-        return np.where(failed_N, 0, totals_N).reshape(shape), ~failed_N.reshape(shape), about
+        if left_out:
+            about["answers_left_out"] = (missing_N & ~failed_N).astype(np.float64)
+        return np.where(missing_N, 0, totals_N).reshape(shape), ~missing_N.reshape(shape), about
 
     # ---------------------------------------------------------------- what an update needs
 

@@ -24,6 +24,8 @@ from jaxseek.data.examples import Talk, prompt
 from jaxseek.data.sources import Joined, Record, open_sources
 from jaxseek.rl import arithmetic
 from jaxseek.rl.problem import Messages, Problem
+from jaxseek.rl.rewards import code
+from jaxseek.rl.rewards.answers import last_boxed
 
 # Rewards that read Problem.answer; without any of them, records of kind jsonl need no answer.
 _COMPARE = {"exact", "math"}
@@ -44,6 +46,10 @@ class Task(Protocol):
 
 def open_task(run: RunConfig) -> Task:
     """Return the task of [task], with formatted prompts. Raises ConfigError for data that it cannot use."""
+    if run.task.kind in ("arithmetic", "countdown") and any(reward.kind == "code" for reward in run.rewards):
+        raise ConfigError(
+            f'rewards: kind code needs problems with tests, which task.kind = "{run.task.kind}" has not'
+        )
     match run.task.kind:
         case "arithmetic":
             return MadeTask(run, arithmetic.draw, lambda problem: problem.record["problem"])
@@ -91,6 +97,7 @@ class FileTask:
 
     def __init__(self, run: RunConfig):
         self._run = run
+        self._tested = False if any(reward.kind == "code" for reward in run.rewards) else None
         data, count = run.data, run.task.held_out
         self._records = open_sources(data.train, "data.train")
         held = shuffled(len(self._records))[:0]
@@ -113,6 +120,11 @@ class FileTask:
         rest = np.setdiff1d(np.arange(len(self._records)), held)
         fresh = [str(self._read(self._records, int(i)).prompt) not in known for i in rest]
         self._train = rest[np.array(fresh, bool)]
+        if self._tested is False:
+            raise ConfigError(
+                "rewards: kind code needs problems with tests; no record of data.train or data.eval has a "
+                "column test_list, tests, or test"
+            )
         self.size, self.dropped = len(self._train), len(rest) - len(self._train)
         if not self.size:
             raise ConfigError(
@@ -133,6 +145,11 @@ class FileTask:
         record, place = records[i], records.place(i)
         talk = prompt(*_with_prompt_column(record, self._run, place), place)
         answer = _answer(record, self._run, place)
+        if self._tested is not None:
+            try:
+                self._tested |= code.form_of_tests(record) is not None
+            except ValueError as error:
+                raise ConfigError(f"{place}: {error}") from error
         return Problem(lay_out(talk, self._run.task, place), answer, record)
 
 
@@ -157,17 +174,6 @@ def lay_out(talk: Talk, task: TaskConfig, place: str) -> str | Messages:
             'by the user, expected "chat"'
         )
     return content if task.template == "plain" else talk
-
-
-def last_boxed(text: str) -> str | None:
-    r"""Return the content of the last `\boxed{...}` in a text, with balanced braces, or None."""
-    begin = text.rfind(r"\boxed{")
-    depth = 0
-    for end in range(begin + len(r"\boxed"), len(text)) if begin >= 0 else ():
-        depth += {"{": 1, "}": -1}.get(text[end], 0) if text[end - 1] != "\\" else 0
-        if not depth:
-            return text[begin + len(r"\boxed{") : end]
-    return None
 
 
 def _with_prompt_column(record: Record, run: RunConfig, place: str) -> tuple[Record, DataConfig]:

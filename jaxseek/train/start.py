@@ -32,7 +32,17 @@ from jaxseek.train.optimizer import decays, make_optimizer
 from jaxseek.train.step import State, init_state
 
 # Keys that may differ when a run continues: they say where it runs and what it writes, not what it computes.
-FREE = ("out", "mesh", "steps", "remat", "batch.accumulation", "eval.", "checkpoint.", "log.")
+FREE = (
+    "out",
+    "mesh",
+    "steps",
+    "remat",
+    "batch.accumulation",
+    "eval.",
+    "checkpoint.",
+    "log.",
+    "rollout.reward_workers",
+)
 
 
 @dataclass(frozen=True)

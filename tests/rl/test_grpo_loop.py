@@ -456,6 +456,9 @@ def some(answers):
 
 def broken(answers):
     raise RuntimeError("the service is down")
+
+def none(answers):
+    return [None] * len(answers)
 """
 
 
@@ -468,6 +471,14 @@ def test_a_reward_function_that_breaks_stops_the_run_with_its_first_error_and_na
     (found,) = trained(home, tmp_path / "some", "dense", rewards=rewards, steps=1, seed=1)
     assert 0 < found["reward_failures"] <= 0.5
     assert np.isfinite(found["reward"])
+    rewards[0]["function"] = "breaking:none"
+    (found,) = trained(home, tmp_path / "none", "dense", rewards=rewards, steps=1)
+    assert (found["answers_left_out"], found["reward_failures"], found["grad_norm"]) == (1, 0, 0)
+    monkeypatch.setattr("jaxseek.rl.recipe.WITHOUT_REWARD", 1)
+    with pytest.raises(
+        TrainingError, match=r"no answer of 1 rollouts in a row has a reward: no term .* applies"
+    ):
+        trained(home, tmp_path / "nothing", "dense", rewards=rewards, steps=1)
     rewards[0]["function"] = "breaking:broken"
     message = r"step 1: 8 of 8 answers could not be rewarded; the first: .*own.*the service is down"
     with pytest.raises(TrainingError, match=message):

@@ -1,6 +1,7 @@
 """Rewards score what they name, and no reward function stops a run."""
 
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -15,7 +16,9 @@ from jaxseek.rl.rewards.answers import exact, final_answer, last_boxed, normal
 from jaxseek.rl.rewards.countdown import countdown
 from jaxseek.rl.rewards.format import format, length
 from jaxseek.rl.rewards.language import language
+from jaxseek.rl.rewards.mathematics import one_result
 from jaxseek.rl.rewards.terms import Rewards
+from jaxseek.rl.sandbox import seccomp
 
 
 def answer(text, reference="", record=None, tokens=1, reason="stop"):
@@ -37,7 +40,10 @@ def answer(text, reference="", record=None, tokens=1, reason="stop"):
         (r"\boxed{1} or \boxed{2}", "2"),
         (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt{2}}"),
         (r"\boxed{ \{1, 2\} }", r"\{1, 2\}"),
-        (r"\boxed{1} and \boxed{2", "1"),
+        (r"\boxed{1} and \boxed{2", ""),
+        (r"\boxed{1} \boxed{\boxed{2}}", "2"),
+        ("<answer>4", ""),
+        ("<answer>4</answer><answer>4", ""),
         (r"\fbox{7}", "7"),
         ("work\n#### 1,234", "1,234"),
         ("#### 1\n#### 2\nmore", "2"),
@@ -227,12 +233,22 @@ killed = by(lambda: os.kill(os.getpid(), signal.SIGKILL))
 is_nan = by(lambda: math.nan)
 is_inf = by(lambda: np.float32(math.inf))
 is_text = by(lambda: "1.0")
-is_none = by(lambda: None)
 is_complex = by(lambda: 1j)
 is_huge = by(lambda: 10**400)
 closes = by(lambda: os.closerange(0, 10_000))
 leaves_children = by(orphan)
 
+def only_bad(answers): return [1.0 if a.text == "bad" else None for a in answers]
+def only_good(answers): return [None if a.text == "bad" else 2.0 for a in answers]
+def empties(answers):
+    answers.clear()
+    return []
+def mutates(answers):
+    for a in answers:
+        a.problem.record["numbers"].append(9)
+        a.problem.record.clear()
+    answers.reverse()
+    return [1.0] * len(answers)
 def short(answers): return [1.0] * sum(a.text != "bad" for a in answers)
 def nothing(answers): return None
 def counts(answers): return np.full(len(answers), len(answers), np.float32)
@@ -273,7 +289,6 @@ REASONS = {
     "is_nan": "nan is not a finite number",
     "is_inf": "not a finite number",
     "is_text": "'1.0' is not a finite number",
-    "is_none": "a value of type NoneType is not a finite number",
     "is_complex": "a value of type complex is not a finite number",
     "is_huge": "a value of type int is not a finite number",
 }
@@ -335,25 +350,34 @@ def test_what_a_function_started_ends_with_it(functions):
         time.sleep(0.02)
 
 
-def test_workers_end_with_the_trainer(functions, tmp_path):
-    script = """if True:
-        import threading
+def with_trainer(function):
+    """The id of a worker that computes `function`, and the process that waits for it."""
+    script = f"""if True:
         from jaxseek.rl.problem import Answer, Problem
         from jaxseek.rl.rewards.terms import Rewards
         from jaxseek.config.rl import RewardConfig
 
-        rewards = Rewards([RewardConfig("python", function="reward_functions:loops", seconds=100.0)], 1)
+        config = RewardConfig("python", function="reward_functions:{function}", seconds=100.0)
+        rewards = Rewards([config], 1)
         print(next(iter(rewards.pool.workers)).process.pid, flush=True)
         rewards.score([Answer(Problem("", ""), "bad", None, "bad", 1, "stop")])
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", script]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as trainer:
-        assert trainer.stdout is not None
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment, text=True
+    )
+    with trainer.stdout:
         worker = int(trainer.stdout.readline())
-        time.sleep(0.2)
-        assert group_exists(worker)
-        trainer.kill()
+    time.sleep(0.3)
+    assert group_exists(worker)
+    return worker, trainer
+
+
+def test_workers_end_with_the_trainer(functions):
+    """They do so on Linux even while a function keeps the interpreter's lock."""
+    worker, trainer = with_trainer("hangs_in_c" if sys.platform == "linux" else "loops")
+    trainer.kill()
+    trainer.wait()
     deadline = time.monotonic() + 5.0
     while group_exists(worker):
         assert time.monotonic() < deadline
@@ -395,6 +419,43 @@ def test_closing_does_not_wait_for_a_hanging_function(functions):
     assert time.monotonic() - started < 10
     timer.join()
     rewards.close()
+
+
+def test_the_terms_that_apply_to_an_answer_are_added(functions):
+    configs = [python("only_bad", name="a"), python("only_good", name="b", weight=0.5)]
+    with Rewards([*configs, RewardConfig("length", weight=0.0)], 1) as rewards:
+        scores = rewards.score(BATCH)
+    assert scores.total.tolist() == [1.0] * 5
+    assert (scores.failures, scores.left_out) == ([], set())
+    with Rewards([configs[0], RewardConfig("length", weight=0.0)], 1) as rewards:
+        scores = rewards.score(BATCH)
+    np.testing.assert_array_equal(scores.total, [np.nan, np.nan, 1, np.nan, np.nan])
+    assert (scores.failures, scores.left_out) == ([], {0, 1, 3, 4})
+
+
+def test_a_function_changes_nothing_that_the_trainer_holds(functions):
+    batch = [answer("a", record={"numbers": [i]}) for i in range(4)]
+    with Rewards([python("mutates", name="m"), python("empties", name="e"), python("pid")], 1) as rewards:
+        scores = rewards.score(batch)
+    assert [a.problem.record for a in batch] == [{"numbers": [i]} for i in range(4)]
+    assert scores.parts["m"].tolist() == [1.0] * 4
+    assert len(set(scores.parts["python"])) == 1
+    assert {f.reason for f in scores.failures} == {"ValueError: 0 rewards for 1 answers"}
+
+
+def test_a_broken_problem_is_named_once_and_its_answers_are_left_out(caplog):
+    if sys.platform != "linux" or platform.machine() not in seccomp.MACHINES:
+        pytest.skip("the sandbox needs Linux on x86_64 or aarch64")
+    records = [{"tests": ["assert f() == 1"], "test_setup_code": setup} for setup in ("import no_such", "")]
+    batch = [answer("```python\ndef f(): return 1\n```", record=records[i]) for i in (0, 0, 1)]
+    with Rewards([RewardConfig("code", seconds=20.0)], 2) as rewards:
+        scores = rewards.score(batch)
+        rewards.score(batch)
+    np.testing.assert_array_equal(scores.total, [np.nan, np.nan, 1])
+    assert (scores.failures, scores.left_out) == ([], {0, 1})
+    named = [r.getMessage() for r in caplog.records if "broken problem" in r.getMessage()]
+    assert len(named) == len(rewards.broken) == 1
+    assert "No module named 'no_such'" in named[0]
 
 
 def test_a_weight_of_zero_only_reports(functions):
@@ -481,7 +542,111 @@ MATH = [
     (r"\boxed{}", "7", 0),
     ("", "7", 0),
     (r"\boxed{9^{9^{9^9}}}", "5", 0),
+    (r"\boxed{2, 1}", "1, 2", 1),
+    (r"\boxed{x = 1 \text{ and } x = 2}", "1, 2", 1),
+    (r"\boxed{1, 2, 3}", "1, 2", 0),
+    (r"\boxed{1 & \{1, 2\}}", "1, 2", 0),
+    (r"\boxed{\left(1, 2\right)}", "(1, 2)", 1),
+    (r"\boxed{y = 1 + 2x}", "y = 2x + 1", 1),
+    (r"\boxed{x \ge 3}", "x > 3", 0),
+    (r"\boxed{1 \pm \sqrt{2}}", r"1\pm\sqrt{2}", 1),
+    (r"\boxed{\begin{pmatrix}1&2\end{pmatrix}}", r"\begin{pmatrix} 1 & 2 \end{pmatrix}", 1),
+    (r"\boxed{\frac{\sqrt3}2}", r"\frac{\sqrt{3}}{2}", 1),
+    (r"\boxed{1 \frac{1}{2}}", "1.5", 1),
+    (r"It is $\begin{pmatrix} 1 \\ 2 \end{pmatrix}$.", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", 1),
+    (r"\boxed{(2,12)\cup(12,102)}", r"(2,12) \cup (12,102)", 1),
+    (r"\boxed{11,\! 111}", "11111", 1),
+    ("the answer is -5", "-5", 1),
+    (r"\boxed{1{,}800}", "1800", 1),
 ]
+
+
+def boxes(*contents):
+    return [rf"\boxed{{{content}}}" for content in contents]
+
+
+# The reference of each is 4.
+HEDGES = [
+    "3, 4", "4;3", "1 2 3 4", "4,4", "3=4", "4 or 5", "1 3", "3 4", "4 (or 3)", "3\n4 or 5", "x=3, x=4",
+    "either 3 or 4", "$3$ and $4$", r"\(4\) or \(5\)", "The answer is 3 or 4", "The result is 3 = 4",
+    "#### 3, 4", "#### 3 or 4", r"\boxed{4", "<answer>4", r"\boxed{4} \boxed{", r"\boxed{4}, no: \boxed{5}",
+    *boxes(
+        "3=4", "x=3=4", "3, 4", "(3,4)", r"\{4\}", r"\{3,4\}", "x=3, x=4", r"x \in \{4\}", r"4 \pm 0",
+        "4 ± 0", r"3 \text{ or } 4", r"3\text{ and }4", "4 OR 5", r"3 \cup 4", r"3 \lor x=4", r"3 \mid 4",
+        "5 || 4",
+        "3 & 4", r"x=3 \Rightarrow 4", r"3 \to 4", r"4 \ne 3", r"3\neq4", r"4 \leq 4", "1 3", r"1\quad 3",
+        r"1\\3", "{1}{3}", r"1 \text{ cm } 3", "4 apples 3 pears",
+        r"3\ldots 4", r"3\sim4", r"3 \foo 4", "3 # 4",
+        "5→4", r"\pi = 4", r"\begin{cases}4\\4\end{cases}", r"5 \approx 4", "3 maybe 4", r"4\,or\,5",
+    ),
+]  # fmt: skip
+SINGLE = [
+    "4", "x=4", "The result is 4", "so x = 4", "The answer is $4$.", "The answer is:\n\n4", "it is 4",
+    "答案是 4", "#### **4**", "#### 4 dollars", "#### **$4**", "#### 4 eggs per day", "**4**",
+    "she sold 2 + 2 = 4 clips",
+    "first 3, then 1\nso the answer is 4", "It has 4 cm^2 left", r"\boxed{3}, no: \boxed{4}",
+    "<answer>3</answer><answer>4</answer>", "<answer> 4 </answer>", r"The answer is \frac{8}{2}.",
+    *boxes(
+        "x=4", "2+2", "2+2=4", "n = 2+2 = 4", "f(2)=4", r"\angle A = 4", r"\theta = 4", r"\max(3,4)", "|-4|",
+        r"\frac{8}{2}", r"\frac82", r"\frac 8 2", r"\sqrt{16}", r"\log_{2}{16}", "x_1 = 4", r"4\text{ cm}",
+        r"4\ \mathrm{m/s}", r"\$4", r"4^\circ", r"\text{The answer is } 4", "4.0",
+    ),
+]  # fmt: skip
+
+
+def test_a_hedge_is_no_answer_and_one_result_is():
+    pytest.importorskip("math_verify")
+    with Rewards([RewardConfig("math", seconds=20.0)], 2) as rewards:
+        scores = rewards.score([answer(text, "4") for text in HEDGES + SINGLE])
+    assert scores.failures == []
+    paid = {text for text, score in zip(HEDGES + SINGLE, scores.total) if score}
+    assert paid & set(HEDGES) == set()
+    assert set(SINGLE) - paid == set()
+
+
+UNITS = [
+    r"\boxed{",
+    "<answer>",
+    r"\frac{",
+    "answer ",
+    "answer is ",
+    "$",
+    "$$",
+    "**",
+    "#### ",
+    "####\n",
+    r"\[",
+    r"\(",
+]
+UNITS += [
+    "\\",
+    "{",
+    "4, ",
+    "1 ",
+    " ",
+    "\n",
+    "</answer>",
+    "9",
+    r"\text{",
+    "`",
+    "<think>",
+    "</think>",
+    "```",
+    "(",
+]
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_reading_an_answer_takes_time_in_proportion(unit):
+    text = "x</think>" + unit * (10**6 // len(unit))
+    reply = answer(text, "4", {"numbers": [1, 2], "target": 3})
+    rewards = [exact, countdown, lambda a: format(a, tags=True), lambda a: language(a, "en")]
+    rewards += [lambda a: one_result(a.final, "4")]
+    started = time.monotonic()
+    assert [bool(reward(reply)) for reward in rewards[:2]] == [False, False]
+    for reward in rewards[2:]:
+        reward(reply)
+    assert time.monotonic() - started < 4.0  # of a fifth of a second; a square of the length takes hours
 
 
 def test_mathematics_is_compared_by_value():

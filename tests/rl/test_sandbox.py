@@ -15,7 +15,7 @@ import pytest
 
 from jaxseek.config.model import ConfigError
 from jaxseek.rl.problem import Answer, Problem
-from jaxseek.rl.rewards.code import code, extract
+from jaxseek.rl.rewards.code import code, extract, form_of_tests, programs
 from jaxseek.rl.sandbox import execute, jail, seccomp
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -47,6 +47,17 @@ def depth(n): return n and 1 + depth(n - 1)
 thread = threading.Thread(target=lambda: print(depth(5000)))
 thread.start(); thread.join()
 """
+
+
+@inside
+def test_a_program_may_use_what_python_file_has():
+    ends = ["exit()", "quit()", "exit(0)", "sys.exit()", "raise SystemExit", "print(__file__[-3:])"]
+    outcomes = [execute.run(f"import sys\nprint(open(0).read())\n{end}", "4", SECONDS) for end in ends]
+    assert [o.stdout for o in outcomes] == ["4\n"] * 5 + ["4\n.py\n"]
+    assert all(o.ok for o in outcomes)
+    deep = "import resource\nresource.setrlimit(resource.RLIMIT_STACK, (1 << 26, 1 << 26))\nprint(1)"
+    assert execute.run(deep, "", SECONDS) == execute.Outcome(True, "1\n")
+    assert execute.run("exit(3)", "", SECONDS).reason == "exit status 3: "
 
 
 @inside
@@ -186,7 +197,7 @@ def test_a_program_that_hangs_is_killed_in_time():
 
 @inside
 def test_nothing_is_left_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     descriptors = len(os.listdir("/proc/self/fd"))
     execute.run("print(1)", "", SECONDS)
     execute.run("while True: pass", "", 1.0)
@@ -303,7 +314,7 @@ def test_tests_before_a_hang_count_and_those_after_it_do_not():
 
 @inside
 def test_tests_that_are_no_python_are_an_error():
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(execute.BrokenProblem, match="cannot be read"):
         execute.judge("def f(): return 1", ["assert f( == 1"], seconds=SECONDS)
 
 
@@ -316,6 +327,28 @@ def test_elsewhere_than_on_linux_code_rewards_are_refused(monkeypatch):
     monkeypatch.setattr(execute.platform, "machine", lambda: "riscv64")
     with pytest.raises(ConfigError, match="riscv64"):
         execute.check_platform()
+
+
+@inside
+def test_a_machine_without_what_is_needed_is_refused_with_the_reason(monkeypatch):
+    execute.check_platform.cache_clear()
+    monkeypatch.setitem(execute.WRAPPERS, "nsjail", ["no-such-jail"])
+    with pytest.raises(ConfigError, match=r'"nsjail" needs the program no-such-jail, which is not on PATH'):
+        execute.check_platform("nsjail")
+    monkeypatch.setattr(execute, "PROBE", "exit(3)")
+    with pytest.raises(ConfigError, match=r"does not hold a first program: exit status 3"):
+        execute.check_platform()
+    monkeypatch.setattr(seccomp, "program", lambda *a: b"\0" * 8)  # no filter that a kernel takes
+    with pytest.raises(ConfigError, match=r"seccomp filters.* did not start: OSError: .*Invalid argument$"):
+        execute.check_platform()
+
+
+@inside
+def test_without_a_listener_a_program_has_one_thread(monkeypatch):
+    monkeypatch.setattr(execute, "_threads", lambda: False)
+    source = "import threading\nthreading.Thread(target=print).start()"
+    assert "can't start new thread" in execute.run(source, "", SECONDS).reason
+    assert execute.judge("def f(): return 1", ["assert f() == 1"], seconds=SECONDS) == [True]
 
 
 def interpret(program, number, arguments=(), arch=None, machine="x86_64"):
@@ -360,9 +393,21 @@ def test_the_filter_decides_as_written(machine, openat, clone, execve):
     ioctl, fcntl = seccomp.IOCTL[column], seccomp.FCNTL[column]
     assert [decide(ioctl, 1, k) for k in (0x5401, 0x5412)] == [allow, deny]  # TCGETS, TIOCSTI
     assert [decide(fcntl, 1, k) for k in (3, 1030, 8)] == [allow, allow, deny]  # F_SETOWN
+    mmap, madvise = seccomp.MMAP[column], seccomp.MADVISE[column]
+    private, shared, locked, huge = 0x22, 0x21, 0x2022, 0x40022  # anonymous, with PROT_READ | PROT_WRITE
+    assert [decide(mmap, 0, 1, 3, f) for f in (private, shared, locked, huge)] == [allow, deny, deny, deny]
+    assert decide(mmap, 0, 1, 1, 1) == allow  # a file, shared and read alone
+    assert [decide(madvise, 0, 1, a) for a in (4, 12, 14, 100)] == [allow, deny, deny, deny]
     allowed = {n[column] for n in seccomp.ALLOWED.values() if n[column] is not None}
-    special = {openat, clone, 435, ioctl, fcntl, *([2] if machine == "x86_64" else [])}
+    prlimit = seccomp.PRLIMIT64[column]
+    assert [decide(prlimit, *a) for a in ((0, 3), (0, 9), (1, 3))] == [allow, deny, deny]  # RLIMIT_STACK, _AS
+    special = {openat, clone, 435, ioctl, fcntl, mmap, madvise, *([2] if machine == "x86_64" else [])}
     assert {n for n in range(1024) if decide(n) == allow} - special == allowed
+    assert (
+        interpret(seccomp.program(machine, True, threads=False), clone, (0x3D0F00,), machine=machine) == deny
+    )
+    asks = seccomp.thread_filter(machine)
+    assert [interpret(asks, n, machine=machine) for n in (clone, openat)] == [0x7FC00000, allow]
 
 
 def test_the_last_block_of_python_is_the_code():
@@ -371,6 +416,15 @@ def test_the_last_block_of_python_is_the_code():
     assert extract(answer("```\nx = 3\n```")) == "x = 3\n"
     assert extract(answer("<answer>```py\n  x\n```</answer> ```python\ny\n```")) == "  x\n"
     assert extract(answer("x = 4")) == "x = 4"
+    assert extract(answer("```bash\nls\n```\n```\nx = 5\n```")) == "x = 5\n"
+    assert extract(answer("```python\nx = 1\n```\n```python\nx =")) == ""  # cut off
+
+
+@pytest.mark.parametrize("unit", ["```python\n", "```\n", "``` ", "```" + " " * 999, "\n", "<answer>"])
+def test_finding_the_code_takes_time_in_proportion(unit):
+    started = time.monotonic()
+    extract(answer(unit * (10**6 // len(unit))))
+    assert time.monotonic() - started < 2.0
 
 
 @inside
@@ -387,8 +441,43 @@ def test_the_score_is_the_share_of_tests_that_pass():
     assert score("```python\nprint(sum(map(int, input().split())))\n```", tests=programs) == 1.0
     assert score("```python\nprint(3)\n```", tests=programs) == 0.5
     assert score("```python\nprint(3)\nprint(1/0)\n```", tests=programs) == 0.0
-    with pytest.raises(ValueError, match="no test_list"):
-        score(good)
+    assert score(good) is None
+
+
+FORMS = [
+    ([{"input": "1 2\n", "output": "3\n"}], ("1 2\n", "3\n")),
+    ({"inputs": ["1 2\n"], "outputs": ["3\n"]}, ("1 2\n", "3\n")),
+    ({"input": [5], "output": [["3", 4]]}, ("5", "3\n4")),
+    ([{"input": ["1 2", "3"], "output": 3}], ("1 2\n3", "3")),
+    ('{"inputs": ["1"], "outputs": ["2"]}', ("1", "2")),
+]
+NO_FORMS = [
+    {"tests": {"inputs": ["1"], "outputs": []}},
+    {"tests": {"inputs": ["1"], "outputs": ["1"], "fn_name": "f"}},
+    {"tests": [{"input": "1"}]},
+    {"tests": [{"input": [[1]], "output": "1"}]},
+    {"tests": [{"input": {"a": 1}, "output": "1"}]},
+    {"tests": ["f(1) == 2"]},  # asserts nothing, so that everything would pass
+    {"tests": ["assert f(1) == 2", None]},
+    {"tests": "assert f(1) == 2"},
+    {"tests": 5},
+    {"test_list": [{"input": "1", "output": "1"}]},
+    {"test_list": ["assert f(1)"], "test_setup_code": ["import math"]},
+    {"prompt": "def f(x):\n", "test": "class T: pass"},
+    {"prompt": "Write f.", "test": "assert f(1) == 2"},
+]
+
+
+@pytest.mark.parametrize(("tests", "first"), FORMS)
+def test_tests_of_programs_come_in_several_forms(tests, first):
+    assert form_of_tests({"tests": tests}) == "tests"
+    assert programs(tests) == [first]
+
+
+@pytest.mark.parametrize("record", NO_FORMS)
+def test_tests_of_no_known_form_are_refused(record):
+    with pytest.raises(ValueError, match="expected"):
+        form_of_tests(record)
 
 
 @inside

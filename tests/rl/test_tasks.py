@@ -14,7 +14,8 @@ from jaxseek.config.run import RunConfig
 from jaxseek.data.dataset import open_rows
 from jaxseek.data.encode import encode_talk
 from jaxseek.rl.arithmetic import WORDS, character_tokenizer, demonstration, demonstrations, set_apart
-from jaxseek.rl.tasks import last_boxed, open_task
+from jaxseek.rl.rewards.answers import last_boxed
+from jaxseek.rl.tasks import open_task
 from jaxseek.tokenizer import chat
 from jaxseek.tokenizer.tokenizer import Tokenizer
 
@@ -323,6 +324,34 @@ def test_records_that_do_not_fit_are_refused(kind, records, data, message, tmp_p
     path = write(tmp_path / "bad.jsonl", records)
     with pytest.raises(ConfigError, match=message):
         open_task(run(kind, data={"train": path} | data, held_out=2))
+
+
+TESTED = {"prompt": "q", "tests": [{"input": "1", "output": "1"}]}
+CODE = {
+    "another form": (
+        [*GOOD, TESTED, ROW | {"tests": {"inputs": ["1"]}}],
+        r"line 6: tests is .*inputs.*expected a",
+    ),
+    "in eval": (
+        [*GOOD, TESTED, ROW | {"test_list": "assert f"}],
+        r"line 6: test_list is 'assert f', expected a",
+    ),
+    "none": (GOOD, r"kind code needs problems with tests; no record of data.train or data.eval has a column"),
+}
+
+
+@pytest.mark.parametrize(("records", "message"), CODE.values(), ids=CODE)
+def test_tests_that_the_code_reward_cannot_read_are_refused(records, message, tmp_path):
+    path = write(tmp_path / "code.jsonl", records)
+    with pytest.raises(ConfigError, match=message):
+        open_task(run("jsonl", reward="code", data={"train": path}, held_out=2))
+
+
+def test_a_file_may_have_problems_with_and_without_tests(tmp_path):
+    path = write(tmp_path / "code.jsonl", [*GOOD, TESTED])
+    assert open_task(run("jsonl", reward="code", data={"train": path}, held_out=2)).size
+    with pytest.raises(ConfigError, match=r'tests, which task.kind = "arithmetic" has not'):
+        open_task(run("arithmetic", reward="code"))
 
 
 def test_boxes_are_found_with_their_braces():

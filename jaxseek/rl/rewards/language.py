@@ -8,10 +8,11 @@ from typing import Literal
 from jaxseek.rl.problem import Answer
 
 # Code, formulas and tags, which belong to no language. A dollar sign opens a formula only if another one
-# closes it, so that prices do not.
+# closes it, so that prices do not. A formula does not open within another, so that a text of marks that never
+# close is read once.
 NEUTRAL = re.compile(
     r"```.*?(?:```|$)|`[^`\n]*`"
-    r"|\$\$.*?\$\$|\\\[.*?\\\]|\\\(.*?\\\)|\$(?!\s)[^$\n]*(?<!\s)\$(?!\d)"
+    r"|\$\$.*?\$\$|\\\[(?:(?!\\\[).)*?\\\]|\\\((?:(?!\\\().)*?\\\)|\$(?!\s)[^$\n]*(?<!\s)\$(?!\d)"
     r"|\\[A-Za-z]+|</?(?:think|answer)>",
     re.DOTALL,
 )

@@ -1,4 +1,4 @@
-"""The reward of an answer: a weighted sum of terms, none of which can stop the run.
+"""The reward of an answer: the weighted sum of the terms that apply to it, none of which can stop the run.
 
 Cheap terms are computed here, `math` and `python` in worker processes (sandbox/pool.py), `code` in a sandbox
 (sandbox/execute.py). A term that raises, times out or is not a finite number fails for that answer alone.
@@ -8,6 +8,7 @@ Nothing here imports JAX, since the workers import this module.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,8 +25,17 @@ from jaxseek.rl.rewards.code import code
 from jaxseek.rl.rewards.countdown import countdown
 from jaxseek.rl.rewards.format import format, length
 from jaxseek.rl.rewards.language import language
-from jaxseek.rl.sandbox.execute import check_platform
+from jaxseek.rl.sandbox.execute import BrokenProblem, check_platform
 from jaxseek.rl.sandbox.pool import Pool, WorkerError
+
+log = logging.getLogger(__name__)
+
+
+class Broken(str):
+    """The reason why an answer has no score, if that is the problem's fault."""
+
+
+Value = float | str | None  # a score, the reason why there is none, or None where a term does not apply
 
 
 @dataclass(frozen=True)
@@ -42,11 +52,16 @@ class Failure:
 
 @dataclass(frozen=True)
 class Scores:
-    """Rewards of N answers, float64 [N]: `total`, and its unweighted terms by name; NaN marks a failure."""
+    """Rewards of N answers, float64 [N]: `total`, and its unweighted terms by name; NaN where there is none.
+
+    That is so for `failures`, and for the answers that are `left_out`: no term applies to them, or their
+    problem is broken.
+    """
 
     total: np.ndarray
     parts: dict[str, np.ndarray]
     failures: list[Failure]
+    left_out: set[int]
 
 
 class Rewards:
@@ -68,6 +83,8 @@ class Rewards:
             names = [config.name or config.kind for config in configs]
             raise ConfigError(f"the rewards are named {names}: give at least one, and each its own `name`")
         self.model_score = model_score
+        self.weighted = any(config.weight for config in configs)
+        self.broken: dict[str, str] = {}  # broken problems by their prompts, and why
         for name, config in self.configs.items():
             self._check(name, config)
         self.pool = Pool(cpu_workers)
@@ -92,23 +109,40 @@ class Rewards:
                 raise ConfigError(
                     f"rewards {name}: megabytes {config.megabytes} must be at least 64 for Python"
                 )
-            check_platform()
+            check_platform(config.sandbox)
         if config.kind == "python" and not all(config.function.partition(":")):
             raise ConfigError(f"rewards {name}: function {config.function!r} must be `module:function`")
         if config.kind == "model" and self.model_score is None:
             raise ConfigError(f"rewards {name}: kind model needs a reward model")
 
     def score(self, answers: list[Answer]) -> Scores:
-        total, parts, failures = np.zeros(len(answers)), {}, []
+        total, applies = np.zeros(len(answers)), np.zeros(len(answers), bool)
+        parts, failures, left_out = {}, [], set()
         for name, config in self.configs.items():
             values = self._term(config, answers)
-            failures += [Failure(i, name, v) for i, v in enumerate(values) if isinstance(v, str)]
-            parts[name] = np.array([math.nan if isinstance(v, str) else v for v in values], np.float64)
+            for i, value in enumerate(values):
+                if isinstance(value, Broken):
+                    left_out.add(i)
+                    self._note_broken(answers[i], value)
+                elif isinstance(value, str):
+                    failures.append(Failure(i, name, value))
+            given = np.array([value is not None for value in values], bool)
+            parts[name] = np.array([v if isinstance(v, float) else math.nan for v in values], np.float64)
             if config.weight:
-                total += config.weight * parts[name]
-        return Scores(total, parts, failures)
+                total += config.weight * np.where(given, parts[name], 0.0)
+            if config.weight or not self.weighted:
+                applies |= given
+        total[~applies] = math.nan
+        return Scores(total, parts, failures, left_out | set(map(int, np.flatnonzero(~applies))))
 
-    def _term(self, config: RewardConfig, answers: list[Answer]) -> list[float | str]:
+    def _note_broken(self, answer: Answer, reason: str) -> None:
+        """Name a broken problem in the log, once."""
+        prompt = str(answer.problem.prompt)
+        if prompt not in self.broken:
+            self.broken[prompt] = reason
+            log.warning("broken problem, its answers are left out: %s (prompt: %.80r)", reason, prompt)
+
+    def _term(self, config: RewardConfig, answers: list[Answer]) -> list[Value]:
         if config.kind in ("math", "python"):
             return self.pool.score(config, answers)
         if config.kind == "code":
@@ -128,7 +162,7 @@ class Rewards:
         self.close()
 
 
-def _function(config: RewardConfig) -> Callable[[Answer], float]:
+def _function(config: RewardConfig) -> Callable[[Answer], float | None]:
     """Return the function of a reward that this process computes, one answer at a time."""
     return {
         "exact": exact,
@@ -136,19 +170,21 @@ def _function(config: RewardConfig) -> Callable[[Answer], float]:
         "format": partial(format, tags=config.tags),
         "language": partial(language, target=config.language),
         "length": partial(length, target=config.target),
-        "code": partial(code, seconds=config.seconds, megabytes=config.megabytes),
+        "code": partial(code, seconds=config.seconds, megabytes=config.megabytes, sandbox=config.sandbox),
     }[config.kind]
 
 
-def _attempt(function: Callable[[Answer], float], answer: Answer) -> float | str:
+def _attempt(function: Callable[[Answer], float | None], answer: Answer) -> Value:
     try:
         return function(answer)
+    except BrokenProblem as error:
+        return Broken(error)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
 
-def numbers(values: Any, count: int) -> list[float | str]:
-    """Convert `values` to floats, or to a reason if one is not a finite number.
+def numbers(values: Any, count: int) -> list[Value]:
+    """Convert `values` to floats, None where it is None, or to a reason if one is not a finite number.
 
     Raises ValueError if there are not `count` values.
     """
@@ -156,7 +192,9 @@ def numbers(values: Any, count: int) -> list[float | str]:
     if len(values) != count:
         raise ValueError(f"{len(values)} rewards for {count} answers")
 
-    def number(value: Any) -> float | str:
+    def number(value: Any) -> Value:
+        if value is None:
+            return None
         try:
             converted = math.nan if isinstance(value, (str, bytes)) else float(value)
         except (TypeError, ValueError, OverflowError):

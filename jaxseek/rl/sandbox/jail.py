@@ -1,8 +1,9 @@
 """Script inside the sandbox: it locks itself in, and then executes untrusted code.
 
-Started by programs.py as `python -S -P -s -B jail.py FD`, with a job in JSON at file descriptor FD. It gives
-up, in this order: resources (setrlimit), files (Landlock: only the Python installation can be read) and
-system calls (seccomp.py). Only then does it read the code. Three roles:
+Started by execute.py as `python -S -P -s -B jail.py FD`, with a job in JSON at file descriptor FD. It ties
+its life to its parent's and to a timer of the kernel, and gives up, in this order: resources (setrlimit),
+capabilities, files (Landlock: only the Python installation can be read) and system calls (seccomp.py). Only
+then does it read the code. Three roles:
 
 program    runs the code as `__main__`, with its own standard input and output.
 candidate  runs the code as a module, and then calls its functions on the judge's request.
@@ -12,7 +13,9 @@ judge      runs the tests. Its stand-ins for the candidate's functions pass plai
 Standard library only, and no import of jaxseek: this file is a program of its own.
 """
 
-import ast
+from __future__ import annotations
+
+import _socket
 import builtins
 import collections
 import ctypes
@@ -21,12 +24,18 @@ import itertools
 import json
 import os
 import resource
+import signal
 import struct
 import sys
 import types
-from typing import Any
 
-PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 22, 38, 2
+TYPE_CHECKING = False  # typing takes time to import
+if TYPE_CHECKING:
+    from typing import Any
+
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 1, 22, 38, 2
+SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_NEW_LISTENER = 1, 8
+CLOCK_MONOTONIC, CAPABILITY_VERSION_3 = 1, 0x20080522
 LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446
 READ_FILE, READ_DIR = 1 << 2, 1 << 3
 FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}  # number of LANDLOCK_ACCESS_FS_* by ABI; later ones have 16
@@ -35,15 +44,31 @@ ITEMS = 1 << 18  # longest iterator that is passed on
 
 # Modules to import in advance, where no file can be opened afterwards.
 COMMON = [
-    "abc", "array", "base64", "bisect", "calendar", "cmath", "collections", "contextlib", "copy",
+    "abc", "array", "ast", "base64", "bisect", "calendar", "cmath", "collections", "contextlib", "copy",
     "dataclasses", "datetime", "decimal", "enum", "fractions", "functools", "hashlib", "heapq", "io",
     "itertools", "json", "math", "numbers", "operator", "pprint", "queue", "random", "re", "statistics",
-    "string", "struct", "textwrap", "threading", "time", "traceback", "typing", "unicodedata",
+    "string", "struct", "symtable", "textwrap", "threading", "time", "traceback", "typing", "unicodedata",
     "_strptime",
 ]  # fmt: skip
 
 
 # Confinement
+
+
+def limit_life(libc, calls, parent, seconds):
+    """Have the kernel kill this process when its parent ends, and at the latest in `seconds`.
+
+    Neither can be undone once the filter is in force. The timer of the process that started this one comes
+    first; this is for when that is gone, or stopped.
+    """
+    call(libc.prctl, PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if parent and os.getppid() != parent:  # it ended before it could be noticed
+        os._exit(1)
+    timer, event = ctypes.c_int(), struct.pack("=qii48x", 0, signal.SIGKILL, 0)
+    whole, part = divmod(seconds + 1.0, 1.0)
+    value = struct.pack("=qqqq", 0, 0, int(whole), int(part * 1e9))
+    call(libc.syscall, calls["timer_create"], CLOCK_MONOTONIC, event, ctypes.byref(timer))
+    call(libc.syscall, calls["timer_settime"], timer, 0, value, None)
 
 
 def limit_resources(megabytes, seconds):
@@ -52,9 +77,13 @@ def limit_resources(megabytes, seconds):
         "RLIMIT_CPU": int(seconds) + 1,
         "RLIMIT_FSIZE": 0,
         "RLIMIT_NOFILE": 32,
-        "RLIMIT_CORE": 0,
+        "RLIMIT_MEMLOCK": 0,
+        "RLIMIT_CORE": 1,  # 0 would still start a collector of core dumps, if the host has one
     }.items():
-        resource.setrlimit(getattr(resource, name), (value, value))
+        kind = getattr(resource, name)
+        hard = resource.getrlimit(kind)[1]
+        least = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (least, least))
 
 
 def call(function, *arguments):
@@ -79,12 +108,27 @@ def restrict_files(libc, abi, paths):
     os.close(ruleset)
 
 
-def restrict_calls(libc, program):
-    class Program(ctypes.Structure):
-        _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
+class Program(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
 
-    filled = Program(len(program) // 8, program)
-    call(libc.prctl, PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(filled), 0, 0)
+    def __init__(self, code):
+        super().__init__(len(code) // 8, code)
+
+
+def restrict_calls(libc, program):
+    filled = ctypes.byref(Program(program))
+    call(libc.prctl, PR_SET_SECCOMP, SECCOMP_MODE_FILTER, filled, 0, 0)
+
+
+def hand_over_threads(libc, number, program, report):
+    """Install the filter that asks before each thread, and send its listener along with the report."""
+    filled, flag = ctypes.byref(Program(program)), SECCOMP_FILTER_FLAG_NEW_LISTENER
+    listener = call(libc.syscall, number, SECCOMP_SET_MODE_FILTER, flag, filled)
+    rights = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack("=i", listener))
+    link = _socket.socket(fileno=report)
+    link.sendmsg([b"\n"], [rights])
+    link.detach()
+    os.close(listener)
 
 
 def lock_in(job):
@@ -92,10 +136,16 @@ def lock_in(job):
     if not job["landlock"]:
         for name in COMMON:
             importlib.import_module(name)
+    calls = job["calls"]
+    limit_life(libc, calls, job["parent"], job["seconds"])
     limit_resources(job["megabytes"], job["seconds"])
+    header, none = struct.pack("=Ii", CAPABILITY_VERSION_3, 0), bytes(24)
+    call(libc.syscall, calls["capset"], header, none)
     call(libc.prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     if job["landlock"]:
         restrict_files(libc, job["landlock"], job["readable"])
+    if job["threads"]:
+        hand_over_threads(libc, calls["seccomp"], bytes.fromhex(job["threads"]), job["report"])
     restrict_calls(libc, bytes.fromhex(job["filter"]))
 
 
@@ -141,7 +191,7 @@ def encode(value: Any, hold) -> Any:
         return {"made": [kind.__module__, kind.__name__, [encode(v, hold) for v in arguments]]}
     if TYPES.get(getattr(value, "__name__", "")) is value:
         return {"type": value.__name__}
-    if isinstance(value, (map, filter, zip, reversed, types.GeneratorType)):
+    if isinstance(value, (map, filter, zip, reversed, types.GeneratorType, type(iter([])))):
         items = list(itertools.islice(value, ITEMS + 1))
         if len(items) > ITEMS:
             raise ValueError(f"an iterator of more than {ITEMS} items")
@@ -182,8 +232,8 @@ def decode(data: Any, held) -> Any:
 
 def run_program(job):
     module = types.ModuleType("__main__")
+    module.__file__ = "program.py"
     sys.modules["__main__"] = module
-    sys.argv = ["program"]
     exec(compile(job["code"], "program", "exec"), module.__dict__)
 
 
@@ -214,38 +264,63 @@ def run_candidate(job):
                     result = setattr(*message)
                 reply = {"value": encode(result, hold)}
             except BaseException as error:
-                reply = {"raised": type(error).__name__}
+                known = (k.__name__ for k in type(error).__mro__ if getattr(builtins, k.__name__, 0) is k)
+                reply = {"raised": next(known)}
             replies.write(json.dumps(reply).encode() + b"\n")
             replies.flush()
 
 
+class Raised(BaseException):
+    """The candidate raised something: no test catches it, and none passes that has met it."""
+
+
+class Unpassable(Exception):
+    """A test gives the candidate what is not plain data, such as a function of its own."""
+
+
 class Link:
-    """The judge's connection to the candidate. The candidate may send anything; none of it is executed."""
+    """The judge's connection to the candidate. The candidate may send anything; none of it is executed.
+
+    `failed` is set by whatever goes wrong with a request, so that a test that swallows the exception has
+    still not passed. An exception of the candidate reaches the test only if it is of a builtin class that the
+    test names (`expected`), as in `except ValueError`; never one by which Python ends an iteration, a test
+    tells that it failed, or the judge that a module is not here.
+    """
+
+    PROTOCOL = (StopIteration, StopAsyncIteration, AssertionError, ImportError)
 
     def __init__(self, descriptor):
         self.replies = open(descriptor, "rb")  # noqa: SIM115 - open for the life of the process
         self.requests = open(descriptor, "wb", closefd=False)  # noqa: SIM115
+        self.failed, self.expected = False, set()
 
     def ask(self, *message):
+        before, self.failed = self.failed, True
         self.requests.write(json.dumps(encode(list(message), self.refuse)).encode() + b"\n")
         self.requests.flush()
         line = self.replies.readline(MESSAGE)
         if not line.endswith(b"\n"):
-            raise ConnectionError("the candidate has ended, or its value is too large")
+            raise Raised("the candidate has ended, or its value is too large")
         reply = json.loads(line)
-        if "raised" in reply:
-            kind = getattr(builtins, str(reply["raised"]), None)
-            known = (
-                isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, UnicodeError)
-            )
-            raise (kind if known and kind else RuntimeError)("raised by the candidate")
-        return decode(reply["value"], lambda number: Remote(self, int(number)))
+        if "raised" not in reply:
+            value = decode(reply["value"], lambda number: Remote(self, int(number)))
+            self.failed = before
+            return value
+        kind = getattr(builtins, str(reply["raised"]), None)
+        if not (isinstance(kind, type) and issubclass(kind, Exception)) or issubclass(kind, self.PROTOCOL):
+            raise Raised(str(reply["raised"]))
+        named = {k.__name__ for k in kind.__mro__ if issubclass(k, Exception) and k is not Exception}
+        if not named & self.expected:
+            raise Raised(kind.__name__)
+        error = (ValueError if issubclass(kind, UnicodeError) else kind)("raised by the candidate")
+        self.failed = before
+        raise error
 
     @staticmethod
     def refuse(value):
         if isinstance(value, Remote):
             return value._number
-        raise TypeError(f"a {type(value).__name__} cannot be passed to the candidate")
+        raise Unpassable(f"a test passes a {type(value).__name__} to the code, which takes plain data only")
 
 
 class Remote:
@@ -266,36 +341,77 @@ class Remote:
         self._link.ask("set", self, name, value)
 
 
-def run_judge(job):
-    """Execute the tests one by one, and report for each whether it ended without an exception.
+def names_in(source):
+    """Return the names that code looks up in its module, and those that it imports or defines there."""
+    import symtable
 
-    Names are resolved from the builtins, then `trusted` code, then the standard library, and only then from
-    the candidate, so that it cannot substitute its own `abs` or `math`. `functions` always come from the
-    candidate.
+    top = symtable.symtable(source, "test", "exec")
+    own = {s.get_name() for s in top.get_symbols() if s.is_imported() or s.is_namespace()}
+    used, tables = set(), [top]
+    for table in tables:
+        looked_up = (s for s in table.get_symbols() if s.is_referenced() and (table is top or s.is_global()))
+        used |= {s.get_name() for s in looked_up}
+        tables += table.get_children()
+    return used, own
+
+
+def run_judge(job):
+    """Execute the tests one by one, and report for each true, false, or why the problem itself is broken.
+
+    The candidate supplies `functions`, as far as the tests use them; a problem that does not say which these
+    are gets from it the names that nothing else defines. Everything else comes from here: builtins, `trusted`
+    code, the standard library, and what set-up and tests define.
     """
-    namespace: dict[str, Any] = {"__name__": "tests"}
-    exec(compile(job["trusted"], "trusted", "exec"), namespace)
-    nodes = [node for source in [job["setup"], *job["tests"]] for node in ast.walk(ast.parse(source))]
-    missing = {n.id for n in nodes if isinstance(n, ast.Name)} - set(namespace) - set(dir(builtins))
-    named = {n.value.id for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)}
-    modules = missing & named & sys.stdlib_module_names
-    namespace.update({name: importlib.import_module(name) for name in modules})
-    wanted = [*sorted(missing - modules), *job["functions"]]
-    link = Link(job["link"])
+    import ast  # here and not above, since it takes a fifth of the time in which the other roles start
+
+    module = sys.modules["__main__"] = types.ModuleType("__main__")
+    namespace: dict[str, Any] = module.__dict__
+    link, setup, tests = Link(job["link"]), job["setup"], job["tests"]
     with open(job["report"], "w") as report:
-        report.write("parsed\n")
-        report.flush()
-        found = link.ask("names", wanted)
-        namespace.update((name, value) for name, value in found.items() if name in wanted)
-        exec(compile(job["setup"], "setup", "exec"), namespace)
-        for test in job["tests"]:
-            try:
-                exec(compile(test, "test", "exec"), namespace)
-                passed = True
-            except Exception:
-                passed = False
-            report.write(json.dumps(passed) + "\n")
+
+        def tell(verdict):
+            report.write(json.dumps(verdict) + "\n")
             report.flush()
+
+        def run(what, source):
+            """Return whether code ran well, and what it raised."""
+            link.failed = False
+            try:
+                exec(compile(source, what, "exec"), namespace)
+            except SystemExit as end:  # unittest.main ends so
+                return not (end.code or link.failed), end
+            except BaseException as error:
+                return False, error
+            return not link.failed, None
+
+        try:
+            exec(compile(job["trusted"], "prompt", "exec"), namespace)
+            sources = [setup, *tests]
+            used, own = (set().union(*names) for names in zip(*map(names_in, sources)))
+            nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
+            attributes = [n.value for n in nodes if isinstance(n, ast.Attribute)]
+            based = {n.id for n in attributes if isinstance(n, ast.Name)} & sys.stdlib_module_names
+            missing = used - own - set(namespace) - set(dir(builtins))
+            wanted = used & set(job["functions"]) or missing - based
+            modules = {name: importlib.import_module(name) for name in (missing & based) - wanted}
+            namespace.update(modules)
+            link.expected = {n.id for n in nodes if isinstance(n, ast.Name)}
+            in_setup = names_in(setup)[0] & wanted
+        except BaseException as error:
+            return tell(f"the tests cannot be read: {type(error).__name__}: {error}")
+        found = link.ask("names", sorted(wanted))
+        namespace.update((name, value) for name, value in found.items() if name in wanted)
+        fine, error = run("set-up", setup)
+        # Code that a candidate has no part in, or a module that is not there, cannot be its fault.
+        absent = isinstance(error, ImportError) and not link.failed
+        if not fine and (absent or not in_setup):
+            return tell(f"the set-up of the tests fails: {type(error).__name__}: {error}")
+        for number, test in enumerate(tests, 1):
+            passed, error = run(f"test {number}", test) if fine else (False, None)
+            absent = isinstance(error, ImportError) and not link.failed
+            if absent or isinstance(error, Unpassable):
+                return tell(f"test {number} fails: {type(error).__name__}: {error}")
+            tell(passed)
 
 
 def main():
@@ -303,8 +419,10 @@ def main():
         job = json.load(file)
     role = {"program": run_program, "candidate": run_candidate, "judge": run_judge}[job["role"]]
     lock_in(job)
+    builtins.exit = builtins.quit = sys.exit  # `python FILE` has them, but not with -S
+    sys.argv = ["program.py"]
     os.write(job["report"], b"ready\n")
-    if job["role"] != "judge":
+    if job["role"] != "judge":  # the judge alone may report more
         os.close(job["report"])
     role(job)
 

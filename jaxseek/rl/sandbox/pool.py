@@ -52,8 +52,8 @@ class Pool:
         """Load a reward in a worker. Raises WorkerError if the worker cannot import what it needs."""
         self._request(config, None)
 
-    def score(self, config: RewardConfig, answers: list[Answer]) -> list[float | str]:
-        """Return for each answer the reward, or the reason why there is none."""
+    def score(self, config: RewardConfig, answers: list[Answer]) -> list[float | str | None]:
+        """Return for each answer the reward, None if it does not apply, or the reason why there is none."""
         size = max(1, min(CHUNK, -(-len(answers) // (2 * self.size))))
         chunks = [answers[i : i + size] for i in range(0, len(answers), size)]
         return [
@@ -70,7 +70,7 @@ class Pool:
             worker.close()
         self.workers.clear()
 
-    def _chunk(self, config: RewardConfig, answers: list[Answer]) -> list[float | str]:
+    def _chunk(self, config: RewardConfig, answers: list[Answer]) -> list[float | str | None]:
         try:
             return self._request(config, answers)
         except WorkerError as error:
@@ -78,7 +78,7 @@ class Pool:
                 return [str(error)]
         return [self._chunk(config, [answer])[0] for answer in answers]
 
-    def _request(self, config: RewardConfig, answers: list[Answer] | None) -> list[float | str]:
+    def _request(self, config: RewardConfig, answers: list[Answer] | None) -> list[float | str | None]:
         worker = self.idle.get()
         try:
             if self.closed:
@@ -128,7 +128,7 @@ class Worker:
             self._ask(("load", config, sys.path), LOADING)
             self.loaded.add(config)
 
-    def score(self, config: RewardConfig, answers: list[Answer]) -> list[float | str]:
+    def score(self, config: RewardConfig, answers: list[Answer]) -> list[float | str | None]:
         return self._ask(("score", config, answers), config.seconds * len(answers))
 
     def kill(self) -> None:
@@ -145,7 +145,7 @@ class Worker:
             for descriptor in (self.requests, self.replies, self.lifeline):
                 os.close(descriptor)
 
-    def _ask(self, message: Any, seconds: float) -> list[float | str]:
+    def _ask(self, message: Any, seconds: float) -> list[float | str | None]:
         """Send a message and return the values of the reply.
 
         The process is closed if it sends no valid reply in time. Raises WorkerError.

@@ -2,12 +2,14 @@
 
 The arguments are file descriptors. Requests are pickles prefixed by their length (8 bytes): ("load", config,
 search path) and ("score", config, answers). A reply is one line of JSON: {"values": [...]} with a number or a
-textual reason for each answer, or {"raised": text}. Prints of a reward go to standard error. The lifeline is
-a pipe that nobody writes to: it closes when the trainer ends, and this process then ends too.
+textual reason for each answer (null where the reward does not apply), or {"raised": text}. Prints of a reward
+go to standard error. The lifeline is a pipe that nobody writes to: it closes when the trainer ends, and this
+process then ends too.
 """
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import importlib
 import json
@@ -22,8 +24,7 @@ from typing import IO, Any
 
 from jaxseek.config.rl import RewardConfig
 from jaxseek.rl.problem import Answer
-from jaxseek.rl.rewards import answers as of_answers
-from jaxseek.rl.rewards import terms
+from jaxseek.rl.rewards import mathematics, terms
 
 Function = Callable[[list[Answer]], list[Any]]
 
@@ -33,7 +34,7 @@ def load(config: RewardConfig) -> Function:
     if config.kind == "math":
         logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of every slow comparison
         importlib.import_module("math_verify")
-        return lambda answers: [of_answers.math(answer, config.seconds) for answer in answers]
+        return lambda answers: [mathematics.math(answer, config.seconds) for answer in answers]
     module, _, name = config.function.partition(":")
     function = functools.reduce(getattr, name.split("."), importlib.import_module(module))
     if not callable(function):
@@ -57,22 +58,34 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
                 functions[key] = load(config)
                 reply: dict[str, Any] = {"values": []}
             else:
-                reply = {"values": terms.numbers(functions[key](content), len(content))}
+                reply = {"values": terms.numbers(functions[key](list(content)), len(content))}
         except BaseException as error:
             reply = {"raised": f"{type(error).__name__}: {error}"[:500]}
         replies.write(json.dumps(reply).encode() + b"\n")
         replies.flush()
 
 
-def watch(lifeline: int) -> None:
-    """Kill this process group when the lifeline closes."""
+def end_with(lifeline: int) -> None:
+    """Have this process group killed when the lifeline closes.
+
+    The kernel does it on Linux, since a reward may keep the interpreter's lock, for which a thread would
+    wait.
+    """
+    if sys.platform == "linux":
+        fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
+        fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC)
+    threading.Thread(target=_watch, args=(lifeline,), daemon=True).start()
+
+
+def _watch(lifeline: int) -> None:
     os.read(lifeline, 1)
     os.killpg(0, signal.SIGKILL)
 
 
 def main() -> None:
     requests, replies, lifeline = map(int, sys.argv[1:])
-    threading.Thread(target=watch, args=(lifeline,), daemon=True).start()
+    end_with(lifeline)
     with open(requests, "rb") as source, open(replies, "wb") as sink:
         serve(source, sink)
 
