@@ -168,7 +168,10 @@ def _row(line: str, where: str) -> Any:
         raise ValueError(f'{where}: expected JSON with "prompt" or "messages", found {_brief(row)}')
     name = "messages" if "messages" in row else "prompt"
     content = row[name]
+    more = {key: row[key] for key in CHAT if row.get(key) is not None}
     if name == "prompt" and (isinstance(content, str) or _are_ids(content)):
+        if more:
+            raise ValueError(f"{where}: {', '.join(more)} belong to messages, and this prompt has none")
         return content
     if not isinstance(content, list):
         forms = "a list of messages" if name == "messages" else "text, token ids or a list of messages"
@@ -177,7 +180,6 @@ def _row(line: str, where: str) -> Any:
         check_messages(content)
     except ValueError as e:
         raise ValueError(f"{where}: {e}") from None
-    more = {key: row[key] for key in CHAT if row.get(key) is not None}
     for key in more.keys() & {"tools", "documents"}:
         check_tools(more[key], f"{where}: {key}")
     if not isinstance(more.get("chat_template_kwargs", {}), dict):

@@ -125,8 +125,8 @@ def settings(
         elif not off and not _NEUTRAL.fullmatch(name):
             lost[name] = value
     sampling = Sampling(**otherwise | {k: v for k, v in used.items() if k != "do_sample"} | chosen)
-    said = [f"{_listed(used)} in use where no option says otherwise"] if used else []
-    said += [f"no effect here: {_listed(lost)}"] if lost else []
+    said = [f"{_listed(used)} (options come first)"] if used else []
+    said += [f"not honoured: {_listed(lost)}"] if lost else []
     return sampling, f"generation_config.json: {'; '.join(said)}" if said else ""
 
 
@@ -147,7 +147,7 @@ def _listed(values: Mapping[str, Any]) -> str:
 @functools.cache
 def _log_once(said: str) -> None:
     if said:
-        log.log(logging.WARNING if "no effect" in said else logging.INFO, "%s", said)
+        log.log(logging.WARNING if "not honoured" in said else logging.INFO, "%s", said)
 
 
 def request(

@@ -96,6 +96,8 @@ def added_tokens(
                 f"added_tokens.json gives {name!r} the id {number}, tokenizer_config.json "
                 f"{found[name]['id']}; expected one id, as the weights were trained with"
             )
+    for name in found.keys() & special:
+        found[name]["special"] = True
     return found
 
 

@@ -100,7 +100,8 @@ class Tokenizer:
         self.add_bos = backend.adds_bos(bos) if add_bos is None else bool(add_bos)
         self.chat_template = self.chat_templates.get("default")
         if template is not None:
-            self.template, self.chat_template = self._chosen(template)
+            self.template, own = self._chosen(template)
+            self.chat_template = own if self.template == "jinja" else None
         self._skipped = backend.special.union(ids("bos"), ids("pad"), self.eos_ids)
 
     @classmethod
@@ -223,10 +224,10 @@ class Tokenizer:
         if name in chat.TEMPLATES:
             switches = [extra.pop(k) for k in forms.SWITCHES if k in extra]
             thinking = next(iter(switches), thinking)
-            known = {"role", "content", "prefix", *(("tool_calls",) if self._calls_tools_as_own else ())}
-            tool_talk = any(m["role"] == "tool" or m.keys() - known for m in messages)
-            if source is not None and template is None and (tools or documents or extra or tool_talk):
-                name = "jinja"  # the form stands for the model's own template, which takes these
+            if source is not None and template is None:  # the form stands for the model's own template
+                known = {"role", "content", "prefix", *(("tool_calls",) if self._calls_tools_as_own else ())}
+                more = any(m["role"] == "tool" or m.keys() - known for m in messages)
+                name = "jinja" if tools or documents or extra or more else name
         if name in chat.TEMPLATES and (tools or documents or extra):
             what = "tool descriptions" if tools else "documents" if documents else ", ".join(extra)
             raise TokenizerError(
@@ -435,7 +436,9 @@ class _HuggingFace:
         for name, token in beside.items():
             added.setdefault(name, token | {"id": ids.get(name, token["id"])})
         for name in special:
-            if name in ids and name not in added:
+            if name in added:
+                added[name]["special"] = True
+            elif name in ids:
                 added[name] = {"id": ids[name], "content": name, "special": True, **folder.FLAGS}
         self.added = {name: token["id"] for name, token in added.items()}
         self.vocabulary = max((i for piece, i in ids.items() if piece not in added), default=-1) + 1
@@ -452,10 +455,12 @@ class _HuggingFace:
         renamed = [{**token, "content": self._alias.get(name, name)} for name, token in added.items()]
         spec["added_tokens"] = sorted(renamed, key=lambda token: token["id"])
         _rename(model, self._alias, self._alias.keys() & ids.keys())
-        if isinstance(vocab, dict):  # tokenizers numbers those that it does not find, one after the other
-            model["vocab"] |= {a: self.control[n] for n, a in self._alias.items() if n not in ids}
         spec |= {"post_processor": None, "truncation": None, "padding": None}
         self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        own = {self._alias.get(name, name): token["id"] for name, token in added.items() if name not in ids}
+        if isinstance(vocab, dict) and any(self._tokenizer.token_to_id(name) != i for name, i in own.items()):
+            model["vocab"] |= own  # tokenizers numbers what is not there, one after the other
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
         if "ByteLevel" in json.dumps(spec["decoder"]):
             byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
             self._literals = {i: byte_level.pre_tokenize_str(n)[0][0] for i, n in self._literals.items()}

@@ -87,7 +87,7 @@ def test_settings_are_those_given_then_of_the_checkpoint_then_the_defaults():
     found, said = settings(FILE, {"temperature": None, "top_k": None, "min_p": 0.1}, top_p=0.5)
     assert (found.temperature, found.top_k, found.top_p, found.min_p) == (0.01, 1, 0.5, 0.1)
     assert found.max_new_tokens == 9
-    assert "temperature 0.01, top_k 1, max_new_tokens 9 in use" in said
+    assert "temperature 0.01, top_k 1, max_new_tokens 9 (options come first)" in said
     given, said = settings(FILE, {"temperature": 0.5, "top_k": 2, "max_new_tokens": 3}, max_new_tokens=7)
     assert (given.temperature, given.top_k, given.max_new_tokens, said) == (0.5, 2, 3, "")
     assert settings({}, {"temperature": None}) == (Sampling(), "")
@@ -111,8 +111,8 @@ def test_settings_of_a_file_that_cannot_be_honoured_are_named_and_others_are_use
     off = {"repetition_penalty": 1.0, "num_beams": 1, "no_repeat_ngram_size": 0, "suppress_tokens": None}
     found, said = settings(file, {})
     assert (found.top_k, found.temperature) == (5, Sampling().temperature)
-    lost = 'no effect here: repetition_penalty 1.2, num_beams 4, temperature "hot", top_p 2'
-    assert said == f"generation_config.json: top_k 5 in use where no option says otherwise; {lost}"
+    lost = 'not honoured: repetition_penalty 1.2, num_beams 4, temperature "hot", top_p 2'
+    assert said == f"generation_config.json: top_k 5 (options come first); {lost}"
     assert settings(off | {"transformers_version": "4.40"}, {}) == (Sampling(), "")
 
 
