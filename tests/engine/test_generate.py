@@ -80,6 +80,22 @@ def test_one_seed_gives_each_prompt_noise_of_its_own_and_the_same_alone():
     assert together == [ids(p, temperature=1.3, seed=7)[0] for p in prompts]
 
 
+def test_prompts_that_differ_draw_independently_with_one_seed():
+    vocab, n, seeds = model().cfg.vocab_size, 32, range(6)
+    prompts = [[1 + i % 8] * (1 + i // 8) for i in range(n)]
+    options = {"temperature": 100.0, "top_p": 1.0, "max_new_tokens": 1}
+    found = [[tokens[0] for tokens in ids(prompts, seed=seed, **options)] for seed in seeds]
+    missed = (1 - 1 / vocab) ** n  # the chance that none of n even draws is a given token
+    variance = vocab * missed * (1 - missed) + vocab * (vocab - 1) * ((1 - 2 / vocab) ** n - missed**2)
+    distinct = np.mean([len(set(tokens)) for tokens in found])
+    assert abs(distinct - vocab * (1 - missed)) < 4 * np.sqrt(variance / len(seeds))
+    assert found[1][::8] == [ids(p, seed=1, **options)[0][0] for p in prompts[::8]]
+
+
+def test_a_prompt_and_the_same_with_a_zero_behind_it_have_noise_of_their_own():
+    assert len({seed_for(7, p) for p in ([], [0], [5], [5, 0], [5, 0, 0], [0, 5])}) == 6
+
+
 FILE = {"temperature": 0.01, "top_k": 1, "do_sample": True, "top_p": None, "max_new_tokens": 9}
 
 
