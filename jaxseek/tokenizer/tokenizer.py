@@ -142,6 +142,8 @@ class Tokenizer:
         """Name of the chat template: a built-in one only where it renders as the model's own does."""
         if self.chat_template is None:
             return chat.detect(self._backend.control, self._names.get("bos_token"))
+        if self._ids_of("jinja", forms.PROBES[0], True, None) is None:
+            return "jinja"  # why it fails is told where it is used
         return next((n for n in chat.TEMPLATES if self._renders_as_own(n, forms.PROBES)), "jinja")
 
     @functools.cached_property
@@ -298,22 +300,19 @@ class Tokenizer:
         """Return whether a Jinja template has a switch for thinking."""
         return bool(forms.variables(source or "") & forms.SWITCHES)
 
+    def _ids_of(self, name: str, *options: Any) -> list[int] | None:
+        """Return the ids of a probe by a built-in form, or by the model's own template; None if it fails."""
+        try:
+            segments = self._render(name, self.chat_template, *options)
+            return self._encode(segments, bos=name in chat.TEMPLATES)
+        except TokenizerError:
+            return None
+
     def _renders_as_own(self, name: str, probes: Sequence[Sequence[Message]]) -> bool:
         """Return whether a built-in form gives the ids of the model's own template for every probe."""
-
-        def ids(template: str, *options: Any) -> list[int] | None:
-            try:
-                segments = self._render(template, self.chat_template, *options)
-                return self._encode(segments, bos=template in chat.TEMPLATES)
-            except TokenizerError:
-                return None
-
-        try:
-            modes = chat.TEMPLATES[name][1] if self._switches(self.chat_template) else (None,)
-        except TokenizerError:  # as it is told where the template is used
-            return False
+        modes = chat.TEMPLATES[name][1] if self._switches(self.chat_template) else (None,)
         cases = itertools.product(probes, (True, False), modes)
-        return all(ids(name, *case) == ids("jinja", *case) for case in cases)
+        return all(self._ids_of(name, *case) == self._ids_of("jinja", *case) for case in cases)
 
     def _check_written(
         self, name: str, source: str | None, render: Any, messages: Any, tools: Any, documents: Any
