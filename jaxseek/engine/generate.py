@@ -84,7 +84,7 @@ def generate(
 
 # Keys of generation_config.json that change no token: ids that others read, caches, what is returned.
 _NEUTRAL = re.compile(
-    "(bos|eos|pad|decoder_start)_token_id|_from_model_config|transformers_version|use_cache|cache_.*|return_.*"
+    "(bos|pad|decoder_start)_token_id|_from_model_config|transformers_version|use_cache|cache_.*|return_.*"
     "|output_.*|early_stopping|length_penalty|low_memory|disable_compile|compile_config|renormalize_logits"
     "|remove_invalid_values|trust_remote_code"
 )
@@ -107,6 +107,9 @@ def settings(
         if name == "do_sample":
             if value is False and given.get("temperature") is None:
                 used["temperature"], used[name] = 0.0, False
+        elif name == "eos_token_id":
+            if not all(type(end) is int for end in (value if isinstance(value, list) else [value or 0])):
+                lost[name] = value
         elif name == "stop_strings" and strings:
             stops = [value] if isinstance(value, str) else value or []
             if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):

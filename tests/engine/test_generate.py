@@ -124,7 +124,14 @@ def test_settings_of_a_file_that_cannot_be_honoured_are_named_and_others_are_use
         "top_k": 5,
         "bos_token_id": 7,
     }
-    off = {"repetition_penalty": 1.0, "num_beams": 1, "no_repeat_ngram_size": 0, "suppress_tokens": None}
+    assert settings({"eos_token_id": [1, "x"]}, {})[1].endswith('not honoured: eos_token_id [1, "x"]')
+    off = {
+        "eos_token_id": [1, 2],
+        "repetition_penalty": 1.0,
+        "num_beams": 1,
+        "no_repeat_ngram_size": 0,
+        "suppress_tokens": None,
+    }
     found, said = settings(file, {})
     assert (found.top_k, found.temperature) == (5, Sampling().temperature)
     lost = 'not honoured: repetition_penalty 1.2, num_beams 4, temperature "hot", top_p 2'
