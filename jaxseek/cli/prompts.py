@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxseek.cli.shared import WrongUse, check_tools, unicode
+from jaxseek.cli.shared import WrongUse, unicode
 from jaxseek.storage.place import place
 
 
@@ -156,7 +156,7 @@ def _file(file: str) -> Iterator[Prompt]:
 def _row(line: str, where: str) -> Any:
     """Return the prompt or the messages of a line of JSON, the latter with tools where it has such keys."""
     from jaxseek.engine.text import CHAT
-    from jaxseek.tokenizer.chat import check_messages
+    from jaxseek.tokenizer.chat import check_messages, check_tables
 
     try:
         row = json.loads(line)
@@ -178,10 +178,10 @@ def _row(line: str, where: str) -> Any:
         raise ValueError(f"{where}: {name} is {_brief(content)}, expected {forms}")
     try:
         check_messages(content)
+        for key in more.keys() & {"tools", "documents"}:
+            check_tables(key, more[key])
     except ValueError as e:
         raise ValueError(f"{where}: {e}") from None
-    for key in more.keys() & {"tools", "documents"}:
-        check_tools(more[key], f"{where}: {key}")
     if not isinstance(more.get("chat_template_kwargs", {}), dict):
         raise ValueError(
             f"{where}: chat_template_kwargs is {_brief(more['chat_template_kwargs'])}, expected an object"

@@ -109,16 +109,9 @@ def variables(source: str) -> frozenset[str]:
 
 def check_variables(source: str, given: Mapping[str, Any], thinking: bool | None) -> None:
     """Raise TokenizerError for variables that a Jinja template does not read; warn of a mode it lacks."""
+    if taken := sorted(given.keys() & {"messages", "tools", "documents"}):
+        raise TokenizerError(f"{taken[0]} is no variable to set: give it as the argument of that name")
     known = variables(source)
-    own = known - {
-        "messages",
-        "tools",
-        "documents",
-        "add_generation_prompt",
-        "raise_exception",
-        "strftime_now",
-    }
-    own -= {name for name in own if name.endswith("_token")}
     if unknown := sorted(given.keys() - known):
         own = ", ".join(sorted(n for n in known - _OURS if not n.endswith("_token"))) or "none"
         raise TokenizerError(f"the chat template has no variable {', '.join(unknown)}; it has {own}")

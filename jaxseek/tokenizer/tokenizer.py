@@ -140,6 +140,8 @@ class Tokenizer:
     @functools.cached_property
     def template(self) -> str | None:
         """Name of the chat template: a built-in one only where it renders as the model's own does."""
+        if self.chat_template is None and self.chat_templates:
+            return None  # one of several is to be named
         if self.chat_template is None:
             return chat.detect(self._backend.control, self._names.get("bos_token"))
         if self._ids_of("jinja", forms.PROBES[0], True, None) is None:
@@ -221,6 +223,9 @@ class Tokenizer:
         tool calls and variables that it does not know raise TokenizerError.
         """
         chat.check_messages(messages)
+        for what, given in (("tools", tools), ("documents", documents)):
+            if given is not None:
+                chat.check_tables(what, given)
         name, source = self._chosen(template, tools)
         extra = dict(chat_template_kwargs or {})
         if name in chat.TEMPLATES:
@@ -263,9 +268,10 @@ class Tokenizer:
     def _chosen(self, template: str | Path | None, tools: Any = None) -> tuple[str, str | None]:
         """Return the name of a template, "jinja" for one that is no form of ours, and its Jinja source."""
         own = self.chat_templates | ({"default": self.chat_template} if self.chat_template else {})
+        if template is None and tools and "tool_use" in self.chat_templates:
+            return "jinja", self.chat_templates["tool_use"]
         if template is None and self.template is not None:
-            listed = "tool_use" if tools and "tool_use" in self.chat_templates else "default"
-            return self.template if listed == "default" else "jinja", own.get(listed)
+            return self.template, own.get("default")
         if template in chat.TEMPLATES:
             return str(template), own.get("default")
         if template is None or (template == "jinja" and "default" not in own):

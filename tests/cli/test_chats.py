@@ -93,8 +93,8 @@ def test_a_row_brings_tools_documents_and_variables_and_may_begin_the_reply(chat
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"messages": [{"role": "user", "content": "a"}], "tools": {"a": 1}}, "line 1: tools: tools are"),
-        ({"messages": [{"role": "user", "content": "a"}], "documents": ["a"]}, "line 1: documents: "),
+        ({"messages": [{"role": "user", "content": "a"}], "tools": {"a": 1}}, "line 1: tools are"),
+        ({"messages": [{"role": "user", "content": "a"}], "documents": ["a"]}, "line 1: documents are"),
         ({"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": 5}, "expected an object"),
         (
             {"messages": [{"role": "user", "content": "a", "prefix": True}]},
@@ -126,7 +126,7 @@ def test_a_row_that_cannot_be_used_is_told_by_its_line(chatty, files, tmp_path, 
         (
             ["--chat", "--tools", "table.json"],
             ValueError,
-            "table.json: tools are .* expected a list of objects",
+            "table.json: tools are .* expected a list of dicts",
         ),
         (["--chat", "--tools", "nowhere"], OSError, "nowhere"),
         (

@@ -175,6 +175,24 @@ def test_tools_and_documents_that_a_template_does_not_write_are_errors(load, tem
         load(template).render_chat(ASK, **given)
 
 
+def test_what_tools_are_is_checked_and_names_of_arguments_are_no_variables(load):
+    tokenizer = load("{{ tools }}{{ messages }}")
+    for tools in (["f"], {"name": "f"}, [print]):
+        with pytest.raises(TokenizerError, match=r"tools are .* expected a list of dicts"):
+            tokenizer.render_chat(ASK, tools=tools)
+    with pytest.raises(TokenizerError, match="messages is no variable to set"):
+        tokenizer.render_chat(ASK, chat_template_kwargs={"messages": []})
+
+
+def test_of_several_templates_without_a_default_one_is_to_be_named(load):
+    tokenizer = load([{"name": "rag", "template": "a"}, {"name": "tool_use", "template": "{{ tools }}b"}])
+    assert tokenizer.template is None
+    with pytest.raises(TokenizerError, match="no chat template; pass template= one of rag, tool_use"):
+        tokenizer.render_chat(ASK)
+    assert shown(tokenizer, ASK, template="rag") == "a"
+    assert shown(tokenizer, ASK, tools=TOOLS).endswith("b")
+
+
 def test_tools_that_the_own_template_writes_are_rendered_by_it_though_a_form_stands_for_it(load):
     tokenizer = load("{{ tools | tojson if tools else '' }}" + R1)
     assert tokenizer.template == "deepseek_r1"
