@@ -427,17 +427,12 @@ class _HuggingFace:
     token; a mark in the segments is encoded by its alias.
     """
 
-    def __init__(
-        self,
-        spec: dict[str, Any],
-        special: Iterable[str] = (),
-        beside: Mapping[str, dict[str, Any]] | None = None,
-    ):
+    def __init__(self, spec: dict[str, Any], special: Iterable[str], beside: Mapping[str, dict[str, Any]]):
         """`special` are names of control tokens, `beside` added tokens that other files than `spec` have."""
         model: Any = spec["model"]
         vocab = model["vocab"]
         ids = vocab if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
-        added = {token["content"]: token for token in spec["added_tokens"]}
+        added: dict[str, dict[str, Any]] = {token["content"]: token for token in spec["added_tokens"]}
         for name, token in beside.items():
             added.setdefault(name, token | {"id": ids.get(name, token["id"])})
         for name in special:
@@ -462,7 +457,8 @@ class _HuggingFace:
         _rename(model, self._alias, self._alias.keys() & ids.keys())
         spec |= {"post_processor": None, "truncation": None, "padding": None}
         self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
-        own = {self._alias.get(name, name): token["id"] for name, token in added.items() if name not in ids}
+        apart = added.keys() - ids.keys()
+        own: dict[str, int] = {self._alias.get(name, name): added[name]["id"] for name in apart}
         if isinstance(vocab, dict) and any(self._tokenizer.token_to_id(name) != i for name, i in own.items()):
             model["vocab"] |= own  # tokenizers numbers what is not there, one after the other
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
