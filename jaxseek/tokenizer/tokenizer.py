@@ -76,6 +76,10 @@ class Tokenizer:
                 "again, or remove it to load the model without a tokenizer"
             ) from error
         names = backend.named | names
+        if names.get("bos_token", "") not in ("", *backend.control) and not config.get("add_bos_token"):
+            log.warning(
+                "the config names bos_token %r, which %s does not hold", names.pop("bos_token"), source
+            )
         for key in ("bos_token", "eos_token"):
             if key in names and names[key] not in backend.control:
                 raise UnusableTokenizer(

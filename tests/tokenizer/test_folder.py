@@ -148,7 +148,8 @@ def test_tokens_beside_a_tokenizer_json_are_added_to_it(tmp_path):
     ("name", "data"),
     [
         ("tiktoken.model", b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))),
-        ("tekken.json", b"{}"), ("vocab.txt", b"[PAD]\n"), ("tokenizer.model", b"version https://git-lfs"),
+        ("tekken.json", b"{}"), ("vocab.txt", b"[PAD]\n"), ("qwen.tiktoken", b"YQ== 0\n"),
+        ("merges.txt", b""), ("tokenizer.model", b"version https://git-lfs"),
         ("tokenizer.json", b'{"half": '), ("tokenizer.json", b'{"model": {"type": "Other", "vocab": {}}}'),
         ("vocab.json", b"{}"),
     ],
@@ -162,6 +163,17 @@ def test_a_tokenizer_that_cannot_be_read_is_a_warning_beside_the_weights(tmp_pat
     (said,) = caplog.messages
     assert f"{tmp_path}: goes on without a tokenizer: " in said
     assert name in said
+
+
+def test_a_bos_that_does_not_exist_and_is_not_asked_for_is_a_warning(tmp_path, caplog):
+    byte_level(tmp_path, "Qwen2Tokenizer")
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"bos_token": "<s>"}
+    put(tmp_path, tokenizer_config=config)
+    assert Tokenizer.from_dir(tmp_path).bos_id is None
+    assert "the config names bos_token '<s>', which vocab.json does not hold" in caplog.text
+    put(tmp_path, tokenizer_config=config | {"add_bos_token": True})
+    with pytest.raises(UnusableTokenizer, match="the config names bos_token '<s>'"):
+        Tokenizer.from_dir(tmp_path)
 
 
 def test_a_damaged_settings_file_is_an_error_and_no_tokenizer_is_none(tmp_path, caplog):
