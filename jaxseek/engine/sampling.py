@@ -34,12 +34,12 @@ class Sampling:
     def __post_init__(self) -> None:
         for ok, text in (
             (
-                self.max_new_tokens >= 1 and self.max_new_tokens == int(self.max_new_tokens),
+                self.max_new_tokens >= 1 and self.max_new_tokens % 1 == 0,
                 f"max_new_tokens is {self.max_new_tokens}, expected a whole number, 1 or more",
             ),
             (0 <= self.temperature < float("inf"), f"temperature is {self.temperature}, expected 0 or more"),
             (
-                self.top_k >= 0 and self.top_k == int(self.top_k),
+                self.top_k >= 0 and self.top_k % 1 == 0,
                 f"top_k is {self.top_k}, expected a whole number, 0 (off) or more",
             ),
             (0 < self.top_p <= 1, f"top_p is {self.top_p}, expected within (0, 1]"),

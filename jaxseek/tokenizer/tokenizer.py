@@ -1,4 +1,4 @@
-"""Tokenizer: one interface to `tokenizer.json`, `*.model` (sentencepiece) and `vocab.json` folder.
+"""Tokenizer: one interface to `tokenizer.json`, `*.model` (sentencepiece) and `vocab.json` files.
 
 User text never becomes a control token: `encode` treats `<｜User｜>`, `<think>` or `<|im_start|>` as plain
 characters. Only `render_chat`, `render_fim` and `encode_trusted` produce control tokens. A control token is
@@ -246,7 +246,13 @@ class Tokenizer:
                 "template that has one (template=, --template FILE)"
             )
         if name not in chat.TEMPLATES:
-            forms.check_variables(source or "", extra, thinking)
+            forms.check_variables(source or "", extra)
+            if thinking is not None and not self._switches(source):
+                self._warn_once(source, f"has no switch for thinking: thinking={thinking} has no effect")
+        if continue_final_message and not (
+            messages[-1]["role"] == "assistant" and isinstance(messages[-1].get("content"), str)
+        ):
+            raise TokenizerError("the last message is not the assistant's text, so it cannot be continued")
         whole = name in chat.TEMPLATES  # is the beginning of a reply put behind a whole prompt?
         if continue_final_message and thinking is None:
             if whole:
@@ -345,8 +351,13 @@ class Tokenizer:
                     "that does (template=, --template FILE), or put them into a message"
                 )
             if not written:
-                log.warning("the chat template does not write %s: the model does not see it", part)
+                self._warn_once(template, f"does not write {part}: the model does not see it")
             self._checked.add((template, part))
+
+    def _warn_once(self, template: str | None, what: str) -> None:
+        if (template or "", what) not in self._checked:
+            self._checked.add((template or "", what))
+            log.warning("the chat template %s", what)
 
     def render_fim(self, prefix: str, suffix: str) -> list[int]:
         """Encode a fill-in-the-middle prompt: a base model continues with the text between the two."""
@@ -366,7 +377,7 @@ class Tokenizer:
         return self._encode(list(chat.split_marks(text, tags)), bos=False)
 
     def _encode(self, segments: Sequence[str], bos: bool) -> list[int]:
-        """Encode marks and text; thinking tags absent from the vocabulary are text, as in the V3 folder."""
+        """Encode marks and text; thinking tags absent from the vocabulary are text, as in the V3 files."""
         control = self._backend.control
         segments = [str(s) if s in (chat.THINK, chat.THINK_END) and s not in control else s for s in segments]
         unknown = sorted({s for s in segments if isinstance(s, Mark) and s not in control})

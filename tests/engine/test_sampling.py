@@ -126,6 +126,8 @@ def test_requests_of_all_kinds_share_a_batch_and_keep_their_draws():
     ("field", "value"),
     [
         ("max_new_tokens", 0),
+        ("max_new_tokens", float("inf")),
+        ("top_k", float("inf")),
         ("temperature", -0.1),
         ("temperature", float("inf")),
         ("temperature", float("nan")),

@@ -262,6 +262,21 @@ def test_a_prefix_belongs_to_the_last_message_of_the_assistant(load):
             encode(tokenizer, talk)
 
 
+def test_what_is_continued_is_the_assistants_text(load):
+    calls = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    for talk in (ASK, [*ASK, calls]):
+        with pytest.raises(TokenizerError, match="not the assistant's text"):
+            load(R1).render_chat(talk, continue_final_message=True)
+
+
+def test_a_mode_that_a_template_cannot_switch_is_told_once(load, caplog):
+    tokenizer = load(CHATML)
+    for _ in range(2):
+        assert tokenizer.render_chat(ASK, thinking=False) == tokenizer.render_chat(ASK)
+    (said,) = caplog.messages
+    assert said == "the chat template has no switch for thinking: thinking=False has no effect"
+
+
 def test_a_chat_may_bring_tools_of_its_own_and_text_may_not(load):
     tokenizer = load("{{ tools[0].function.name if tools else '' }}{{ messages[0].content }}")
     assert tokenizer.decode(encode(tokenizer, {"messages": ASK, "tools": TOOLS})) == "addHi"
