@@ -72,14 +72,14 @@ def bench(
         raise ValueError(f"new_tokens is {new_tokens}, expected 2 or more: the first comes from prefill")
     model, tokenizer = load(source, mesh=mesh, dtype=dtype)
     cfg, itemsize = model.cfg, model.embed_VD[...].dtype.itemsize
-    on_cpu = model.mesh.devices.flat[0].platform == "cpu"
-    bandwidth = memory_bandwidth() if on_cpu else None
-    reference = _transformers(source, model, tokenizer) if against else None
     if prompt_tokens + new_tokens > cfg.max_position_embeddings:
         raise ValueError(
             f"{prompt_tokens} prompt tokens and {new_tokens} new ones are more than the context of "
             f"{cfg.max_position_embeddings}; lower --prompt-tokens or --new-tokens"
         )
+    on_cpu = model.mesh.devices.flat[0].platform == "cpu"
+    bandwidth = memory_bandwidth() if on_cpu else None
+    reference = _transformers(source, model, tokenizer) if against else None
     engine, rows = Engine(model, dispatch=new_tokens), []
     values = [v.get_value() for v in parameters(engine.decoder.weights).values()]
     weight_bytes = sum(v.nbytes for v in values) / cfg.num_params(mtp=bool(len(model.mtp)))

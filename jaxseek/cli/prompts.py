@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxseek.cli.shared import WrongUse, check_tools, unicode
+from jaxseek.cli.shared import WrongUse, unicode
 from jaxseek.storage.place import place
 from jaxseek.storage.untrusted import parse_json
 
@@ -159,7 +159,7 @@ def _file(file: str) -> Iterator[Prompt]:
 def _row(line: str, where: str) -> Any:
     """Return the prompt or the messages of a line of JSON, the latter with tools where it has such keys."""
     from jaxseek.engine.text import CHAT
-    from jaxseek.tokenizer.chat import check_messages
+    from jaxseek.tokenizer.chat import check_messages, check_tables
 
     try:
         row = parse_json(line, where)
@@ -172,18 +172,20 @@ def _row(line: str, where: str) -> Any:
         raise ValueError(f'{where}: expected JSON with "prompt" or "messages", found {_brief(row)}')
     name = "messages" if "messages" in row else "prompt"
     content = row[name]
+    more = {key: row[key] for key in CHAT if row.get(key) is not None}
     if name == "prompt" and (isinstance(content, str) or _are_ids(content)):
+        if more:
+            raise ValueError(f"{where}: {', '.join(more)} belong to messages, and this prompt has none")
         return content
     if not isinstance(content, list):
         forms = "a list of messages" if name == "messages" else "text, token ids or a list of messages"
         raise ValueError(f"{where}: {name} is {_brief(content)}, expected {forms}")
     try:
         check_messages(content)
+        for key in more.keys() & {"tools", "documents"}:
+            check_tables(key, more[key])
     except ValueError as e:
         raise ValueError(f"{where}: {e}") from None
-    more = {key: row[key] for key in CHAT if row.get(key) is not None}
-    for key in more.keys() & {"tools", "documents"}:
-        check_tools(more[key], f"{where}: {key}")
     if not isinstance(more.get("chat_template_kwargs", {}), dict):
         raise ValueError(
             f"{where}: chat_template_kwargs is {_brief(more['chat_template_kwargs'])}, expected an object"

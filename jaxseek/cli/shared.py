@@ -171,7 +171,7 @@ def rendering(args: argparse.Namespace) -> dict[str, Any]:
     Raises WrongUse for a variable without a value, ValueError for a file that cannot be used.
     """
     from jaxseek.storage.place import place
-    from jaxseek.tokenizer.chat import TEMPLATES
+    from jaxseek.tokenizer.chat import TEMPLATES, check_tables
     from jaxseek.tokenizer.template import template_text
 
     found: dict[str, Any] = {"thinking": False} if args.no_think else {}
@@ -190,15 +190,11 @@ def rendering(args: argparse.Namespace) -> dict[str, Any]:
             found["tools"] = json.loads(place(args.tools).read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as e:
             raise ValueError(f"{args.tools}: not valid JSON ({e})") from None
-        check_tools(found["tools"], args.tools)
+        try:
+            check_tables("tools", found["tools"])
+        except ValueError as e:
+            raise ValueError(f"{args.tools}: {e}") from None
     return found
-
-
-def check_tools(tools: Any, where: str) -> None:
-    """Raise ValueError unless `tools` are a list of objects, as chat templates read them."""
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        text = _brief(json.dumps(tools, default=str))
-        raise ValueError(f'{where}: tools are {text}, expected a list of objects {{"type", "function"}}')
 
 
 def add_step(parser: argparse.ArgumentParser, model: str) -> None:

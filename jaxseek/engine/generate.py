@@ -87,7 +87,7 @@ def generate(
 
 # Keys of generation_config.json that change no token: ids that others read, caches, what is returned.
 _NEUTRAL = re.compile(
-    "(bos|eos|pad|decoder_start)_token_id|_from_model_config|transformers_version|use_cache|cache_.*|return_.*"
+    "(bos|pad|decoder_start)_token_id|_from_model_config|transformers_version|use_cache|cache_.*|return_.*"
     "|output_.*|early_stopping|length_penalty|low_memory|disable_compile|compile_config|renormalize_logits"
     "|remove_invalid_values|trust_remote_code"
 )
@@ -110,6 +110,9 @@ def settings(
         if name == "do_sample":
             if value is False and given.get("temperature") is None:
                 used["temperature"], used[name] = 0.0, False
+        elif name == "eos_token_id":
+            if not all(type(end) is int for end in (value if isinstance(value, list) else [value or 0])):
+                lost[name] = value
         elif name == "stop_strings" and strings:
             stops = [value] if isinstance(value, str) else value or []
             if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
@@ -128,8 +131,8 @@ def settings(
         elif not off and not _NEUTRAL.fullmatch(name):
             lost[name] = value
     sampling = Sampling(**otherwise | {k: v for k, v in used.items() if k != "do_sample"} | chosen)
-    said = [f"{_listed(used)} in use where no option says otherwise"] if used else []
-    said += [f"no effect here: {_listed(lost)}"] if lost else []
+    said = [f"{_listed(used)} (options come first)"] if used else []
+    said += [f"not honoured: {_listed(lost)}"] if lost else []
     return sampling, f"generation_config.json: {'; '.join(said)}" if said else ""
 
 
@@ -150,7 +153,7 @@ def _listed(values: Mapping[str, Any]) -> str:
 @functools.cache
 def _log_once(said: str) -> None:
     if said:
-        log.log(logging.WARNING if "no effect" in said else logging.INFO, "%s", said)
+        log.log(logging.WARNING if "not honoured" in said else logging.INFO, "%s", said)
 
 
 def request(

@@ -240,6 +240,15 @@ def check_messages(messages: Sequence[Message]) -> None:
             )
 
 
+def check_tables(name: str, value: Any) -> None:
+    """Raise TokenizerError unless tools or documents are a list of tables, as templates read them."""
+    if not isinstance(value, list | tuple) or not all(isinstance(table, Mapping) for table in value):
+        form = '{"type": "function", "function": {"name": ...}}' if name == "tools" else '{"title", "text"}'
+        text = repr(value)
+        text = text if len(text) <= 60 else text[:57] + "..."
+        raise TokenizerError(f"{name} are {text}, expected a list of dicts such as {form}")
+
+
 def detect(tokens: Collection[str], bos: str | None) -> str | None:
     """Tell the template of a tokenizer that brings none by its control tokens; None if they do not say."""
     if bos != BOS:

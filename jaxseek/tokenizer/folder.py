@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,7 +13,15 @@ from jaxseek.tokenizer.chat import TokenizerError, UnusableTokenizer
 
 VOCABULARY = "tokenizer.json"
 PIECES = ("vocab.json", "merges.txt")  # byte-level BPE in the older form
-_OTHER = ("tiktoken.model", "tekken.json", "vocab.txt")  # vocabularies that are not read
+_OTHER = (
+    "tiktoken.model",
+    "*.tiktoken",
+    "tokenizer.model.*",
+    "tekken.json",
+    "vocab.*",
+    "*.bpe",
+    "merges.txt",
+)
 _SETTINGS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -56,9 +65,8 @@ _QWEN2 = (
 
 def read(folder: Place) -> dict[str, bytes]:
     """Read every file of a tokenizer in a folder, by name; those of kinds that are not read too."""
-    names = (VOCABULARY, *PIECES, *_OTHER, *_SETTINGS)
-    paths = {name: folder / name for name in names}
-    paths |= {file.name: file for file in sorted(folder.glob("*.model"), key=str)}
+    paths = {file.name: file for file in sorted(folder.glob("*"), key=str)}
+    paths = {name: file for name, file in paths.items() if name in _SETTINGS or holds_vocabulary(name)}
     for file in sorted((folder / _NAMED_TEMPLATES).glob("*.jinja"), key=str):
         paths[f"{_NAMED_TEMPLATES}/{file.name}"] = file
     return {name: read_bytes(file, TokenizerError) for name, file in paths.items() if file.exists()}
@@ -66,7 +74,12 @@ def read(folder: Place) -> dict[str, bytes]:
 
 def holds_vocabulary(name: str) -> bool:
     """Return whether a file of this name is a vocabulary, of any kind."""
-    return name in (VOCABULARY, *PIECES, *_OTHER) or name.endswith(".model")
+    return name == VOCABULARY or name.endswith(".model") or _is_other(name)
+
+
+def _is_other(name: str) -> bool:
+    """Return whether a file of this name is a vocabulary that is not read, at least not alone."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _OTHER)
 
 
 def source(files: Mapping[str, bytes]) -> str | None:
@@ -74,7 +87,7 @@ def source(files: Mapping[str, bytes]) -> str | None:
 
     Raises UnusableTokenizer if there are only ones of kinds that are not read.
     """
-    models = sorted(name for name in files if name.endswith(".model") and name not in _OTHER)
+    models = sorted(name for name in files if name.endswith(".model") and not _is_other(name))
     for name in (VOCABULARY, "tokenizer.model", *models):
         if name in files:
             return name
@@ -119,6 +132,8 @@ def added_tokens(
                 f"added_tokens.json gives {name!r} the id {number}, tokenizer_config.json "
                 f"{found[name]['id']}; expected one id, as the weights were trained with"
             )
+    for name in found.keys() & special:
+        found[name]["special"] = True
     return found
 
 

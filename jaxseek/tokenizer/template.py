@@ -6,7 +6,6 @@ conversations with tool calls where both write the `TOOL_PROBES` alike.
 
 from __future__ import annotations
 
-import logging
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,8 +14,6 @@ from typing import Any
 from jaxseek.storage.place import place
 from jaxseek.tokenizer.chat import TEMPLATES, THINK, Message, TokenizerError
 from jaxseek.tokenizer.template_process import TemplateFault, template_variables
-
-log = logging.getLogger("jaxseek")
 
 _ASK, _CALL = {"role": "user", "content": " 1+1? \n"}, {"name": "add", "arguments": '{"a": 1}'}
 _SAY = {"role": "assistant", "content": "<think>\nOne\n</think>\n\n 2 "}
@@ -101,23 +98,14 @@ def variables(source: str) -> frozenset[str]:
         raise TokenizerError(f"the model's chat_template {fault}") from None
 
 
-def check_variables(source: str, given: Mapping[str, Any], thinking: bool | None) -> None:
-    """Raise TokenizerError for variables that a Jinja template does not read; warn of a mode it lacks."""
+def check_variables(source: str, given: Mapping[str, Any]) -> None:
+    """Raise TokenizerError for variables that a Jinja template does not read."""
+    if taken := sorted(given.keys() & {"messages", "tools", "documents"}):
+        raise TokenizerError(f"{taken[0]} is no variable to set: give it as the argument of that name")
     known = variables(source)
-    own = known - {
-        "messages",
-        "tools",
-        "documents",
-        "add_generation_prompt",
-        "raise_exception",
-        "strftime_now",
-    }
-    own -= {name for name in own if name.endswith("_token")}
     if unknown := sorted(given.keys() - known):
         own = ", ".join(sorted(n for n in known - _OURS if not n.endswith("_token"))) or "none"
         raise TokenizerError(f"the chat template has no variable {', '.join(unknown)}; it has {own}")
-    if thinking is not None and not known & SWITCHES:
-        log.warning("the chat template has no switch for thinking: thinking=%s has no effect", thinking)
 
 
 def template_text(given: str | Path, own: Collection[str] = ()) -> str:

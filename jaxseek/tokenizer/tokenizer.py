@@ -1,4 +1,4 @@
-"""Tokenizer: one interface to `tokenizer.json`, `*.model` (sentencepiece) and `vocab.json` folder.
+"""Tokenizer: one interface to `tokenizer.json`, `*.model` (sentencepiece) and `vocab.json` files.
 
 User text never becomes a control token: `encode` treats `<｜User｜>`, `<think>` or `<|im_start|>` as plain
 characters. Only `render_chat`, `render_fim` and `encode_trusted` produce control tokens. A control token is
@@ -90,6 +90,10 @@ class Tokenizer:
                 "again, or remove it to load the model without a tokenizer"
             ) from error
         names = backend.named | names
+        if names.get("bos_token", "") not in ("", *backend.control) and not config.get("add_bos_token"):
+            log.warning(
+                "the config names bos_token %r, which %s does not hold", names.pop("bos_token"), source
+            )
         for key in ("bos_token", "eos_token"):
             if key in names and names[key] not in backend.control:
                 raise UnusableTokenizer(
@@ -114,7 +118,8 @@ class Tokenizer:
         self.add_bos = backend.adds_bos(bos) if add_bos is None else bool(add_bos)
         self.chat_template = self.chat_templates.get("default")
         if template is not None:
-            self.template, self.chat_template = self._chosen(template)
+            self.template, own = self._chosen(template)
+            self.chat_template = own if self.template == "jinja" else None
         self._skipped = backend.special.union(ids("bos"), ids("pad"), self.eos_ids)
 
     @classmethod
@@ -156,8 +161,12 @@ class Tokenizer:
     @functools.cached_property
     def template(self) -> str | None:
         """Name of the chat template: a built-in one only where it renders as the model's own does."""
+        if self.chat_template is None and self.chat_templates:
+            return None  # one of several is to be named
         if self.chat_template is None:
             return chat.detect(self._backend.control, self._names.get("bos_token"))
+        if self._ids_of("jinja", forms.PROBES[0], True, None) is None:
+            return "jinja"  # why it fails is told where it is used
         return next((n for n in chat.TEMPLATES if self._renders_as_own(n, forms.PROBES)), "jinja")
 
     @functools.cached_property
@@ -236,15 +245,18 @@ class Tokenizer:
         tool calls and variables that it does not know raise TokenizerError.
         """
         chat.check_messages(messages)
+        for what, given in (("tools", tools), ("documents", documents)):
+            if given is not None:
+                chat.check_tables(what, given)
         name, source = self._chosen(template, tools)
         extra = dict(chat_template_kwargs or {})
         if name in chat.TEMPLATES:
             switches = [extra.pop(k) for k in forms.SWITCHES if k in extra]
             thinking = next(iter(switches), thinking)
-            known = {"role", "content", "prefix", *(("tool_calls",) if self._calls_tools_as_own else ())}
-            tool_talk = any(m["role"] == "tool" or m.keys() - known for m in messages)
-            if source is not None and template is None and (tools or documents or extra or tool_talk):
-                name = "jinja"  # the form stands for the model's own template, which takes these
+            if source is not None and template is None:  # the form stands for the model's own template
+                known = {"role", "content", "prefix", *(("tool_calls",) if self._calls_tools_as_own else ())}
+                more = any(m["role"] == "tool" or m.keys() - known for m in messages)
+                name = "jinja" if tools or documents or extra or more else name
         if name in chat.TEMPLATES and (tools or documents or extra):
             what = "tool descriptions" if tools else "documents" if documents else ", ".join(extra)
             raise TokenizerError(
@@ -252,7 +264,13 @@ class Tokenizer:
                 "template that has one (template=, --template FILE)"
             )
         if name not in chat.TEMPLATES:
-            forms.check_variables(source or "", extra, thinking)
+            forms.check_variables(source or "", extra)
+            if thinking is not None and not self._switches(source):
+                self._warn_once(source, f"has no switch for thinking: thinking={thinking} has no effect")
+        if continue_final_message and not (
+            messages[-1]["role"] == "assistant" and isinstance(messages[-1].get("content"), str)
+        ):
+            raise TokenizerError("the last message is not the assistant's text, so it cannot be continued")
         whole = name in chat.TEMPLATES  # is the beginning of a reply put behind a whole prompt?
         if continue_final_message and thinking is None:
             if whole:
@@ -278,9 +296,10 @@ class Tokenizer:
     def _chosen(self, template: str | Path | None, tools: Any = None) -> tuple[str, str | None]:
         """Return the name of a template, "jinja" for one that is no form of ours, and its Jinja source."""
         own = self.chat_templates | ({"default": self.chat_template} if self.chat_template else {})
+        if template is None and tools and "tool_use" in self.chat_templates:
+            return "jinja", self.chat_templates["tool_use"]
         if template is None and self.template is not None:
-            listed = "tool_use" if tools and "tool_use" in self.chat_templates else "default"
-            return self.template if listed == "default" else "jinja", own.get(listed)
+            return self.template, own.get("default")
         if template in chat.TEMPLATES:
             return str(template), own.get("default")
         if template is None or (template == "jinja" and "default" not in own):
@@ -315,22 +334,19 @@ class Tokenizer:
         """Return whether a Jinja template has a switch for thinking."""
         return bool(forms.variables(source or "") & forms.SWITCHES)
 
+    def _ids_of(self, name: str, *options: Any) -> list[int] | None:
+        """Return the ids of a probe by a built-in form, or by the model's own template; None if it fails."""
+        try:
+            segments = self._render(name, self.chat_template, *options)
+            return self._encode(segments, bos=name in chat.TEMPLATES)
+        except TokenizerError:
+            return None
+
     def _renders_as_own(self, name: str, probes: Sequence[Sequence[Message]]) -> bool:
         """Return whether a built-in form gives the ids of the model's own template for every probe."""
-
-        def ids(template: str, *options: Any) -> list[int] | None:
-            try:
-                segments = self._render(template, self.chat_template, *options)
-                return self._encode(segments, bos=template in chat.TEMPLATES)
-            except TokenizerError:
-                return None
-
-        try:
-            modes = chat.TEMPLATES[name][1] if self._switches(self.chat_template) else (None,)
-        except TokenizerError:  # as it is told where the template is used
-            return False
+        modes = chat.TEMPLATES[name][1] if self._switches(self.chat_template) else (None,)
         cases = itertools.product(probes, (True, False), modes)
-        return all(ids(name, *case) == ids("jinja", *case) for case in cases)
+        return all(self._ids_of(name, *case) == self._ids_of("jinja", *case) for case in cases)
 
     def _check_written(
         self, name: str, source: str | None, render: Any, messages: Any, tools: Any, documents: Any
@@ -353,8 +369,13 @@ class Tokenizer:
                     "that does (template=, --template FILE), or put them into a message"
                 )
             if not written:
-                log.warning("the chat template does not write %s: the model does not see it", part)
+                self._warn_once(template, f"does not write {part}: the model does not see it")
             self._checked.add((template, part))
+
+    def _warn_once(self, template: str | None, what: str) -> None:
+        if (template or "", what) not in self._checked:
+            self._checked.add((template or "", what))
+            log.warning("the chat template %s", what)
 
     def render_fim(self, prefix: str, suffix: str) -> list[int]:
         """Encode a fill-in-the-middle prompt: a base model continues with the text between the two."""
@@ -374,7 +395,7 @@ class Tokenizer:
         return self._encode(list(chat.split_marks(text, tags)), bos=False)
 
     def _encode(self, segments: Sequence[str], bos: bool) -> list[int]:
-        """Encode marks and text; thinking tags absent from the vocabulary are text, as in the V3 folder."""
+        """Encode marks and text; thinking tags absent from the vocabulary are text, as in the V3 files."""
         control = self._backend.control
         segments = [str(s) if s in (chat.THINK, chat.THINK_END) and s not in control else s for s in segments]
         unknown = sorted({s for s in segments if isinstance(s, Mark) and s not in control})
@@ -440,22 +461,19 @@ class _HuggingFace:
     token; a mark in the segments is encoded by its alias.
     """
 
-    def __init__(
-        self,
-        spec: dict[str, Any],
-        special: Iterable[str] = (),
-        beside: Mapping[str, dict[str, Any]] | None = None,
-    ):
+    def __init__(self, spec: dict[str, Any], special: Iterable[str], beside: Mapping[str, dict[str, Any]]):
         """`special` are names of control tokens, `beside` added tokens that other files than `spec` have."""
         _raise_growing(spec)
         model: Any = spec["model"]
         vocab = model["vocab"]
         ids = vocab if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
-        added = {token["content"]: token for token in spec["added_tokens"]}
-        for name, token in (beside or {}).items():
+        added: dict[str, dict[str, Any]] = {token["content"]: token for token in spec["added_tokens"]}
+        for name, token in beside.items():
             added.setdefault(name, token | {"id": ids.get(name, token["id"])})
         for name in special:
-            if name in ids and name not in added:
+            if name in added:
+                added[name]["special"] = True
+            elif name in ids:
                 added[name] = {"id": ids[name], "content": name, "special": True, **folder.FLAGS}
         self.added = {name: token["id"] for name, token in added.items()}
         self.vocabulary = max((i for piece, i in ids.items() if piece not in added), default=-1) + 1
@@ -472,10 +490,13 @@ class _HuggingFace:
         renamed = [{**token, "content": self._alias.get(name, name)} for name, token in added.items()]
         spec["added_tokens"] = sorted(renamed, key=lambda token: token["id"])
         _rename(model, self._alias, self._alias.keys() & ids.keys())
-        if isinstance(vocab, dict):  # tokenizers numbers those that it does not find, one after the other
-            model["vocab"] |= {a: self.control[n] for n, a in self._alias.items() if n not in ids}
         spec |= {"post_processor": None, "truncation": None, "padding": None}
         self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        apart = added.keys() - ids.keys()
+        own: dict[str, int] = {self._alias.get(name, name): added[name]["id"] for name in apart}
+        if isinstance(vocab, dict) and any(self._tokenizer.token_to_id(name) != i for name, i in own.items()):
+            model["vocab"] |= own  # tokenizers numbers what is not there, one after the other
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
         if "ByteLevel" in json.dumps(spec["decoder"]):
             byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
             self._literals = {i: byte_level.pre_tokenize_str(n)[0][0] for i, n in self._literals.items()}

@@ -34,6 +34,11 @@ def tiny(tmp_path_factory):
     return str(folder)
 
 
+def test_more_tokens_than_have_room_are_not_timed(capsys, tiny):
+    assert main(["bench", tiny, "--prompt-tokens", "30", "--new-tokens", "8"]) == 1
+    assert "30 prompt tokens and 8 new ones are more than the context of 32" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_training_steps_are_timed_beside_the_peak(capsys, tiny):
     argv = ["bench", tiny, "--train", "--rows", "2", "--length", "8", "--repeats", "3", "--json"]

@@ -99,6 +99,22 @@ def test_one_seed_gives_each_prompt_noise_of_its_own_and_the_same_alone():
     assert together == [ids(p, temperature=1.3, seed=7)[0] for p in prompts]
 
 
+def test_prompts_that_differ_draw_independently_with_one_seed():
+    vocab, n, seeds = model().cfg.vocab_size, 32, range(6)
+    prompts = [[1 + i % 8] * (1 + i // 8) for i in range(n)]
+    options = {"temperature": 100.0, "top_p": 1.0, "max_new_tokens": 1}
+    found = [[tokens[0] for tokens in ids(prompts, seed=seed, **options)] for seed in seeds]
+    missed = (1 - 1 / vocab) ** n  # the chance that none of n even draws is a given token
+    variance = vocab * missed * (1 - missed) + vocab * (vocab - 1) * ((1 - 2 / vocab) ** n - missed**2)
+    distinct = np.mean([len(set(tokens)) for tokens in found])
+    assert abs(distinct - vocab * (1 - missed)) < 4 * np.sqrt(variance / len(seeds))
+    assert found[1][::8] == [ids(p, seed=1, **options)[0][0] for p in prompts[::8]]
+
+
+def test_a_prompt_and_the_same_with_a_zero_behind_it_have_noise_of_their_own():
+    assert len({seed_for(7, p) for p in ([], [0], [5], [5, 0], [5, 0, 0], [0, 5])}) == 6
+
+
 FILE = {"temperature": 0.01, "top_k": 1, "do_sample": True, "top_p": None, "max_new_tokens": 9}
 
 
@@ -106,7 +122,7 @@ def test_settings_are_those_given_then_of_the_checkpoint_then_the_defaults():
     found, said = settings(FILE, {"temperature": None, "top_k": None, "min_p": 0.1}, top_p=0.5)
     assert (found.temperature, found.top_k, found.top_p, found.min_p) == (0.01, 1, 0.5, 0.1)
     assert found.max_new_tokens == 9
-    assert "temperature 0.01, top_k 1, max_new_tokens 9 in use" in said
+    assert "temperature 0.01, top_k 1, max_new_tokens 9 (options come first)" in said
     given, said = settings(FILE, {"temperature": 0.5, "top_k": 2, "max_new_tokens": 3}, max_new_tokens=7)
     assert (given.temperature, given.top_k, given.max_new_tokens, said) == (0.5, 2, 3, "")
     assert settings({}, {"temperature": None}) == (Sampling(), "")
@@ -127,11 +143,18 @@ def test_settings_of_a_file_that_cannot_be_honoured_are_named_and_others_are_use
         "top_k": 5,
         "bos_token_id": 7,
     }
-    off = {"repetition_penalty": 1.0, "num_beams": 1, "no_repeat_ngram_size": 0, "suppress_tokens": None}
+    assert settings({"eos_token_id": [1, "x"]}, {})[1].endswith('not honoured: eos_token_id [1, "x"]')
+    off = {
+        "eos_token_id": [1, 2],
+        "repetition_penalty": 1.0,
+        "num_beams": 1,
+        "no_repeat_ngram_size": 0,
+        "suppress_tokens": None,
+    }
     found, said = settings(file, {})
     assert (found.top_k, found.temperature) == (5, Sampling().temperature)
-    lost = 'no effect here: repetition_penalty 1.2, num_beams 4, temperature "hot", top_p 2'
-    assert said == f"generation_config.json: top_k 5 in use where no option says otherwise; {lost}"
+    lost = 'not honoured: repetition_penalty 1.2, num_beams 4, temperature "hot", top_p 2'
+    assert said == f"generation_config.json: top_k 5 (options come first); {lost}"
     assert settings(off | {"transformers_version": "4.40"}, {}) == (Sampling(), "")
 
 

@@ -1,4 +1,4 @@
-"""Draws: filters in transformers' order, the softmax at its temperature, and settings out of range."""
+"""Draws: filters in their order, the softmax at its temperature, and settings out of range."""
 
 import functools
 
@@ -16,16 +16,18 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def probabilities(logits_V, request):
-    """transformers' warpers in their order: temperature, top-k, top-p, min-p."""
+    """Temperature, then top-k, top-p and min-p, each on what the one before left.
+
+    Top-k keeps the k likeliest tokens, top-p the smallest set whose mass reaches p, min-p those of at least
+    min_p times the greatest probability; of equally likely tokens the lower id goes first.
+    """
     scores = np.asarray(logits_V, np.float64) / request.temperature
+    order = np.argsort(-scores, kind="stable")
     if request.top_k:
-        k = min(request.top_k, len(scores))
-        scores = np.where(scores < np.sort(scores)[-k], -np.inf, scores)
+        scores[order[request.top_k :]] = -np.inf
     if request.top_p < 1:
-        ascending = np.argsort(scores, kind="stable")
-        remove = np.cumsum(softmax(scores)[ascending]) <= 1 - request.top_p
-        remove[-1] = False
-        scores[ascending[remove]] = -np.inf
+        p = softmax(scores)[order]
+        scores[order[np.cumsum(p) - p >= request.top_p]] = -np.inf
     if request.min_p > 0:
         p = softmax(scores)
         scores = np.where(p < request.min_p * p.max(), -np.inf, scores)
@@ -60,11 +62,13 @@ def frequencies(logits_V, request, rows=4096):
     top_k=st.sampled_from([0, 1, 3, 8, 100]),
     top_p=st.sampled_from([1.0, 0.95, 0.8, 0.5, 0.1]),
     min_p=st.sampled_from([0.0, 0.0, 0.05, 0.3, 1.0]),
+    ties=st.booleans(),
 )
 @settings(max_examples=60, deadline=None)
-def test_draws_follow_the_filters_of_transformers(seed, temperature, top_k, top_p, min_p):
+def test_draws_follow_the_filters_as_defined(seed, temperature, top_k, top_p, min_p, ties):
     request = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     logits_V = np.random.default_rng(seed).standard_normal(12)
+    logits_V = np.round(logits_V) if ties else logits_V
     expected_V, counts_V = probabilities(logits_V, request), frequencies(logits_V, request)
     assert not counts_V[expected_V == 0].any()
     likely = expected_V * counts_V.sum() > 20
@@ -73,6 +77,19 @@ def test_draws_follow_the_filters_of_transformers(seed, temperature, top_k, top_
         likely
     ]
     assert chi_square.sum() < 45  # 11 degrees of freedom: one in 200,000 exceeds it
+
+
+@pytest.mark.parametrize(
+    ("filters", "kept"),
+    [
+        ({"top_k": 1}, [1]), ({"top_k": 2}, [1, 2]), ({"top_k": 4}, [0, 1, 2, 4]), ({"top_p": 0.2}, [1]),
+        ({"top_p": 0.6}, [1, 2, 4]), ({"top_p": 0.85}, [0, 1, 2, 4]), ({"min_p": 0.9}, [1, 2, 4]),
+    ],
+)  # fmt: skip
+def test_of_equally_likely_tokens_those_of_lower_id_stay(filters, kept):
+    logits_V = [0.0, 1.0, 1.0, 0.0, 1.0, -9.0]  # 0.27 for each of 1, 2 and 4, 0.1 for 0 and 3
+    counts_V = frequencies(logits_V, Sampling(**{"temperature": 1.0, "top_p": 1.0} | filters))
+    assert np.flatnonzero(counts_V).tolist() == kept
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -109,6 +126,8 @@ def test_requests_of_all_kinds_share_a_batch_and_keep_their_draws():
     ("field", "value"),
     [
         ("max_new_tokens", 0),
+        ("max_new_tokens", float("inf")),
+        ("top_k", float("inf")),
         ("temperature", -0.1),
         ("temperature", float("inf")),
         ("temperature", float("nan")),
@@ -118,7 +137,6 @@ def test_requests_of_all_kinds_share_a_batch_and_keep_their_draws():
         ("min_p", -0.1),
         ("seed", -1),
         ("seed", float("nan")),
-        ("top_k", float("inf")),
         ("top_k", 10**30),
         ("max_new_tokens", 1.5),
         ("temperature", True),
