@@ -129,6 +129,8 @@ def gguf_to_hf(src: str | Place, dst: str | Path, overwrite: bool = False) -> Pa
         pieces = _check(cfg, _pieces(tensors))
     except (CheckpointError, ConfigError) as e:
         raise type(e)(f"{path}: {e}") from e.__cause__
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as e:
+        raise CheckpointError(f"{path}: its metadata cannot be read ({type(e).__name__}: {e})") from e
     dtype = np.dtype(cfg.dtype)
     kinds = {name: np.dtype(np.float32) if name.endswith(_ROUTER_BIAS) else dtype for name in pieces}
     specs = {name: (piece.shape, kinds[name]) for name, piece in pieces.items()}
