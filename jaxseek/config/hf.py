@@ -168,6 +168,7 @@ def read(source: Mapping[str, Any], where: str = "config") -> ModelConfig:
     unread |= {"mlp_bias"} & fixed.keys()  # transformers' classes do not read it either
     unread |= {*MLA_SHAPE, "q_lora_rank"} if raw.get("use_mla") is False else set()
     given = {k: raw[k] for k in _names() - unread if raw.get(k) is not None}
+    given |= {k: 1 for k in ("n_group", "topk_group") if moe and raw.get(k, 1) is None}  # null: no groups
     if given.get("q_lora_rank") == 0:  # the official demo writes 0 for null
         del given["q_lora_rank"]
     if kind in MLA:  # MLA has no KV heads; transformers defaults to V3's 128

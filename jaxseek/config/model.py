@@ -19,7 +19,8 @@ from jaxseek.storage.untrusted import brief, read_json
 DTYPES = ("bfloat16", "float16", "float32")
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1}
 
-_V3_ROUTER = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}
+_V3_ROUTER: dict[str, Any] = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}
+_V3_ROUTER |= {"n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, "first_k_dense_replace": 3}
 _HALF_SPLIT = {"rope_interleave": False}  # llama's rotary layout
 # model_type -> (Hugging Face class, its defaults for fields missing in config.json, fields that it fixes
 # whatever config.json says).

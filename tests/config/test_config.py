@@ -281,8 +281,17 @@ def test_end_tokens_may_be_none_one_or_a_list():
 def test_a_field_left_out_takes_the_default_of_its_class():
     plain = ModelConfig.from_hf(LLAMA)
     assert (plain.num_key_value_heads, plain.head_dim, plain.rope) == (4, 64, RopeConfig())
-    lean = {k: v for k, v in R1.items() if k not in ("topk_method", "scoring_func", "norm_topk_prob")}
+    router = (
+        "topk_method",
+        "scoring_func",
+        "norm_topk_prob",
+        "n_group",
+        "topk_group",
+        "routed_scaling_factor",
+    )
+    lean = {k: v for k, v in R1.items() if k not in router}
     assert ModelConfig.from_hf(lean) == ModelConfig.from_hf(R1)
+    assert ModelConfig.from_hf(lean | {"n_group": None, "topk_group": None}).n_group == 1
     v2 = ModelConfig.from_hf(lean | V2_CLASS)
     assert (v2.topk_method, v2.scoring_func, v2.norm_topk_prob, v2.has_router_bias) == (
         "greedy",
