@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import io
+import zipfile
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxseek.checkpoint.directory import CheckpointError
 from jaxseek.engine.engine import fetch
 from jaxseek.machine.hosts import meet, most
 from jaxseek.model.deepseek import DeepSeek
@@ -108,8 +111,13 @@ class Dpo(Pretrain):
                 write_bytes(path, file.getvalue())
             meet("reference is kept")
         blank = {-1: np.zeros(2, np.float32)}  # of a row that fills up a batch
-        with np.load(io.BytesIO(path.read_bytes())) as kept:
-            return {s: dict(zip(kept[f"{s}_index"].tolist(), kept[f"{s}_pair"])) | blank for s in SPLITS}
+        try:
+            with np.load(io.BytesIO(path.read_bytes())) as kept:  # checks the CRC of every array
+                return {s: dict(zip(kept[f"{s}_index"].tolist(), kept[f"{s}_pair"])) | blank for s in SPLITS}
+        except (ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as e:
+            raise CheckpointError(
+                f"{path}: is damaged ({type(e).__name__}: {str(e)[:200]}); remove it, it is computed again"
+            ) from e
 
     def _computed(self, model: DeepSeek, split: str) -> dict[str, np.ndarray]:
         """Compute the log-probs (chosen, rejected) of the pairs of a split, with the pairs' indices."""

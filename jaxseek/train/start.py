@@ -12,6 +12,7 @@ import optax
 
 from jaxseek.api import load
 from jaxseek.checkpoint import models
+from jaxseek.checkpoint.digests import Digests
 from jaxseek.checkpoint.directory import LOCK
 from jaxseek.config.model import ConfigError, ModelConfig, presets
 from jaxseek.config.run import Program, RunConfig
@@ -23,7 +24,7 @@ from jaxseek.model.deepseek import DeepSeek
 from jaxseek.sharding.parameters import fill, parameters
 from jaxseek.sharding.strategy import Strategy
 from jaxseek.storage.hub import model_place
-from jaxseek.storage.place import file_sizes, place, scratch, writable
+from jaxseek.storage.place import Place, file_sizes, place, scratch, writable
 from jaxseek.tokenizer.tokenizer import Tokenizer
 from jaxseek.train import lora
 from jaxseek.train.checkpoints import Checkpoints, UnreadableError
@@ -63,7 +64,7 @@ def _claim(run: RunConfig) -> None:
     out = writable(run.out)
     kept = out / "run.json"
     made = [name for name in file_sizes(out) if not name.startswith(("run.json", hosts.TOKEN, LOCK))]
-    now, before = run.to_dict(), json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
+    now, before = run.to_dict(), _read_settings(kept) if kept.is_file() else None
     if before is not None and made:
         was, is_ = _flat(before), _flat(now)
         differ = [
@@ -80,6 +81,16 @@ def _claim(run: RunConfig) -> None:
         raise ConfigError(f"{out} is not empty and holds no run; choose another out")
     if now != before:
         models.write_json(kept, now)  # at once: a run that is killed here starts again
+
+
+def _read_settings(kept: Place) -> dict[str, Any]:
+    try:
+        return dict(json.loads(kept.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as e:
+        raise ConfigError(
+            f"{kept}: is damaged ({type(e).__name__}: {str(e)[:200]}), expected the settings of the run in "
+            "that directory; put back a copy of it, or choose another out"
+        ) from None
 
 
 def finished(run: RunConfig) -> int | None:
@@ -117,6 +128,8 @@ def open_tokenizer(run: RunConfig, cfg: ModelConfig) -> Tokenizer:
     if made:
         hosts.from_first(lambda: _make_tokenizer(run))
     at = place(run.out) / "tokenizer" if made else model_place(source, weights=False)
+    if models.kind_of(at) == "jaxseek":
+        Digests.noted(at).check_small()
     tokenizer = Tokenizer.from_dir(at) if at.is_dir() else None
     if tokenizer is None and made:
         raise ConfigError(f"{source} has made no tokenizer; expected tokenizer.json or a .model file")
@@ -158,6 +171,8 @@ def model_config(run: RunConfig) -> ModelConfig:
             f"jaxseek convert {run.model} DST --dtype bfloat16"
         )
     at = model_place(run.model, weights=False)
+    if kind == "jaxseek":
+        Digests.noted(at).check_small()
     return with_changes(run, ModelConfig.from_hf(at) if kind else ModelConfig.from_preset(run.model))
 
 
