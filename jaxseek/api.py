@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from jaxseek.checkpoint import models
+from jaxseek.checkpoint.digests import Digests
 from jaxseek.config.model import ModelConfig, presets
 from jaxseek.experts.replicate import place_experts
 from jaxseek.model.deepseek import DeepSeek
@@ -39,6 +40,8 @@ def load(
     name = str(path_or_preset)
     if kind is None and not (name.startswith("tiny-") and name in presets()):
         raise models.not_a_checkpoint(path_or_preset)
+    if kind == "jaxseek":
+        Digests.noted(path).check_small()  # before a config or tokenizer is read
     cfg = ModelConfig.from_hf(path / "config.json") if kind else ModelConfig.from_preset(name)
     if mesh is None:
         hosts = jax.process_count()

@@ -224,7 +224,7 @@ def add_conversion(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--verify", action="store_true", help="read everything back before DST gets its name")
     parser.add_argument(
-        "--no-checksum", action="store_true", help="do not check SRC's files by the hub's SHA-256"
+        "--no-checksum", action="store_true", help="do not check SRC's files by their digests"
     )
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
 

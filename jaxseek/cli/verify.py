@@ -13,7 +13,7 @@ from jaxseek.cli.shared import size
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="what convert or quantize wrote, either format")
+    parser.add_argument("checkpoint", help="what convert, quantize or a run wrote, either format")
     parser.add_argument("--source", help="what it was converted from")
     parser.add_argument(
         "--memory", type=size, default="1.5GiB", help="what reading may take (default 1.5GiB)"

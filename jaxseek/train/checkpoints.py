@@ -37,6 +37,7 @@ from jaxseek.storage.place import Place, Remote, download, file_sizes, remove, t
 from jaxseek.train.step import State, changed, with_values
 
 log = logging.getLogger("jaxseek")
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the tracebacks of errors that it raises
 
 
 class UnreadableError(CheckpointError):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxseek.config.model import ConfigError
+from jaxseek.checkpoint.directory import CheckpointError
 from jaxseek.engine.engine import fetch
 from jaxseek.machine.hosts import meet, most
 from jaxseek.model.deepseek import DeepSeek
@@ -110,11 +110,11 @@ class Dpo(Pretrain):
             meet("reference is kept")
         blank = {-1: np.zeros(2, np.float32)}  # of a row that fills up a batch
         try:
-            with np.load(io.BytesIO(path.read_bytes())) as kept:
+            with np.load(io.BytesIO(path.read_bytes())) as kept:  # checks the CRC of every array
                 return {s: dict(zip(kept[f"{s}_index"].tolist(), kept[f"{s}_pair"])) | blank for s in SPLITS}
         except Exception as e:  # numpy and zipfile raise many kinds
-            raise ConfigError(
-                f"{path}: is damaged ({type(e).__name__}: {e}); remove it, and a new run makes it again"
+            raise CheckpointError(
+                f"{path}: is damaged ({type(e).__name__}: {str(e)[:200]}); remove it, it is computed again"
             ) from e
 
     def _computed(self, model: DeepSeek, split: str) -> dict[str, np.ndarray]:

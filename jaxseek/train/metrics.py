@@ -293,7 +293,8 @@ class Progress:
             act()
         except (OSError, SystemExit) as e:  # rich ends the process where nobody reads its output
             self._quiet, self._bar = True, None
-            log.warning("the output cannot be written (%s); the run goes on without it", e)
+            why = e if isinstance(e, OSError) else "nobody reads it"
+            log.warning("the output cannot be written (%s); the run goes on without it", why)
 
     def _print(self) -> None:
         if self._line:

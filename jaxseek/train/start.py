@@ -11,6 +11,7 @@ import optax
 
 from jaxseek.api import load
 from jaxseek.checkpoint import models
+from jaxseek.checkpoint.digests import Digests
 from jaxseek.checkpoint.directory import LOCK
 from jaxseek.config.model import ConfigError, ModelConfig, presets
 from jaxseek.config.run import Program, RunConfig
@@ -24,7 +25,7 @@ from jaxseek.sharding.parameters import fill, parameters
 from jaxseek.sharding.strategy import Strategy
 from jaxseek.storage.hub import model_place
 from jaxseek.storage.place import file_sizes, place, scratch, writable
-from jaxseek.storage.untrusted import expect, read_json
+from jaxseek.storage.untrusted import expect
 from jaxseek.tokenizer.tokenizer import Tokenizer
 from jaxseek.train import lora
 from jaxseek.train.checkpoints import Checkpoints, UnreadableError
@@ -130,6 +131,8 @@ def open_tokenizer(run: RunConfig, cfg: ModelConfig) -> Tokenizer:
     if made:
         hosts.from_first(lambda: _make_tokenizer(run))
     at = place(run.out) / "tokenizer" if made else model_place(source, weights=False)
+    if models.kind_of(at) == "jaxseek":
+        Digests.noted(at).check_small()
     tokenizer = Tokenizer.from_dir(at) if at.is_dir() else None
     if tokenizer is None and made:
         raise ConfigError(f"{source} has made no tokenizer; expected tokenizer.json or a .model file")
@@ -171,6 +174,8 @@ def model_config(run: RunConfig) -> ModelConfig:
             f"jaxseek convert {run.model} DST --dtype bfloat16"
         )
     at = model_place(run.model, weights=False)
+    if kind == "jaxseek":
+        Digests.noted(at).check_small()
     return with_changes(run, ModelConfig.from_hf(at) if kind else ModelConfig.from_preset(run.model))
 
 

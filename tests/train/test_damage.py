@@ -157,6 +157,23 @@ def test_a_loss_that_changed_on_the_disk_does_not_make_a_checkpoint_the_best(cop
     checkpoints.close()
 
 
+@pytest.mark.parametrize("text", ["", "{", "[1]", "[" * 100_000])
+def test_settings_of_a_run_that_cannot_be_read_are_an_error_that_names_them(text, copy, home):
+    (copy / "run.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"run.json: is damaged \(.*put back a copy of it"):
+        train(settings(home, copy, 6))
+
+
+def test_reference_logprobs_that_changed_on_the_disk_are_refused(home, tmp_path):
+    train(run(home, tmp_path / "run", "dpo", steps=1))
+    path = tmp_path / "run" / "reference.npz"
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(CheckpointError, match=r"reference.npz: is damaged .*; remove it, it is computed"):
+        train(run(home, tmp_path / "run", "dpo", steps=2))
+
+
 # -------------------------------------------------------------------- one process
 
 
