@@ -567,7 +567,8 @@ def boxes(*contents):
 
 # The reference of each is 4.
 HEDGES = [
-    "3, 4", "4;3", "1 2 3 4", "4,4", "3\n4", "x=3\nx = 4", "3=4", "4 or 5", "1 3", "3 4", "4 (or 3)", "3\n4 or 5", "x=3, x=4",
+    "3, 4", "4;3", "1 2 3 4", "4,4", "3\n4",
+    "x=3\nx = 4", "3=4", "4 or 5", "1 3", "3 4", "4 (or 3)", "3\n4 or 5", "x=3, x=4",
     "either 3 or 4", "$3$ and $4$", r"\(4\) or \(5\)", "The answer is 3 or 4", "The result is 3 = 4",
     "#### 3, 4", "#### 3 or 4", r"\boxed{4", "<answer>4", r"\boxed{4} \boxed{", r"\boxed{4}, no: \boxed{5}",
     *boxes(

@@ -30,9 +30,8 @@ TAIL = 5000  # characters at the end of a text that are searched for a result th
 ANCHOR = re.compile(r"(?:answer|result)s?\b[^.\n]{0,40}?(?:\b(?:is|are|equals)\b|[:=])", re.IGNORECASE)
 FORMULA = re.compile(r"(?<!\\)\$\$?([^$]+)(?<!\\)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 BOLD = re.compile(r"(?<!\w)(\*\*|__)(?=\S)(.+?)\1(?!\w)")
-BARE = re.compile(
-    r"[\s*$]*(?:[A-Za-z]\s*=\s*)?[-+−]?[\d.,/]+[\s*$.]*"
-)  # a line that is one of several values
+# A line that is one of several values.
+BARE = re.compile(r"[\s*$]*(?:[A-Za-z]\s*=\s*)?[-+−]?[\d.,/]+[\s*$]*")
 # A number in a sentence, with what is computed of numbers around it.
 VALUE = re.compile(r"(?<![\w^])[-+−(]*\.?\d(?:[\d.,]|\s*[-+−*/×÷^=()]+\s*(?=[-+−(.]*\d))*[)!%]*")
 MORE = re.compile(r"(?<!\^)\d")  # cm^2 is no number
