@@ -567,7 +567,8 @@ def boxes(*contents):
 
 # The reference of each is 4.
 HEDGES = [
-    "3, 4", "4;3", "1 2 3 4", "4,4", "3=4", "4 or 5", "1 3", "3 4", "4 (or 3)", "3\n4 or 5", "x=3, x=4",
+    "3, 4", "4;3", "1 2 3 4", "4,4", "3\n4",
+    "x=3\nx = 4", "3=4", "4 or 5", "1 3", "3 4", "4 (or 3)", "3\n4 or 5", "x=3, x=4",
     "either 3 or 4", "$3$ and $4$", r"\(4\) or \(5\)", "The answer is 3 or 4", "The result is 3 = 4",
     "#### 3, 4", "#### 3 or 4", r"\boxed{4", "<answer>4", r"\boxed{4} \boxed{", r"\boxed{4}, no: \boxed{5}",
     *boxes(
@@ -576,6 +577,7 @@ HEDGES = [
         "5 || 4",
         "3 & 4", r"x=3 \Rightarrow 4", r"3 \to 4", r"4 \ne 3", r"3\neq4", r"4 \leq 4", "1 3", r"1\quad 3",
         r"1\\3", "{1}{3}", r"1 \text{ cm } 3", "4 apples 3 pears",
+        "x=3!x=4", r"3\circ 4", r"3\frac 4", "3 ** 4", "4_3", r"3^{} 4", r"\text{3\sqrt 4}", r"3\right 4",
         r"3\ldots 4", r"3\sim4", r"3 \foo 4", "3 # 4",
         "5→4", r"\pi = 4", r"\begin{cases}4\\4\end{cases}", r"5 \approx 4", "3 maybe 4", r"4\,or\,5",
     ),
@@ -584,7 +586,7 @@ SINGLE = [
     "4", "x=4", "The result is 4", "so x = 4", "The answer is $4$.", "The answer is:\n\n4", "it is 4",
     "答案是 4", "#### **4**", "#### 4 dollars", "#### **$4**", "#### 4 eggs per day", "**4**",
     "she sold 2 + 2 = 4 clips",
-    "first 3, then 1\nso the answer is 4", "It has 4 cm^2 left", r"\boxed{3}, no: \boxed{4}",
+    "2 + 2 = 4\n4", "first 3, then 1\nso the answer is 4", "It has 4 cm^2 left", r"\boxed{3}, no: \boxed{4}",
     "<answer>3</answer><answer>4</answer>", "<answer> 4 </answer>", r"The answer is \frac{8}{2}.",
     *boxes(
         "x=4", "2+2", "2+2=4", "n = 2+2 = 4", "f(2)=4", r"\angle A = 4", r"\theta = 4", r"\max(3,4)", "|-4|",

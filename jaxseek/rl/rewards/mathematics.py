@@ -4,13 +4,14 @@ math-verify looks for results in a text and is lenient with what it finds: in "3
 finds 4. A model in training learns to use that. Here it only compares, and what it is given is one result:
 
 1. The result is the marked one (answers.py). Of a text that marks none it is what follows "answer is" or the
-   like, else the last line.
+   like, else the last line, unless another is a bare number too.
 2. In a sentence it is the only formula between dollar signs, else the only number.
 3. It has no sign that separates or relates values (SEVERAL), such as a comma, "or", `<` and `\pm`, and no two
    numbers side by side, unless the reference has such signs. It has no sign that neither the reference nor
    arithmetic knows, since math-verify would read one side of it.
-4. Where it is an equation, its last side counts. The sides before name something unknown, as in `x = 4` and
-   `f(2) = 4`, or have the same value, as in `2 + 2 = 4`.
+4. Where it is an equation, its last side counts. The first names something unknown, as in `x = 4` and
+   `f(2) = 4`, or has the same value, as in `2 + 2 = 4`, and so do those between, but without a number beside
+   the unknown.
 """
 
 from __future__ import annotations
@@ -29,18 +30,22 @@ TAIL = 5000  # characters at the end of a text that are searched for a result th
 ANCHOR = re.compile(r"(?:answer|result)s?\b[^.\n]{0,40}?(?:\b(?:is|are|equals)\b|[:=])", re.IGNORECASE)
 FORMULA = re.compile(r"(?<!\\)\$\$?([^$]+)(?<!\\)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 BOLD = re.compile(r"(?<!\w)(\*\*|__)(?=\S)(.+?)\1(?!\w)")
+# A line that is one of several values.
+BARE = re.compile(r"[\s*$]*(?:[A-Za-z]\s*=\s*)?[-+−]?[\d.,/]+[\s*$]*")
 # A number in a sentence, with what is computed of numbers around it.
 VALUE = re.compile(r"(?<![\w^])[-+−(]*\.?\d(?:[\d.,]|\s*[-+−*/×÷^=()]+\s*(?=[-+−(.]*\d))*[)!%]*")
 MORE = re.compile(r"(?<!\^)\d")  # cm^2 is no number
 LETTER, WORD = re.compile(r"[^\W\d_]"), re.compile(r"[^\W\d_]{2,}")
 COMMANDS = re.compile(r"\\[A-Za-z]+")
-TEXT = re.compile(r"\\(?:text\w*|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
+TEXT = re.compile(r"\\(?:text\w*|mathrm|mathbf|mbox|operatorname)\s*\{([^{}\\]*)\}")
 # Not in (12,102) and \{1,200\}, which have two numbers.
 THOUSANDS = re.compile(r"(?<![\d.,(\[])(?<!\\\{)(\d{1,3})((?:(?:,|\{,\}|\\,|\\!,|,\\!\s?)\d{3})+)(?![\d,])")
 SPACES = re.compile(r"(?<!\\)\\[,!;: ]|~|\\q?quad(?![A-Za-z])|\s")
-SUBSCRIPT = re.compile(r"_\s*(?:\{[^{}]*\}|\w)")
+SUBSCRIPT = re.compile(r"(?<=[A-Za-z)}])_\s*(?:\{[^{}]*\}|\w)")
 ARGUMENTS = re.compile(r"[A-Za-z]\s*(?:\\left\s*)?\([^()]*\)")
 FRACTION = re.compile(r"(\\[dtc]?(?:frac|binom))\s*(\d)\s*")
+# An empty group, and a fraction of one part.
+HALF = re.compile(r"\{\s*\}|\\[dtc]?(?:frac|binom)\s*(?:\d(?!\d)|\{[^{}]*\})\s*(?![\s{\d\\A-Za-z])")
 TOKEN = re.compile(r"\\[A-Za-z]+|\\.|\d+(?:\.\d*)?|[^\W\d_]+|\S", re.DOTALL)
 EQUALS = re.compile(r"(?<![<>!\\])=|≈|\\approx(?![A-Za-z])")
 
@@ -60,11 +65,11 @@ UNKNOWNS = _commands(
     "varphi chi psi omega ell angle triangle"
 )
 # What joins no numbers; math-verify would add the numbers beside it.
-NEUTRAL = {*"{}|%'.°!$€£¥"} | _commands("$ % text degree prime")
-OPERATIONS = {*"+-−*/^_()[]:=≈×÷·√∞"} | _commands(
-    "frac dfrac tfrac cfrac sqrt cdot times div ast pi infty left right big bigl bigr circ approx sin cos "
+NEUTRAL = {*"{}|%'.°!$€£¥"} | _commands("$ % degree prime")
+OPERATIONS = {*"+-−*/^()[]:=≈×÷·√∞"} | _commands(
+    "frac dfrac tfrac cfrac sqrt cdot times div pi infty left right big bigl bigr approx sin cos "
     "tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp binom dbinom tbinom lfloor rfloor "
-    "lceil rceil sum prod int lim max min gcd lcm mod bmod pmod overline bar hat vec displaystyle"
+    "lceil rceil sum prod int lim max min gcd lcm overline bar hat vec displaystyle"
 )
 
 
@@ -98,9 +103,12 @@ def one_result(text: str, reference: str) -> str:
         *_, tail = ANCHOR.split(text[-TAIL:])
         lines = [line for line in tail.lstrip(" \t\n:=").splitlines() if line.strip()] or [""]
         result = lines[0 if ANCHOR.search(text[-TAIL:]) else -1]
+        if result is not lines[0] and any(BARE.fullmatch(line) for line in lines[:-1]):
+            return ""
     if len(result) > LONGEST + len(reference):
         return ""
     result = SPACES.sub(" ", _without_separators(BOLD.sub(r"\2", result))).lstrip(" *:=").rstrip(" *.")
+    result = result.replace("**", "^")
     if formulas := [next(filter(None, groups)) for groups in FORMULA.findall(result)]:
         rest = FORMULA.sub(" ", result)
         result = formulas[0] if len(formulas) == 1 and not MORE.search(rest) else ""
@@ -123,6 +131,8 @@ def _comparable(result: str, reference: str) -> bool:
     allowed = OPERATIONS | UNKNOWNS | NEUTRAL | known | (SEVERAL if known & SEVERAL else set())
     if any(not (token in allowed or token[0].isalnum()) for token in found):
         return False
+    if HALF.search(result) or found.count(r"\left") != found.count(r"\right"):
+        return False
     if known & SEVERAL:
         return True
     solid = [token for token in found if token not in NEUTRAL and not token.isalpha()]
@@ -132,7 +142,7 @@ def _comparable(result: str, reference: str) -> bool:
 
 def _tokens(text: str) -> list[str]:
     """Return the signs, numbers and words of a formula, without what separates no values."""
-    text = SUBSCRIPT.sub("", _without_separators(TEXT.sub(r"\\text \1 ", text)))
+    text = SUBSCRIPT.sub("", _without_separators(TEXT.sub(r" \1 ", text)))
     text = ARGUMENTS.sub(lambda m: m[0].replace(",", "+"), text)
     if "frac" in text or "binom" in text:
         text = re.sub(r"\}\s*(?=[{\d])", "}/", FRACTION.sub(r"\1{\2}/", text))
@@ -146,10 +156,14 @@ def _without_separators(text: str) -> str:
 
 def _sides_agree(result: str, seconds: float) -> bool:
     *before, last = EQUALS.split(result)
-    named = (
-        UNKNOWNS & {*COMMANDS.findall(side)} or LETTER.search(COMMANDS.sub(" ", side)) for side in before
+    return bool(SEVERAL & {*_tokens(result)}) or all(
+        (_names_something(side) and (not i or not re.search(r"\d", side))) or _equal(side, last, seconds)
+        for i, side in enumerate(before)
     )
-    return all(name or _equal(side, last, seconds) for name, side in zip(named, before))
+
+
+def _names_something(side: str) -> bool:
+    return bool(UNKNOWNS & {*COMMANDS.findall(side)} or LETTER.search(COMMANDS.sub(" ", side)))
 
 
 def _equal(reference: str, result: str, seconds: float) -> bool:

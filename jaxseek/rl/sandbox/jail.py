@@ -399,6 +399,8 @@ def run_judge(job):
             in_setup = names_in(setup)[0] & wanted
         except BaseException as error:
             return tell(f"the tests cannot be read: {type(error).__name__}: {error}")
+        for name in wanted & set(namespace):  # such as the beginning of a function in HumanEval's prompt
+            del namespace[name]
         found = link.ask("names", sorted(wanted))
         namespace.update((name, value) for name, value in found.items() if name in wanted)
         fine, error = run("set-up", setup)
