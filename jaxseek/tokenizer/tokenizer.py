@@ -628,7 +628,10 @@ class _SentencePiece:
 def _read_json(found: Mapping[str, bytes], name: str) -> dict[str, Any]:
     """Parse a file. Raises TokenizerError for one of another form: UnusableTokenizer for a vocabulary."""
     error = UnusableTokenizer if folder.holds_vocabulary(name) else TokenizerError
-    return expect(parse_json(found.get(name, b"{}"), name, error), folder.FORMS[name], name, error)
+    data = found.get(name, b"{}")
+    if data.lstrip()[:1] == b"[":  # nested without end, say: it was never a tokenizer
+        error = TokenizerError
+    return expect(parse_json(data, name, error), folder.FORMS[name], name, error)
 
 
 def _is_panic(error: BaseException) -> bool:

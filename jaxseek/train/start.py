@@ -25,7 +25,7 @@ from jaxseek.sharding.parameters import fill, parameters
 from jaxseek.sharding.strategy import Strategy
 from jaxseek.storage.hub import model_place
 from jaxseek.storage.place import file_sizes, place, scratch, writable
-from jaxseek.storage.untrusted import expect
+from jaxseek.storage.untrusted import expect, read_json
 from jaxseek.tokenizer.tokenizer import Tokenizer
 from jaxseek.train import lora
 from jaxseek.train.checkpoints import Checkpoints, UnreadableError
