@@ -350,8 +350,11 @@ def _write_manifest(
 
 
 def _ours(name: str) -> bool:
-    """Return whether a file is the conversion's own, and goes when it is done."""
-    return name.startswith(("journal", "sending/"))
+    """Return whether a file is of no checkpoint, or is written after what is noted of the others.
+
+    A killed conversion may have left it.
+    """
+    return name.startswith(("journal", "sending/", digests.NAME))
 
 
 def differing(

@@ -9,6 +9,7 @@ hosts has a digests.HOST.json of each. JAXSEEK_NO_CHECKSUM=1 reads everything un
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import os
@@ -24,7 +25,7 @@ import xxhash
 
 from jaxseek.checkpoint.directory import CheckpointError
 from jaxseek.machine.hosts import from_first, gather
-from jaxseek.storage.place import Place, file_sizes, open_binary, write_text
+from jaxseek.storage.place import Place, PlaceError, file_sizes, open_binary, write_text
 
 log = logging.getLogger("jaxseek")
 
@@ -93,7 +94,8 @@ class Digests:
             return cls.unchecked(folder, NO_CHECKSUM)
         found = cls.noted(folder)
         if not found.files:
-            _say(f"{folder}: has no digests (an older jaxseek wrote it), so it is read unchecked")
+            why = "an older jaxseek wrote it, or a kill came first"
+            _say(f"{folder}: has no digests ({why}); it is read unchecked")
         return found
 
     @classmethod
@@ -104,7 +106,7 @@ class Digests:
             try:
                 raw = json.loads(at.read_text(encoding="utf-8"))
                 found = {} if "tensors" in raw else raw["files"]  # by tensor: by an older jaxseek
-                files |= {name: [(int(n), str(d)) for n, d in of_file] for name, of_file in found.items()}
+                files |= {name: [_part(*part) for part in of_file] for name, of_file in found.items()}
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
                 raise CheckpointError(
                     f"{at}: cannot be read ({type(e).__name__}: {str(e)[:200]}), so the checkpoint is "
@@ -129,12 +131,14 @@ class Digests:
         names = list(self.files if names is None else names)
 
         def wrong(name: str) -> list[tuple[str, int]]:
-            noted = self.files[name]
-            try:
-                found = parts(self.folder / name, [n for n, _ in noted], progress)
-            except FileNotFoundError:
+            at, noted = self.folder / name, self.files[name]
+            try:  # anything but a file could be read without end
+                found = parts(at, [n for n, _ in noted], progress) if at.is_file() else []
+            except PlaceError:
+                raise
+            except OSError:  # a bad sector
                 found = []
-            starts = np.cumsum([0, *(n for n, _ in noted)]).tolist()
+            starts = list(itertools.accumulate((n for n, _ in noted), initial=0))
             bad = [starts[i] for i, part in enumerate(noted) if found[i : i + 1] != [part]]
             return [(name, at) for at in bad or starts[len(noted) : len(found)]]
 
@@ -196,6 +200,12 @@ class Digests:
             f"{self.folder}: is damaged: {name}{more} not as written, by the digests; copy the checkpoint "
             f"again, or make it again (if you have changed a file yourself, take it out of {NAME})"
         )
+
+
+def _part(size: Any, noted: Any) -> Part:
+    if not (isinstance(size, int) and size >= 0 and isinstance(noted, str)):
+        raise ValueError(f"a part is [{size!r}, {noted!r}], expected bytes and a digest")
+    return size, noted
 
 
 @functools.cache

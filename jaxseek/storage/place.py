@@ -395,9 +395,13 @@ def _alive(process: int) -> bool:
     return True
 
 
-@functools.cache
 def local_tree(at: Remote) -> Path:
-    """Return a local copy of a tree, kept until the process ends."""
+    """Return a local copy of a tree as it is now, kept until the process ends."""
+    return _local_tree(at, repr(at.sizes()))
+
+
+@functools.cache
+def _local_tree(at: Remote, version: str) -> Path:
     folder = temporary("copy")
     _folders.append(folder)
     download(at, Path(folder.name))

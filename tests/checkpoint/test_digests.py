@@ -1,6 +1,7 @@
 """What is stored is what is read: flipped bits are found by loading, converting and verifying."""
 
 import json
+import os
 import shutil
 import threading
 
@@ -19,7 +20,7 @@ from jaxseek.checkpoint.store import Array
 from jaxseek.cli.main import main
 from jaxseek.config.model import ConfigError
 from jaxseek.model.deepseek import DeepSeek
-from jaxseek.storage.place import file_sizes, local_tree, place
+from jaxseek.storage.place import _local_tree, file_sizes, place
 from jaxseek.tokenizer.tokenizer import TokenizerError, train_sentencepiece
 from jaxseek_convert import convert, stream
 from jaxseek_convert.tensors import StoreCheckpoint
@@ -106,7 +107,7 @@ def test_a_reader_of_a_part_checks_that_part(checkpoint):
 def test_a_checkpoint_without_digests_is_read_with_a_line(checkpoint, caplog, made):
     (checkpoint / NAME).unlink()
     assert same_model(models.restore(checkpoint), models.restore(made / checkpoint.name))
-    assert caplog.text.count("has no digests (an older jaxseek wrote it), so it is read unchecked") == 1
+    assert caplog.text.count("has no digests (an older jaxseek wrote it") == 1
     convert_back(checkpoint)
 
 
@@ -138,7 +139,10 @@ def test_checks_are_switched_off_by_name_alone_and_that_is_said(checkpoint, monk
     assert f"{checkpoint}: is read unchecked, by {NO_CHECKSUM}" in caplog.text
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"files": 3}', '{"files": {"a": [[1]]}}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", '{"files": 3}', '{"files": {"a": [[1]]}}', '{"files": {"a": [[-1, ""]]}}', "[" * 100_000],
+)
 @pytest.mark.parametrize("checkpoint", ["saved"], indirect=True)
 def test_digests_that_cannot_be_read_are_an_error(text, checkpoint):
     (checkpoint / NAME).write_text(text)
@@ -157,7 +161,7 @@ def test_a_checkpoint_in_a_store_is_checked_as_one_on_a_disk(made):
         raw = bytearray((at / name).read_bytes())
         raw[9] ^= 1
         (at / name).write_bytes(raw)
-        local_tree.cache_clear()
+        _local_tree.cache_clear()
         with pytest.raises(CheckpointError, match=DAMAGED):
             models.restore(at)
         at.fs.store.clear()
@@ -175,6 +179,9 @@ def test_parts_of_a_file_have_digests_of_their_own(tmp_path):
         assert noted.damaged() == [("file", at) for at in bad]
         with pytest.raises(CheckpointError, match="file is not as written"):
             noted.check_file("file", np.frombuffer(raw, np.uint8))
+    (tmp_path / "file").unlink()
+    os.mkfifo(tmp_path / "file")
+    assert noted.damaged() == [("file", 0), ("file", 2), ("file", 5)]
     (tmp_path / "file").unlink()
     assert noted.damaged() == [("file", 0), ("file", 2), ("file", 5)]
     with pytest.raises(CheckpointError, match="other is not as written"):
