@@ -37,7 +37,7 @@ class Sampling:
             real = isinstance(value, int | float | np.number) and not isinstance(
                 value, bool | np.complexfloating
             )
-            if not real or not least <= value <= most or (whole and value % 1):
+            if not real or not least <= value <= most or (whole and float(value) % 1):
                 shown = value if real else repr(value)
                 raise ValueError(f"{name} is {shown}, expected {number} within {least:g}..{most:.10g}")
 
