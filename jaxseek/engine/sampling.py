@@ -47,7 +47,7 @@ class Sampling:
             number = "a whole number" if whole else "a number"
             real = isinstance(value, int | float | np.number)
             real &= not isinstance(value, bool | np.complexfloating)
-            if not real or not least <= value <= most or (whole and value % 1):
+            if not real or not least <= value <= most or (whole and float(value) % 1):
                 shown = value if real else repr(value)
                 raise ValueError(f"{name} is {shown}, expected {number} within {least:g}..{most:.10g}")
 

@@ -518,7 +518,11 @@ class Log:
         self.close()
 
 
-def read_log(at: Place, parse: Callable[[bytes, str], Any] = parse_json) -> list[Any]:
+def _any(line: bytes, where: str) -> Any:
+    return parse_json(line, where, kind=object)
+
+
+def read_log(at: Place, parse: Callable[[bytes, str], Any] = _any) -> list[Any]:
     """Read the lines of a log up to the first that is incomplete or that `parse` rejects.
 
     The rest of the file is truncated, so that appended lines follow those that were read.
