@@ -379,7 +379,7 @@ def _rename(partial: Path, path: Path, taken: bool) -> None:
 
 
 def _raise_full(e: BaseException, path: str | Path, needed: int | None, then: str) -> None:
-    if _is_full(e):
+    if is_full(e):
         parent = existing_parent(Path(path).absolute())
         free = shutil.disk_usage(parent).free
         need = "" if needed is None else f"{_size(needed)} are needed, "
@@ -392,9 +392,11 @@ def _size(n: int) -> str:
     return f"{n / 1e9:.2f} GB" if n >= 1e7 else f"{n:,} bytes"
 
 
-def _is_full(e: BaseException | None) -> bool:
+def is_full(e: BaseException | None) -> bool:
+    """Return whether an error, or one that led to it, says that there is no room: disk, quota, file size."""
     while e is not None:
-        if (isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)) or "No space left" in str(e):
+        numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if (isinstance(e, OSError) and e.errno in numbers) or any(os.strerror(n) in str(e) for n in numbers):
             return True
         e = e.__cause__ or e.__context__
     return False

@@ -29,7 +29,7 @@ from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from jaxseek.checkpoint import digests
 from jaxseek.checkpoint.digests import Digests
-from jaxseek.checkpoint.directory import CheckpointError, orbax_writes, raise_one_host
+from jaxseek.checkpoint.directory import CheckpointError, is_full, orbax_writes, raise_one_host
 from jaxseek.checkpoint.models import orbax_writers
 from jaxseek.config.run import CheckpointConfig
 from jaxseek.machine.hosts import most
@@ -245,8 +245,7 @@ class Checkpoints:
         try:
             act()
         except Exception as e:  # writers raise exceptions of many kinds
-            full = "No space left" in str(e) or "ENOSPC" in str(e) or getattr(e, "errno", None) == 28
-            why = "the disk is full" if full else f"{type(e).__name__}: {str(e)[:300]}"
+            why = "the disk is full" if is_full(e) else f"{type(e).__name__}: {str(e)[:300]}"
             raise CheckpointError(
                 f"{self.directory}: a checkpoint could not be written ({why}); once that is mended, run "
                 f"again, it goes on from {self._last()}"
