@@ -132,9 +132,7 @@ def gguf_to_hf(src: str | Place, dst: str | Path, overwrite: bool = False) -> Pa
     except (CheckpointError, ConfigError) as e:
         raise type(e)(f"{path}: {e}") from e.__cause__
     except Exception as e:  # metadata may have values of any type
-        raise CheckpointError(
-            f"{path}: its metadata cannot be used ({type(e).__name__}: {e}); fetch it again"
-        ) from e
+        raise CheckpointError(f"{path}: its metadata cannot be read ({type(e).__name__}: {e})") from e
     dtype = np.dtype(cfg.dtype)
     kinds = {name: np.dtype(np.float32) if name.endswith(_ROUTER_BIAS) else dtype for name in pieces}
     specs = {name: (piece.shape, kinds[name]) for name, piece in pieces.items()}
@@ -196,7 +194,8 @@ class Piece:
         from gguf.quants import dequantize
 
         data = [t.data if self.expert is None else t.data[self.expert] for t in self.tensors]
-        whole = [dequantize(part, t.tensor_type) for part, t in zip(data, self.tensors)]
+        with np.errstate(all="ignore"):  # scales of a damaged file are any numbers
+            whole = [dequantize(part, t.tensor_type) for part, t in zip(data, self.tensors)]
         if len(whole) == 1:
             return whole[0].reshape(self.shape)
         k_NCP, v_NHC = (part.reshape(shape_of(t)) for part, t in zip(whole, self.tensors))
@@ -261,8 +260,7 @@ def _hf_name(name: str) -> str:
 
 def _weight(cfg: ModelConfig, name: str, piece: Piece) -> np.ndarray:
     """Dequantise a tensor to float32, moving rotary pairs from adjacent rows to half a head apart."""
-    with np.errstate(all="ignore"):  # scales of a damaged file are any numbers
-        x = piece.read()
+    x = piece.read()
     for part, heads in _HEADS.items():
         if part in name and cfg.model_type in _INTERLEAVED:
             pairs = x.reshape(getattr(cfg, heads), cfg.head_dim // 2, 2, *x.shape[1:])

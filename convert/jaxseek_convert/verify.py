@@ -87,10 +87,9 @@ def read_digests(folder: Place) -> dict[str, dict[str, str]] | None:
     place = folder / NAME
     if not place.is_file():
         return None
-    raw = read_json(place, CheckpointError)
-    if "files" in raw:
-        return None
-    return expect(raw, {"tensors": {str: {str: str}}}, str(place), CheckpointError)["tensors"]
+    form = {"tensors?": {str: {str: str}}, "files?": dict}
+    raw = expect(read_json(place, CheckpointError), form, str(place), CheckpointError)
+    return None if "files" in raw else raw.get("tensors")
 
 
 def _named(source: StoreCheckpoint, damaged: list[tuple[str, int]]) -> list[str]:

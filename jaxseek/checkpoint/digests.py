@@ -26,6 +26,7 @@ import xxhash
 from jaxseek.checkpoint.directory import CheckpointError
 from jaxseek.machine.hosts import from_first, gather
 from jaxseek.storage.place import Place, PlaceError, file_sizes, open_binary, write_text
+from jaxseek.storage.untrusted import expect, read_json
 
 log = logging.getLogger("jaxseek")
 
@@ -104,7 +105,7 @@ class Digests:
         files: dict[str, list[Part]] = {}
         for at in () if os.environ.get(NO_CHECKSUM) else folder.glob("digests*.json"):
             try:
-                raw = json.loads(at.read_text(encoding="utf-8"))
+                raw = expect(read_json(at), {"tensors?": dict, "files?": {str: [list]}}, str(at))
                 found = {} if "tensors" in raw else raw["files"]  # by tensor: by an older jaxseek
                 files |= {name: [_part(*part) for part in of_file] for name, of_file in found.items()}
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import logging
 import os
 import shutil
@@ -27,6 +26,7 @@ import jax
 from jaxseek.machine import hosts
 from jaxseek.storage.hub import model_place
 from jaxseek.storage.place import Place, Remote, place, scratch, upload, writable
+from jaxseek.storage.untrusted import read_json
 
 log = logging.getLogger("jaxseek")
 
@@ -59,9 +59,8 @@ def adapter_at(path: Place) -> str:
     if not note.is_file():
         return ""
     base: Any = None
-    with contextlib.suppress(ValueError, OSError, RecursionError):
-        told = json.loads(note.read_text(encoding="utf-8"))
-        base = told.get("base_model_name_or_path") if isinstance(told, dict) else None
+    with contextlib.suppress(ValueError, OSError):
+        base = read_json(note).get("base_model_name_or_path")
     return (
         f"{path}: is an adapter (LoRA), not a model: it changes the weights of {base or 'its base model'}. "
         "Merge it first, with peft: AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload()"

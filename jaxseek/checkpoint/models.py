@@ -261,11 +261,11 @@ def not_a_checkpoint(path_or_preset: str | Place) -> CheckpointError:
         )
     if path.name.endswith(".gguf") and path.is_file():
         return CheckpointError(f"{path}: is a GGUF file; convert it first: jaxseek convert {path} DST")
-    if adapter := adapter_at(path):
-        return CheckpointError(adapter)
     for marker in (path / "config.json", path / MANIFEST):
         if isinstance(marker, Path) and marker.exists():
             raise_irregular(marker, CheckpointError)
+    if adapter := adapter_at(path):
+        return CheckpointError(adapter)
     what = f"exists, but is none{_inside(path)}" if path.exists() else f"does not exist{left(path)}"
     near = difflib.get_close_matches(name, known, 3, 0.4)
     hint = hub_hint(path_or_preset) or (

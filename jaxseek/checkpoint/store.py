@@ -121,12 +121,12 @@ class Array:
 
         def fill(at: tuple[int, ...]) -> None:
             flat = _numbers(folder / self._file(at), self.dtype)
+            check(self._file(at), flat)
             if len(flat) != math.prod(self.chunk):
                 raise CheckpointError(
                     f"{folder / self._file(at)}: has {len(flat):,} numbers, expected "
                     f"{math.prod(self.chunk):,}; copy the checkpoint again"
                 )
-            check(self._file(at), flat)
             chunk = flat.reshape([self.chunk[i] for i in self.order]).transpose(inverse)
             first = [k * c for k, c in zip(at, self.chunk)]
             low = [max(i.start, f) for i, f in zip(index, first)]

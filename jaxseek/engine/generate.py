@@ -72,7 +72,8 @@ def generate(
         raise ValueError(f"batch_size is {batch_size}, expected 1 or more")
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     given["max_new_tokens"] = None if max_new_tokens is None else _whole("max_new_tokens", max_new_tokens)
-    given["stop"] = None if stop is None else tuple(stop) if isinstance(stop, list | tuple) else (stop,)
+    stops = () if stop is None else tuple(stop) if isinstance(stop, list | tuple) else (stop,)
+    given["stop"] = stops or None
     base, said = settings(model.cfg.generation, given, strings=tokenizer is not None)
     _log_once(said)
     rendering = {"template": template, "tools": tools, "documents": documents}

@@ -34,7 +34,6 @@ _NAMED_TEMPLATES = "additional_chat_templates"
 MARKUP = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 _TOKEN = (str, {"content": str}, None)
-_ID = (int, [int], None)
 _NAMES = {f"{name}?": _TOKEN for name in NAMED}
 _TEMPLATES = (str, [{"name": str, "template": str}], {str: str}, None)
 # What is read of each file, in the terms of `untrusted.expect`.
@@ -52,7 +51,6 @@ FORMS: dict[str, Any] = {
         "added_tokens_decoder?": {str: {"content": str}},
     },
     "special_tokens_map.json": _NAMES,
-    "generation_config.json": {"bos_token_id?": _ID, "eos_token_id?": _ID, "pad_token_id?": _ID},
     "chat_template.json": {"chat_template?": _TEMPLATES},
 }
 FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)

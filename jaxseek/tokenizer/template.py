@@ -95,7 +95,7 @@ def variables(source: str) -> frozenset[str]:
     try:
         return template_variables(source)
     except TemplateFault as fault:
-        raise TokenizerError(f"the model's chat_template {fault}") from None
+        raise TokenizerError(f"the model's chat_template cannot be parsed: it {fault}") from None
 
 
 def check_variables(source: str, given: Mapping[str, Any]) -> None:

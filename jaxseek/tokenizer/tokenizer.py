@@ -130,11 +130,12 @@ class Tokenizer:
         beside it. `template` is used instead of the model's own: see `render_chat`. Raises TokenizerError for
         an invalid file, and where there are only files of a kind that is not read.
         """
-        found = folder.read(model_place(path, weights=False))
+        at = model_place(path, weights=False)
+        found = folder.read(at)
         try:
             return cls(found, template) if folder.source(found) else None
         except TokenizerError as error:
-            raise type(error)(f"{path}: {error}") from error
+            raise type(error)(f"{at}: {error}") from error
 
     @classmethod
     def beside(cls, weights: str | Place, rows: int, template: str | Path | None = None) -> Tokenizer | None:
@@ -148,7 +149,7 @@ class Tokenizer:
             if found is not None:
                 found.check_fits(rows)
         except UnusableTokenizer as error:
-            log.warning("goes on without a tokenizer: %s", error)
+            log.warning("%s: goes on without a tokenizer: %s", weights, error)
             return None
         return found
 
@@ -631,7 +632,7 @@ def _read_json(found: Mapping[str, bytes], name: str) -> dict[str, Any]:
     data = found.get(name, b"{}")
     if data.lstrip()[:1] == b"[":  # nested without end, say: it was never a tokenizer
         error = TokenizerError
-    return expect(parse_json(data, name, error), folder.FORMS[name], name, error)
+    return expect(parse_json(data, name, error), folder.FORMS.get(name, {}), name, error)
 
 
 def _is_panic(error: BaseException) -> bool:

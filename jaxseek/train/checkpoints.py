@@ -9,7 +9,6 @@ OUT/checkpoints/STEP/digests*  digests of these files, by every host of those th
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import re
@@ -34,6 +33,7 @@ from jaxseek.checkpoint.models import orbax_writers
 from jaxseek.config.run import CheckpointConfig
 from jaxseek.machine.hosts import most
 from jaxseek.storage.place import Place, Remote, download, file_sizes, remove, temporary, upload, writable
+from jaxseek.storage.untrusted import parse_json
 from jaxseek.train.step import State, changed, with_values
 
 log = logging.getLogger("jaxseek")
@@ -202,7 +202,7 @@ class Checkpoints:
         with contextlib.suppress(CheckpointError, OSError, ValueError, KeyError, TypeError):
             raw = (folder / name).read_bytes()
             Digests.noted(folder).check_file(name, np.frombuffer(raw, np.uint8))
-            loss = json.loads(raw)["loss"]
+            loss = parse_json(raw, name)["loss"]
             return math.inf if loss is None else float(loss)
         return math.inf
 

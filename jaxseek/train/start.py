@@ -24,7 +24,7 @@ from jaxseek.model.deepseek import DeepSeek
 from jaxseek.sharding.parameters import fill, parameters
 from jaxseek.sharding.strategy import Strategy
 from jaxseek.storage.hub import model_place
-from jaxseek.storage.place import file_sizes, place, scratch, writable
+from jaxseek.storage.place import Place, file_sizes, place, scratch, writable
 from jaxseek.storage.untrusted import expect, read_json
 from jaxseek.tokenizer.tokenizer import Tokenizer
 from jaxseek.train import lora
@@ -75,7 +75,7 @@ def _claim(run: RunConfig) -> None:
     out = writable(run.out)
     kept = out / "run.json"
     made = [name for name in file_sizes(out) if not name.startswith(("run.json", hosts.TOKEN, LOCK))]
-    now, before = run.to_dict(), read_json(kept, ConfigError) if kept.is_file() else None
+    now, before = run.to_dict(), _read_settings(kept) if kept.is_file() else None
     if before is not None and made:
         was, is_ = _flat(before), _flat(now)
         differ = [
@@ -92,6 +92,16 @@ def _claim(run: RunConfig) -> None:
         raise ConfigError(f"{out} is not empty and holds no run; choose another out")
     if now != before:
         models.write_json(kept, now)  # at once: a run that is killed here starts again
+
+
+def _read_settings(kept: Place) -> dict[str, Any]:
+    try:
+        return read_json(kept)
+    except ValueError as e:
+        raise ConfigError(
+            f"{kept}: is damaged ({str(e)[:200]}), expected the settings of the run in "
+            "that directory; put back a copy of it, or choose another out"
+        ) from None
 
 
 def finished(run: RunConfig) -> int | None:

@@ -326,7 +326,7 @@ def test_how_to_sample_is_saved_with_the_model_and_ends_its_texts(tmp_path):
     found = load(tmp_path / "model")[0].cfg
     assert (found.generation, found.eos_ids) == (cfg.generation, (1, 5))
     (tmp_path / "model" / "generation_config.json").write_text("[1]")
-    with pytest.raises(ConfigError, match=r"generation_config.json: expected a JSON object"):
+    with pytest.raises(ConfigError, match=r"generation_config.json: holds .1., expected a JSON object"):
         ModelConfig.from_hf(tmp_path / "model")
 
 

@@ -181,7 +181,7 @@ def test_a_damaged_settings_file_is_an_error_and_no_tokenizer_is_none(tmp_path, 
     assert not caplog.messages
     byte_level(tmp_path, "Qwen2Tokenizer")
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(TokenizerError, match=r"tokenizer_config.json is not valid JSON"):
+    with pytest.raises(TokenizerError, match=r"tokenizer_config.json: not valid JSON"):
         Tokenizer.beside(tmp_path, 400)
 
 
