@@ -486,12 +486,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         raise ConfigError(
             f"{where} is {brief(value)}, expected one of {', '.join(map(repr, args))}{hint_text}"
         )
-    if (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and not abs(value) <= (2**63 - 1 if where == "seed" else _MOST_NUMBER)
-    ):
-        raise ConfigError(f"{where} is {brief(value)}, expected a number up to {_MOST_NUMBER:,}")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        whole = isinstance(value, int) and hint is not float
+        most = (2**63 - 1 if where == "seed" else _MOST_NUMBER) if whole else 1e38
+        if not abs(value) <= most:
+            raise ConfigError(f"{where} is {brief(value)}, expected a number up to {most:.10g}")
     if hint is float and type(value) is int:
         return float(value)
     if origin is list:

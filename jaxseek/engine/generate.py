@@ -94,6 +94,9 @@ _NEUTRAL = re.compile(
 )
 
 
+_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens", "repetition_penalty")
+
+
 def settings(
     generation: Mapping[str, Any], given: Mapping[str, Any], strings: bool = True, **otherwise: Any
 ) -> tuple[Sampling, str]:
@@ -120,7 +123,7 @@ def settings(
                 lost[name] = value
             elif stops and given.get("stop") is None:
                 used["stop"] = tuple(stops)
-        elif name in ("temperature", "top_k", "top_p", "min_p", "max_new_tokens", "repetition_penalty"):
+        elif name in _SETTINGS and not (name == "repetition_penalty" and off):
             try:
                 number = None if value is None else _number(name, value)
                 Sampling(**{} if number is None else {name: number})

@@ -687,7 +687,7 @@ def ropes(draw):
         st.floats(0.1, 9),
         4096,
     )
-    fields = {"rope_type": kind, "rope_theta": draw(st.floats(1, 1e7))}
+    fields = {"rope_type": kind, "rope_theta": draw(st.floats(1.5, 1e7))}
     if kind != "default":
         fields["factor"] = draw(st.floats(1, 64))
     if kind in ("yarn", "llama3"):

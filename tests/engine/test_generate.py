@@ -153,8 +153,9 @@ def test_settings_of_a_file_that_cannot_be_honoured_are_named_and_others_are_use
     }
     found, said = settings(file, {})
     assert (found.top_k, found.temperature) == (5, Sampling().temperature)
-    lost = 'not honoured: repetition_penalty 1.2, num_beams 4, temperature "hot", top_p 2'
-    assert said == f"generation_config.json: top_k 5 (options come first); {lost}"
+    lost = 'not honoured: num_beams 4, temperature "hot", top_p 2'
+    assert said == f"generation_config.json: repetition_penalty 1.2, top_k 5 (options come first); {lost}"
+    assert found.repetition_penalty == 1.2
     assert settings(off | {"transformers_version": "4.40"}, {}) == (Sampling(), "")
 
 

@@ -231,6 +231,7 @@ def test_a_manifest_that_does_not_fit_is_named(tmp_path):
     manifest = json.loads((tmp_path / "q/jaxseek.json").read_text())
     manifest["quantization"]["stacks.0.mlp.up_DF"] = 8
     models.write_json(tmp_path / "q/jaxseek.json", manifest)
+    (tmp_path / "q/digests.json").unlink()
     with pytest.raises(CheckpointError, match=r"up_DF.scale is \[2, 1, 48\], expected \[2, 4, 48\]"):
         models.restore(tmp_path / "q")
 

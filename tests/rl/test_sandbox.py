@@ -17,6 +17,7 @@ from jaxseek.config.model import ConfigError
 from jaxseek.rl.problem import Answer, Problem
 from jaxseek.rl.rewards.code import code, extract, form_of_tests, programs
 from jaxseek.rl.sandbox import execute, jail, seccomp
+from jaxseek.tokenizer import template_process
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 SUPPORTED = sys.platform == "linux" and platform.machine() in seccomp.MACHINES
@@ -198,6 +199,7 @@ def test_a_program_that_hangs_is_killed_in_time():
 @inside
 def test_nothing_is_left_behind(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
+    template_process.stop()  # which renders chat templates for other tests
     descriptors = len(os.listdir("/proc/self/fd"))
     execute.run("print(1)", "", SECONDS)
     execute.run("while True: pass", "", 1.0)
