@@ -77,7 +77,7 @@ def _claim(run: RunConfig) -> None:
     made = [name for name in file_sizes(out) if not name.startswith(("run.json", hosts.TOKEN, LOCK))]
     now, before = run.to_dict(), _read_settings(kept) if kept.is_file() else None
     if before is not None and made:
-        was, is_ = _flat(before), _flat(now)
+        was, is_ = _flat(_with_defaults(before)), _flat(now)
         differ = [
             f"{key} (was {was.get(key)!r}, is {is_.get(key)!r})"
             for key in sorted(was.keys() | is_.keys())
@@ -92,6 +92,14 @@ def _claim(run: RunConfig) -> None:
         raise ConfigError(f"{out} is not empty and holds no run; choose another out")
     if now != before:
         models.write_json(kept, now)  # at once: a run that is killed here starts again
+
+
+def _with_defaults(before: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run, with those that did not exist yet when it began; they are its defaults."""
+    try:
+        return RunConfig.from_dict(before).to_dict()
+    except ConfigError:  # a key has gone since
+        return before
 
 
 def _read_settings(kept: Place) -> dict[str, Any]:

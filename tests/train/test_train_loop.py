@@ -313,6 +313,12 @@ def test_a_directory_with_another_run_or_other_things_is_not_touched(home, whole
     with pytest.raises(ConfigError, match=r"other settings: seed \(was 0, is 1\)\. Choose another out"):
         train(run(home, whole, seed=1))
     start.claim(run(home, whole, mesh="fsdp=2", log={"every": 5}))  # where it runs may change
+    shutil.copytree(whole, tmp_path / "older")
+    settings = json.loads((whole / "run.json").read_text())
+    del settings["optimizer"]["weight_decay"]  # as if it had come since: it has its default
+    (tmp_path / "older" / "run.json").write_text(json.dumps(settings | {"out": str(tmp_path / "older")}))
+    start.claim(run(home, tmp_path / "older"))
+    shutil.rmtree(tmp_path / "older")
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(ConfigError, match="not empty and holds no run"):
         train(run(home, tmp_path))
