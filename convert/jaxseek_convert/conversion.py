@@ -345,7 +345,7 @@ def _write_manifest(
         "origin": dict(origin),
     }
     files = dict(sorted((file_sizes(draft.weights) | file_sizes(draft.files)).items()))
-    manifest["files"] = {n: size for n, size in files.items() if not _ours(n)}
+    manifest["files"] = {n: size for n, size in files.items() if n != models.MANIFEST and not _ours(n)}
     models.write_json(draft.files / models.MANIFEST, manifest)
 
 

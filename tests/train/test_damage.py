@@ -239,9 +239,11 @@ def interrupt(monkeypatch, step, act):
 
 
 def test_a_closed_terminal_saves_the_run(home, longer, tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     with monkeypatch.context() as patch:
         interrupt(patch, 2, lambda: os.kill(os.getpid(), signal.SIGHUP))
         result = train(settings(home, tmp_path / "run", 6))
+    signal.signal(signal.SIGHUP, before)
     assert (result.stopped, result.steps) == (True, 3)
     train(settings(home, tmp_path / "run", 6))
     assert_same_bits(tmp_path / "run", longer)
