@@ -177,7 +177,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Piece:
-    """Where a Hugging Face tensor lies in the file: a tensor, one expert of it, or kv_b in two halves."""
+    """The place of a Hugging Face tensor in the file: a tensor, one expert of it, or kv_b in two halves."""
 
     tensors: tuple[Any, ...]
     expert: int | None = None

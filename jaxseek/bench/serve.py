@@ -20,7 +20,7 @@ from jaxseek.config.model import ConfigError
 
 @dataclass
 class _Load:
-    """What the clients of one load have seen: seconds to a first token and between tokens, tokens, errors."""
+    """Measurements of one load: seconds to each first token and between tokens, tokens, requests, errors."""
 
     first: list[float] = field(default_factory=list)
     each: list[float] = field(default_factory=list)

@@ -53,11 +53,14 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise ValueError(f"serving needs the serve extra ({error}): pip install 'jaxseek[serve]'") from None
     from jaxseek.engine.engine import Engine
+    from jaxseek.engine.generate import settings
 
     keys = [*args.api_key, *(k for k in os.environ.get(KEYS, "").split(",") if k)]
     model, tokenizer = load_model(args.model, args.mesh, args.dtype)
     if tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer; clients send text")
+    if said := settings(model.cfg.generation, {})[1]:
+        print(said, file=sys.stderr)
     options = Options(
         name=args.name or Path(args.model).resolve().name, keys=tuple(keys), queue=args.queue,
         timeout=args.timeout, body_bytes=args.body,

@@ -124,11 +124,11 @@ def _decode_steps(
     stops_BK = rules.shard(stops_BK, "batch", None)
 
     def step(carry):
-        state, trace, i, params = carry
+        state, trace, i, shift = carry
         stepped = form.step(weights, state.caches, state.token_B, state.position_B, ~state.done_B)
-        new = draw(stepped.logits_BV, state.position_B + 1, params, mode, rules, TOPS in record)
-        if params.shift is not None:
-            params = dataclasses.replace(params, shift=params.shift.after(new.token_B))
+        now = dataclasses.replace(params, shift=shift)
+        new = draw(stepped.logits_BV, state.position_B + 1, now, mode, rules, TOPS in record)
+        shift = None if shift is None else shift.after(new.token_B)
         experts = jnp.concatenate([r.ids_BTK for r in stepped.routing]) if EXPERTS in record else None
         top = new.top_id_TB, new.top_TB
         one = Trace(new.token_B, new.logprob_B, new.tempered_B, new.drawn_B, new.watched_WB, *top, experts)
@@ -143,7 +143,7 @@ def _decode_steps(
         done_B = state.done_B | (new.token_B[:, None] == stops_BK).any(axis=1)
         position_B = state.position_B + (~state.done_B).astype(jnp.int32)
         state = State(stepped.caches, new.token_B, position_B, done_B)
-        return state, jax.tree.map(put, trace, one), i + 1, params
+        return state, jax.tree.map(put, trace, one), i + 1, shift
 
     def going(carry):
         state, _, i, _ = carry
@@ -169,8 +169,8 @@ def _decode_steps(
     trace = Trace(per_token(jnp.int32), per_token(jnp.float32), *extra, watched, top_id, top, experts)
     token_B, position_B, done_B = (rules.shard(a, "batch") for a in (state.token_B, state.position_B, done_B))
     start = State(state.caches, token_B, position_B, done_B)
-    params = jax.tree.map(jnp.asarray, params)
-    return jax.lax.while_loop(going, step, (start, trace, jnp.zeros((), jnp.int32), params))[:3]
+    shift = jax.tree.map(jnp.asarray, params.shift)
+    return jax.lax.while_loop(going, step, (start, trace, jnp.zeros((), jnp.int32), shift))[:3]
 
 
 def draw(logits_BV, position_B, params, mode: Mode, rules, top: bool = False) -> Drawn:

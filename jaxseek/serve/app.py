@@ -35,8 +35,13 @@ from jaxseek.serve.schema import (
     Sampled,
     TokenizeRequest,
 )
+from jaxseek.tokenizer.chat import ASSISTANT, THINK, THINK_END, TokenizerError
 from jaxseek.tokenizer.tokenizer import Tokenizer
 
+SETTINGS = (
+    *("temperature", "top_p", "top_k", "min_p"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty"),
+)
 _KINDS = {
     401: "authentication_error",
     404: "not_found_error",
@@ -95,6 +100,10 @@ def create(engine: Engine, tokenizer: Tokenizer, options: Options) -> FastAPI:
             said = f"{request.url.path} does not take {request.method}"
         return refusal(error.status_code, said, headers=error.headers)
 
+    @app.exception_handler(TokenizerError)
+    async def untokenizable(_: Request, error: TokenizerError) -> JSONResponse:
+        return refusal(400, str(error))
+
     def refusal(status: int, message: str, param: str | None = None, headers: Any = None) -> JSONResponse:
         figures.refused.labels(str(status)).inc()
         kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
@@ -122,9 +131,11 @@ def create(engine: Engine, tokenizer: Tokenizer, options: Options) -> FastAPI:
         server.check_model(body.model)
         if body.messages is not None:
             messages = [m.plain() for m in body.messages]
-            ids = server.render(messages, add_generation_prompt=body.add_generation_prompt)
+            ids = await asyncio.to_thread(
+                tokenizer.render_chat, messages, add_generation_prompt=body.add_generation_prompt
+            )
         else:
-            ids = tokenizer.encode(body.prompt or "", bos=body.add_special_tokens)
+            ids = await asyncio.to_thread(tokenizer.encode, body.prompt or "", bos=body.add_special_tokens)
         return {"tokens": ids, "count": len(ids), "max_model_len": server.context}
 
     @app.post("/detokenize", responses={400: {}})
@@ -157,7 +168,7 @@ def create(engine: Engine, tokenizer: Tokenizer, options: Options) -> FastAPI:
 
 
 class Server:
-    """What the routes share: the model's name and tokenizer, and the worker that answers."""
+    """The state that the routes share: the model's name and tokenizer, and the engine's thread."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, options: Options, figures: Figures):
         self.engine, self.tokenizer, self.options, self.figures = engine, tokenizer, options, figures
@@ -205,28 +216,22 @@ class Server:
         except ValueError as error:
             raise HTTPException(400, str(error)) from None
 
-    def render(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
-        """A conversation's tokens. Raises 400 for one that the template does not take."""
-        try:
-            return self.tokenizer.render_chat(messages, **options)
-        except ValueError as error:
-            raise HTTPException(400, str(error)) from None
-
     # ---------------------------------------------------------------- what is generated
 
     async def chat(self, body: ChatRequest, http: Request) -> Any:
         """Answer POST /v1/chat/completions."""
         self.check_model(body.model)
         messages, tools = [m.plain() for m in body.messages], body.tool_list
-        begun = messages[-1]["content"] or "" if body.continues else ""
-        ids = self.render(
+        ids = await asyncio.to_thread(
+            self.tokenizer.render_chat,
             messages, thinking=body.thinks, tools=tools, continue_final_message=body.continues,
             add_generation_prompt=body.add_generation_prompt and not body.continues,
             chat_template_kwargs=body.chat_template_kwargs,
         )  # fmt: skip
         opened = self.tokenizer.opened_think(ids)
-        if begun and body.thinks:
-            opened = "</think>" not in begun
+        if body.continues:  # perhaps within a thought
+            reply = self.tokenizer.decode(ids, skip_special=False).rpartition(ASSISTANT)[2]
+            opened = reply.rfind(THINK) > reply.rfind(THINK_END)
         top = (body.top_logprobs or 0) if body.logprobs else None
         choices: list[Choice] = [
             Chat(i, self.tokenizer, top, opened=opened, with_tools=bool(tools)) for i in range(body.n)
@@ -237,20 +242,7 @@ class Server:
     async def completions(self, body: CompletionRequest, http: Request) -> Any:
         """Answer POST /v1/completions."""
         self.check_model(body.model)
-        prompts, heads = [], []
-        for prompt in body.prompts:
-            if isinstance(prompt, str):
-                if body.suffix is not None:
-                    prompts.append(self.tokenizer.render_fim(prompt, body.suffix))
-                else:
-                    prompts.append(self.tokenizer.encode(prompt))
-                heads.append(prompt)
-            else:
-                self.check_ids(prompt)
-                prompts.append(prompt)
-                heads.append(self.tokenizer.decode(prompt, skip_special=False))
-        if not prompts:
-            raise HTTPException(400, "prompt: is empty")
+        prompts, heads = await asyncio.to_thread(self._read_prompts, body)
         echoed = [prompts[i // body.n] if body.echo else None for i in range(len(prompts) * body.n)]
         choices: list[Choice] = [
             Completion(i, self.tokenizer, body.logprobs, echoed=prompt) for i, prompt in enumerate(echoed)
@@ -262,12 +254,29 @@ class Server:
         used = sum(map(len, prompts))
         return await self.reply(body, http, "text_completion", choices, jobs, used, echo=body.echo)
 
+    def _read_prompts(self, body: CompletionRequest) -> tuple[list[list[int]], list[str]]:
+        """Tokens and text of each prompt. Raises 400 for none, and tokens that the model does not have."""
+        prompts, heads = list[list[int]](), list[str]()
+        for prompt in body.prompts:
+            if not isinstance(prompt, str):
+                self.check_ids(prompt)
+                prompts.append(prompt)
+                heads.append(self.tokenizer.decode(prompt, skip_special=False))
+                continue
+            suffix = body.suffix
+            encode = self.tokenizer.encode
+            prompts.append(encode(prompt) if suffix is None else self.tokenizer.render_fim(prompt, suffix))
+            heads.append(prompt)
+        if not prompts:
+            raise HTTPException(400, "prompt: is empty")
+        return prompts, heads
+
     def jobs(
         self, body: Sampled, prompts: Sequence[list[int]], budget: int | None, special: bool = False
     ) -> list[Any]:
         """The engine's requests for n answers to each prompt. Raises 400 for what it cannot answer, 429 where
         too many wait."""
-        given = {name: getattr(body, name) for name in ("temperature", "top_p", "top_k", "min_p")}
+        given = {name: getattr(body, name) for name in SETTINGS}
         given["stop"] = body.stops or None
         seed = secrets.randbits(62) if body.seed is None else body.seed
         tells = body.top_logprobs if isinstance(body, ChatRequest) else body.logprobs  # type: ignore[attr-defined]
@@ -276,14 +285,9 @@ class Server:
         found = []
         try:
             base, _ = settings(self.engine.model.cfg.generation, given)
-            base = dataclasses.replace(
-                base,
-                presence_penalty=body.presence_penalty or 0.0,
-                frequency_penalty=body.frequency_penalty or 0.0,
-                repetition_penalty=body.repetition_penalty or 1.0,
-                logit_bias=tuple((body.logit_bias or {}).items()),
-            )
-            self.check_ids([token for token, _ in base.logit_bias] or prompts[0][:1])
+            if body.logit_bias:
+                self.check_ids(list(body.logit_bias))
+                base = dataclasses.replace(base, logit_bias=tuple(body.logit_bias.items()))
             for ids in prompts:
                 self.engine.check(ids)
                 new = self.context - len(ids) if budget is None else budget
@@ -332,7 +336,7 @@ class Server:
         async with contextlib.aclosing(updates), gone(http) as left:
             async for index, update in until(updates, left):
                 if update.error is not None:
-                    raise HTTPException(500 if "engine failed" in update.error else 400, update.error)
+                    raise HTTPException(update.status, update.error)
                 choices[index].take(update)
         return head | {"choices": [choice.whole() for choice in choices], "usage": usage()}
 
@@ -376,15 +380,16 @@ class Server:
         left, self.open = set(range(len(jobs))), self.open + len(jobs)
         for job in jobs:
             self.worker.submit(job)
+        end = loop.time() + self.options.timeout
         try:
-            async with asyncio.timeout(self.options.timeout):
-                while left:
-                    index, update = await inbox.get()
-                    if update.last:
-                        left.discard(index)
-                    yield index, update
+            while left:  # each turn may run in another task, which asyncio.timeout does not allow
+                index, update = await asyncio.wait_for(inbox.get(), max(0.0, end - loop.time()))
+                if update.last:
+                    left.discard(index)
+                yield index, update
         except TimeoutError:
-            yield min(left), Update(error=f"the answer was not whole within {self.options.timeout:g} s")
+            late = f"the answer was not whole within {self.options.timeout:g} s"
+            yield min(left), Update(error=late, status=504)
         finally:
             self.open -= len(jobs)
             for index in left:

@@ -18,7 +18,10 @@ log = logging.getLogger("jaxseek")
 
 @dataclass(frozen=True)
 class Update:
-    """What came since the last update; the last one has a finish reason, or an error."""
+    """News of an answer: its text and tokens since the update before, with what is told of each.
+
+    The last update has a finish reason, or an error with the HTTP status that says whose fault it is.
+    """
 
     text: str = ""
     tokens: tuple[int, ...] = ()
@@ -27,6 +30,7 @@ class Update:
     prompt: tuple[tuple[float, int, float], ...] = ()  # with the first
     finish_reason: str | None = None
     error: str | None = None
+    status: int = 400
 
     @property
     def last(self) -> bool:
@@ -79,10 +83,12 @@ class Worker:
             try:
                 for handle in self.engine.step():
                     self._tell(self._jobs[handle])
-            except Exception as error:  # the engine has dropped all requests, and can go on with others
+            except Exception as error:  # of all requests under way; the engine can go on with others
                 log.exception("a step of the engine failed")
-                for job in self._jobs.values():
-                    job.notify(Update(error=f"the engine failed: {type(error).__name__}"))
+                for handle, job in self._jobs.items():
+                    self.engine.cancel(handle)
+                    self.figures.ended(job, "error")
+                    job.notify(Update(error=f"the engine failed: {type(error).__name__}", status=500))
                 self._jobs.clear()
             self.figures.load(self.engine.scheduler.live, self.engine.scheduler.waiting)
 

@@ -16,7 +16,7 @@ _WHOLE = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
 
 
 class Figures:
-    """What /metrics shows; the worker's thread writes it."""
+    """The figures behind /metrics; the engine's thread writes them."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()

@@ -1,4 +1,4 @@
-"""What guards the application: size and time of a request's body, and keys."""
+"""Guard the application: the size and time of a request's body, and keys."""
 
 from __future__ import annotations
 
@@ -37,21 +37,22 @@ class Limits:
             return await self._refuse(
                 send, 401, "a key is needed: Authorization: Bearer KEY", "invalid_api_key"
             )
-        body, more = b"", True
+        body, more = bytearray(), True
         try:
             async with asyncio.timeout(self.seconds):
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
-                    body, more = body + message.get("body", b""), message.get("more_body", False)
+                    body += message.get("body", b"")
+                    more = message.get("more_body", False)
                     if len(body) > self.most:
                         said = f"the request's body has more than {self.most:,} bytes"
                         return await self._refuse(send, 413, said, "request_too_large")
         except TimeoutError:
             said = f"the request's body did not come within {self.seconds:g} s"
             return await self._refuse(send, 408, said, "request_timeout")
-        given = iter([{"type": "http.request", "body": body, "more_body": False}])
+        given = iter([{"type": "http.request", "body": bytes(body), "more_body": False}])
 
         async def replay() -> Any:
             return next(given, None) or await receive()

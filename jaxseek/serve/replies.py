@@ -87,7 +87,7 @@ class Completion(Choice):
                     None if s.logprob is None else {self._token(t): p for t, p in s.top} or {text: s.logprob}
                     for text, s in zip(tokens, scored)
                 ],
-                "text_offset": [offset + n for n in accumulate(map(len, tokens[:-1]), initial=0)],
+                "text_offset": [offset + n for n in accumulate(map(len, tokens), initial=0)][: len(tokens)],
             }
         return {"index": self.index, "text": text, "logprobs": found, "finish_reason": self.finish_reason}
 
@@ -103,6 +103,7 @@ class Chat(Choice):
 
     def __post_init__(self) -> None:
         self._split, self._tools = ReasoningSplitter(self.opened), ToolCalls()
+        self._unshown: list[Scored] = []  # of tokens whose text is not certain yet
         self._ends = [self.tokenizer.decode([t], skip_special=False) for t in self.tokenizer.eos_ids]
 
     def _add(self, update: Update, new: list[Scored]) -> dict[str, Any] | None:
@@ -119,12 +120,14 @@ class Chat(Choice):
                 delta["content"] = delta.get("content", "") + piece
         if self.calls and self.finish_reason == "stop":
             self.finish_reason = "tool_calls"
+        self._unshown += new
         if not delta and not update.last:
             return None
+        shown, self._unshown = self._unshown, []
         return {
             "index": self.index,
             "delta": delta,
-            "logprobs": self._logprobs(new),
+            "logprobs": self._logprobs(shown),
             "finish_reason": self.finish_reason,
         }
 

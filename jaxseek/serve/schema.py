@@ -18,7 +18,7 @@ MOST_CHOICES = 128
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class StreamOptions(Strict):
@@ -27,7 +27,7 @@ class StreamOptions(Strict):
 
 
 class Sampled(Strict):
-    """What every way to generate takes; None leaves a setting to the model's own."""
+    """Fields of every request that generates; None leaves a setting to the model's own."""
 
     model: str | None = None
     temperature: float | None = Field(None, ge=0, le=1000)
@@ -40,7 +40,7 @@ class Sampled(Strict):
         Annotated[str, StringConstraints(min_length=1, max_length=1000)]
         | list[Annotated[str, StringConstraints(min_length=1, max_length=1000)]]
         | None
-    ) = Field(None)
+    ) = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     # taken and without effect: they concern the account or the service

@@ -39,7 +39,7 @@ class ToolCalls:
         self._buffer, self._inside = "", False
 
     def feed(self, piece: str) -> list[str | Call]:
-        """What is certain after `piece`, in order."""
+        """Return the text and the calls that are certain after `piece`, in order."""
         self._buffer += piece
         found: list[str | Call] = []
         while True:
@@ -62,7 +62,7 @@ class ToolCalls:
             self._buffer = rest
 
     def flush(self) -> list[str | Call]:
-        """What is left at the end of the reply: a call that is cut off is text."""
+        """Return the rest at the end of the reply: a call that is cut off is text."""
         text, self._buffer = self._buffer, ""
         return [CALLS * self._inside + text] if text.strip() else []
 

@@ -1,4 +1,4 @@
-"""What a chat template is and does: its text, its variables, what it leaves out, where a reply begins.
+"""Examine chat templates: text, variables, the parts that they leave out, where a reply begins.
 
 A built-in form (chat.py) stands for a model's own template only where both write the `PROBES` alike, and for
 conversations with tool calls where both write the `TOOL_PROBES` alike.

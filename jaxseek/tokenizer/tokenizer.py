@@ -629,10 +629,13 @@ class _SentencePiece:
 def _read_json(found: Mapping[str, bytes], name: str) -> dict[str, Any]:
     """Parse a file. Raises TokenizerError for one of another form: UnusableTokenizer for a vocabulary."""
     error = UnusableTokenizer if folder.holds_vocabulary(name) else TokenizerError
-    data = found.get(name, b"{}")
-    if data.lstrip()[:1] == b"[":  # nested without end, say: it was never a tokenizer
-        error = TokenizerError
-    return expect(parse_json(data, name, error), folder.FORMS.get(name, {}), name, error)
+    try:
+        value = parse_json(found.get(name, b"{}"), name, error)
+    except UnusableTokenizer as fault:
+        if isinstance(fault.__context__, RecursionError):  # no damage nests a file, so it is refused
+            raise TokenizerError(str(fault)) from None
+        raise
+    return expect(value, folder.FORMS.get(name, {}), name, error)
 
 
 def _is_panic(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""What is stored is what is read: flipped bits are found by loading, converting and verifying."""
+"""Flipped bits are found by loading, converting and verifying: stored values are read, or none."""
 
 import json
 import os

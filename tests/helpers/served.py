@@ -16,7 +16,6 @@ from jaxseek.tokenizer.tokenizer import Tokenizer, train_sentencepiece
 MARKS = (
     *(chat.USER, chat.ASSISTANT, chat.THINK, chat.THINK_END, chat.CALLS, chat.CALLS_END, chat.CALL),
     *(chat.CALL_END, chat.SEP, chat.OUTPUTS, chat.OUTPUTS_END, chat.OUTPUT, chat.OUTPUT_END),
-    *(chat.FIM_BEGIN, chat.FIM_HOLE, chat.FIM_END),
 )
 
 
