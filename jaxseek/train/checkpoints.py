@@ -37,7 +37,8 @@ from jaxseek.storage.untrusted import parse_json
 from jaxseek.train.step import State, changed, with_values
 
 log = logging.getLogger("jaxseek")
-logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the tracebacks of errors that it raises
+# Orbax logs, with their tracebacks, errors that it raises too
+logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
 
 
 class UnreadableError(CheckpointError):
